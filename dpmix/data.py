@@ -5,23 +5,28 @@ Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed spl
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision import datasets
 
-from .checks import one_of, require
+from .checks import one_of, require, whole
+from .image_cache import decode, duplicates, no_linked_folders, pixel_hash
 from .rng import generator
 
 _HERE = Path(__file__).resolve().parents[1]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
 ROOT = PROJECT / "data" / "datasets"
+CACHE = PROJECT / "data" / "cache"
 PUBLIC = PROJECT / "data" / "public"
+PathLike = str | Path
 SPLIT_SEED = 0  # of every split that the authors of a data set did not fix; part of the data, not of a run
 
 
@@ -33,8 +38,8 @@ class ImageSet:
     digits). Raises ValueError for any other dtype or shape, for labels that do not fit and for repeated class names.
     """
 
-    images: UInt8[Tensor, "n C H W"]
-    labels: Int64[Tensor, " n"]
+    images: Tensor  # uint8 [n, C, H, W]
+    labels: Tensor  # int64 [n]
     class_names: tuple[str, ...]
     flip: bool = True
 
@@ -43,7 +48,6 @@ class ImageSet:
             ("images", self.images, torch.uint8, 4),
             ("labels", self.labels, torch.int64, 1),
         ):
-            require(isinstance(array, Tensor), name, type(array).__name__, "must be a torch tensor")
             good = array.dtype == dtype and array.ndim == dims
             require(good, name, f"{array.dtype} {list(array.shape)}", f"must be {dtype} with {dims} dimensions")
         require(min(self.images.shape[1:]) > 0, "images", list(self.images.shape), "must hold at least one pixel each")
@@ -125,15 +129,208 @@ def _load_digits() -> Splits:
     )
 
 
-def load(name: str, root: str | Path = ROOT, *, image_size: int | None = None, download: bool = False) -> Splits:
-    """Training and test set of a data set, always the same arrays in the same order."""
-    one_of("dataset", name, ["digits"])
-    return _load_digits()
+class _Known(NamedTuple):
+    """A data set of the paper: title, its project's page, its folder below `root`, how many images are published."""
+
+    title: str
+    page: str
+    folder: str
+    images: int
 
 
-def public_images(name: str) -> ImageSet:
-    """The synthetic public images that go with a data set: made from public data alone, never from the private set."""
-    one_of("dataset", name, ["digits"])
+KNOWN = {
+    "cifar10": _Known("CIFAR-10", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-10-batches-py", 60_000),
+    "cifar100": _Known("CIFAR-100", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-100-python", 60_000),
+    "eurosat": _Known("EuroSAT (RGB)", "github.com/phelber/EuroSAT", "eurosat/2750", 27_000),
+    "caltech256": _Known("Caltech-256", "data.caltech.edu/records/20087", "caltech256/256_ObjectCategories", 30_607),
+    "sun397": _Known("SUN397", "vision.princeton.edu/projects/2010/SUN", "SUN397", 108_754),
+    "pets": _Known("Oxford-IIIT Pet", "www.robots.ox.ac.uk/~vgg/data/pets", "oxford-iiit-pet", 7_349),
+}
+NAMES = ("digits", *KNOWN, "folder:PATH")
+
+
+class _Listing(NamedTuple):
+    """Image files inside `base`: the first `train` of them are for training, the others for testing."""
+
+    base: Path
+    files: list[Path]
+    labels: np.ndarray
+    train: int
+    class_names: tuple[str, ...]
+
+
+def _list_folder(base: Path) -> _Listing:
+    """`base/train/CLASS/*` and `base/test/CLASS/*` through torchvision's ImageFolder, with the same classes in both."""
+    for part in ("train", "test"):
+        if not (base / part).is_dir():
+            raise FileNotFoundError(f"dataset='folder:{base}': no folder {base / part}; wanted are {part}/CLASS/IMAGE")
+    no_linked_folders(base)
+    train, test = (datasets.ImageFolder(base / part, allow_empty=True) for part in ("train", "test"))
+    for part, ours, theirs in (("train", train, test), ("test", test, train)):
+        lost = sorted(set(theirs.classes) - set(ours.classes))
+        require(not lost, "dataset", f"folder:{base}", f"{part}/ lacks the class folders {', '.join(lost)}")
+    for part, found in (("train", train), ("test", test)):
+        empty = [f"{part}/{c}" for i, c in enumerate(found.classes) if i not in set(found.targets)]
+        require(not empty, "dataset", f"folder:{base}", f"no images in {', '.join(empty)}")
+    samples = train.samples + test.samples
+    files, labels = [Path(f) for f, _ in samples], np.array([c for _, c in samples], dtype=np.int64)
+    return _Listing(base, files, labels, len(train), tuple(train.classes))
+
+
+def _list_known(name: str, root: Path, download: bool) -> _Listing:
+    """The files of one of the paper's data sets, found by torchvision's class for it."""
+    if name == "pets":
+        parts = [datasets.OxfordIIITPet(root, split, download=download) for split in ("trainval", "test")]
+        files, labels = [f for p in parts for f in p._images], np.array([c for p in parts for c in p._labels])
+        return _Listing(root / KNOWN[name].folder, files, labels, len(parts[0]), tuple(parts[0].classes))
+    if name == "eurosat":
+        found: Any = datasets.EuroSAT(root, download=download)
+        pairs, classes = [(Path(f), c) for f, c in found.samples], found.classes
+    elif name == "caltech256":
+        found = datasets.Caltech256(str(root), download=download)
+        numbered = zip(found.y, found.index, strict=True)
+        folder, classes = root / KNOWN[name].folder, found.categories
+        pairs = [(folder / classes[c] / f"{c + 1:03d}_{i:04d}.jpg", c) for c, i in numbered]
+    else:
+        found = datasets.SUN397(root, download=download)
+        pairs, classes = list(zip(found._image_files, found._labels, strict=True)), found.classes
+    pairs.sort(key=lambda pair: (pair[1], pair[0].as_posix()))
+    labels = np.array([c for _, c in pairs], dtype=np.int64)
+    train, test = stratified_split(labels, name)
+    order = np.concatenate([train, test])
+    files = [pairs[i][0] for i in order]
+    return _Listing(root / KNOWN[name].folder, files, labels[order], len(train), tuple(classes))
+
+
+def _load_cifar(name: str, root: Path, download: bool) -> Splits:
+    """Official batches. They are pickles: torchvision opens them only after their md5 sums match the published ones."""
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    parts = [kind(root, train=train, download=download) for train in (True, False)]
+    images = [np.ascontiguousarray(p.data.transpose(0, 3, 1, 2)) for p in parts]
+    labels = [np.array(p.targets, dtype=np.int64) for p in parts]
+    tensors = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(images, labels, strict=True)]
+    sets = [ImageSet(x, y, tuple(parts[0].classes)) for x, y in tensors]
+    _report_copies(name, duplicates([pixel_hash(x) for part in images for x in part], len(images[0])))
+    content = dict(train=images[0], test=images[1], train_labels=labels[0], test_labels=labels[1])
+    return Splits(sets[0], sets[1], _digest(name=name, class_names=parts[0].classes, **content))
+
+
+def _report_copies(name: str, copies: tuple[int, int]) -> None:
+    if any(copies):
+        told = f"{copies[0]} training images repeat another, {copies[1]} test images are in the training set too"
+        warnings.warn(f"dataset={name!r}: exact copies: {told}", stacklevel=3)
+
+
+def load(
+    name: str, root: PathLike = ROOT, *, image_size: int | None = None, download: bool = False, cache: PathLike = CACHE
+) -> Splits:
+    """Training and test set of a data set: always the same images in the same order.
+
+    Args:
+        name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE.
+        root: where the six data sets of the paper lie, each in the layout that torchvision expects.
+        image_size: side of the square to which image files are resized and cropped. None: as they are if all have the
+            same size, else 224. Digits and CIFAR keep their own size.
+        download: let torchvision fetch what is missing.
+        cache: folder for decoded images (`dpmix.image_cache`).
+
+    The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
+    indices, labels, split, image shape and the bytes of the files, not where they lie.
+
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit; warns about exact copies.
+    """
+    if image_size is not None:
+        whole("image_size", image_size, 1)
+    root = Path(root).expanduser()
+    if name.startswith("folder:"):
+        listing = _list_folder(Path(name.removeprefix("folder:")).expanduser())
+    else:
+        one_of("dataset", name, NAMES)
+        native = {"digits": 8, "cifar10": 32, "cifar100": 32}.get(name)
+        fits = image_size in (None, native) or not native
+        require(fits, "image_size", image_size, f"{name} is {native} pixels wide; leave it out")
+        if name == "digits":
+            return _load_digits()
+        known = KNOWN[name]
+        if not download and not (root / known.folder).is_dir():
+            raise FileNotFoundError(
+                f"dataset={name!r}: {known.title} is not on disk; get it from {known.page} and unpack it to "
+                f"{root / known.folder}, or pass download=True; "
+                "works now: papermill notebooks/table3.ipynb -p dataset digits"
+            )
+        no_linked_folders(root / known.folder)
+        try:
+            if native:
+                return _load_cifar(name, root, download)
+            listing = _list_known(name, root, download)
+        except (RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
+            why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
+            raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error
+        if len(listing.files) != known.images:
+            told = f"{len(listing.files):,} images where {known.title} has {known.images:,}"
+            warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=2)
+    base, files, labels, n, class_names = listing
+    images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, size=image_size)
+    _report_copies(name, copies)
+    train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
+    facts = dict(files=[f.relative_to(base).as_posix() for f in files], labels=labels, train=n, content=content)
+    return Splits(train, test, _digest(class_names=class_names, shape=list(images.shape[1:]), **facts))
+
+
+def folder_name(class_name: str) -> str:
+    """The folder of a class below `synthetic/NAME/`: slashes (SUN397's "a/abbey") become underscores."""
+    return class_name.replace("/", "_").replace("\\", "_")
+
+
+def public_images(
+    name: str, root: PathLike = ROOT, *, like: ImageSet | None = None, cache: PathLike = CACHE
+) -> ImageSet:
+    """The synthetic public images that go with a data set: made from public data alone, never from the private set.
+
+    For digits the shipped `data/public/synthetic_digits.npz`, else the image files in `ROOT/synthetic/NAME/CLASS/`
+    (`PATH/synthetic/CLASS/` for `folder:PATH`), where CLASS is `folder_name(class name)`.
+
+    Args:
+        like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
+            folders and the images keep their size.
+
+    Raises FileNotFoundError if there are none, ValueError that names the classes without any.
+    """
+    if name == "digits":
+        return _synthetic_digits()
+    if name.startswith("folder:"):
+        base = Path(name.removeprefix("folder:")).expanduser() / "synthetic"
+    else:
+        one_of("dataset", name, NAMES)
+        base = Path(root).expanduser() / "synthetic" / name
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.synthesis.generate, "
+            "or choose a method without them (k_diff=0)"
+        )
+    no_linked_folders(base)
+    found = datasets.ImageFolder(base, allow_empty=True)
+    class_names = like.class_names if like else tuple(found.classes)
+    place = {folder_name(c): i for i, c in enumerate(class_names)}
+    extra = sorted(set(found.classes) - set(place))
+    require(not extra, "dataset", name, f"{base} holds folders of no class: {', '.join(extra[:5])}")
+    files = [Path(f) for f, _ in found.samples]
+    labels = np.array([place[found.classes[c]] for _, c in found.samples], dtype=np.int64)
+    _every_class(labels, class_names, name, str(base))
+    channels, height, width = like.images.shape[1:] if like else (None, None, None)
+    size = (height, width) if height and width else None
+    label = f"synthetic {name}"
+    images, *_ = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
+    return ImageSet(images, torch.from_numpy(labels), class_names, like.flip if like else True)
+
+
+def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, where: str) -> None:
+    missing = [c for i, c in enumerate(class_names) if not (labels == i).any()]
+    told = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    require(not missing, "dataset", name, f"{len(missing)} classes have no synthetic images in {where}: {told}")
+
+
+def _synthetic_digits() -> ImageSet:
     path = PUBLIC / "synthetic_digits.npz"
     if not path.is_file() or not path.with_suffix(".json").is_file():
         raise FileNotFoundError(
@@ -141,15 +338,10 @@ def public_images(name: str) -> ImageSet:
         )
     wanted = json.loads(path.with_suffix(".json").read_text())["sha256"]
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    require(
-        found == wanted,
-        str(path),
-        f"sha256 {found[:12]}",
-        f"the record beside it says {wanted[:12]}; restore it from git",
-    )
+    remedy = f"the record beside it says {wanted[:12]}; restore it from git, or run notebooks/public_standins"
+    require(found == wanted, str(path), f"sha256 {found[:12]}", remedy)
     with np.load(path, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     public = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"), flip=False)
-    missing = [c for i, c in enumerate(public.class_names) if not (labels == i).any()]
-    require(not missing, "public_images", name, f"no synthetic images of {', '.join(missing)}")
+    _every_class(labels, public.class_names, "digits", str(path))
     return public
