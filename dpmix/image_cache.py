@@ -17,6 +17,8 @@ import hashlib
 import json
 import mmap
 import os
+import platform
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,9 @@ DEFAULT_SIZE = 224
 _FORMAT = 1
 _BLOCK = 1 << 26
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
+# Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
+_KNOWN = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", _KNOWN)
 _VERIFIED: set[tuple[str, int, int]] = set()
 
 
@@ -228,7 +233,7 @@ def _seal(body: object) -> str:
 
 def _map(path: Path, shape: Sequence[int]) -> UInt8[Tensor, "n C H W"]:
     """The file as a tensor over a private map: read on demand, and writing to it never reaches the file."""
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)  # may be larger than the memory
+    flags = mmap.MAP_PRIVATE | _NORESERVE
     with path.open("rb") as file:
         return torch.frombuffer(
             mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8
