@@ -1,0 +1,340 @@
+"""Floor 0: clipped per-example gradient sums of a whole network (Eq. (4); Algorithm 1, "for each (x*, y*)" to the sum).
+
+An example's K views are averaged **first**: the gradient of the (weighted) mean loss over its views *is* the averaged
+gradient. It is clipped to C and added up. Example i contributes a vector of norm at most C (1 + 1e-6) that depends on
+its own views and on the weights only; adding or removing an example moves the sum by no more. No noise is added here.
+
+Engines, all equal to the slow oracle:
+
+* `loop`: one backward per private example over its K views, which amortise the clipping. `auto` takes it on a CPU.
+* `grouped`: one backward for the batch; the layers form each example's gradient, summed over its views before it is
+  stored (Conv2d, standardised convolution, Linear, GroupNorm, LayerNorm). `auto` takes it on a GPU where it can.
+* `vmap`: vmap of grad (`torch.func`), for every layer that torch.func can map. `auto` takes it on a GPU otherwise.
+
+Precision: norms, clipping and sums are float32 (float64 for a float64 model), and blocks of a norm add up in float64.
+`autocast=torch.bfloat16` runs forward and backward in bfloat16: the gradients are rounded, but the rounded gradient is
+what is measured, clipped and added, so the bound stands. No global flag is touched: whether float32 products on a GPU
+may run in TF32 is `torch.backends`' business (cuDNN convolutions: yes by default) and, like bfloat16, costs accuracy of
+the gradient but never the bound.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dpmix.checks import one_of, require, whole
+from dpmix.wide_resnet import Norm, StandardisedConv2d, check_no_mixing, standardise_pullback
+
+ENGINES = ("auto", "loop", "grouped", "vmap")
+_ELSE = "use engine='vmap' or engine='loop'"
+_BLOCK = 256  # float32 squares added up before float64 takes over
+_UNFOLDED = 2**28  # elements of an unfolded input that may exist at a time
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """`grads`: parameter name -> sum shaped as the parameter; `norms` [b] before clipping, not finite where an example
+    was dropped; `engine` that ran; `non_finite`: how many were dropped. Norms and counts come from private data without
+    noise: diagnostics, not for release."""
+
+    grads: dict[str, Tensor]
+    norms: Float[Tensor, " b"]
+    engine: str
+    non_finite: int
+
+
+def clipped_gradient_sum(
+    model: nn.Module,
+    images: Float[Tensor, "b K C H W"],
+    targets: Float[Tensor, "b K num_classes"],
+    clip_norm: float,
+    engine: str = "auto",
+    *,
+    view_weights: Float[Tensor, "b K"] | None = None,
+    physical_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> ClippedSum:
+    """Sum over b examples of clip_C{(1/K) sum_k grad CE(model(image_k), target_k)}, for parameters with requires_grad.
+
+    targets are distributions (soft labels); the loss is cross entropy. view_weights replace the weights 1/K.
+    engine: see the module; physical_batch: examples at a time (memory, not the result); channels_last: the memory
+    format of the views; autocast: None or torch.bfloat16.
+    An example whose gradient is not finite (or too large for its norm to be) contributes exactly zero and is counted;
+    no exception depends on the data. b = 0 gives zeros; K = 1 is plain DP-SGD; an infinite clip norm the plain sum.
+    Raises ValueError for BatchNorm and the like, an unknown engine, shapes that do not fit or K = 0.
+    """
+    clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
+    if physical_batch is not None:
+        whole("physical_batch", physical_batch, 1)
+    step = physical_batch or max(len(images), 1)
+    norms = [images.new_zeros(0)]
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        norms.append(clipper.add(images[part], targets[part], None if view_weights is None else view_weights[part]))
+    return ClippedSum(clipper.grads(), torch.cat(norms), clipper.engine, int(clipper.non_finite))
+
+
+class Clipper:
+    """Adds clipped gradients of many physical batches into `total`, one flat buffer; see `clipped_gradient_sum`.
+
+    The sum over physical batches of the `loop` engine is the same to the last bit however the examples are split.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clip_norm: float,
+        engine: str = "auto",
+        *,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        unfold: bool | None = None,
+    ) -> None:
+        one_of("engine", engine, ENGINES)
+        require(clip_norm == float("inf") or clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
+        require(autocast in (None, torch.bfloat16), "autocast", autocast, "must be None or torch.bfloat16")
+        check_no_mixing(model)
+        self.model, self.clip_norm, self.autocast, self.channels_last = model, clip_norm, autocast, channels_last
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        require(len(self.parameters) > 0, "model", type(model).__name__, "has no parameter with requires_grad")
+        first = next(iter(self.parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters.values()) else torch.float32
+        self.total = torch.zeros(sum(p.numel() for p in self.parameters.values()), dtype=wide, device=self.device)
+        self.non_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+        left_over = _not_grouped(model)
+        if engine == "auto":
+            engine = "loop" if self.device.type != "cuda" else "vmap" if left_over else "grouped"
+        require(engine != "grouped" or not left_over, "engine", engine, f"has no rule for {left_over}; {_ELSE}")
+        self.engine = engine
+        self.unfold = self.device.type != "cpu" if unfold is None else unfold  # measured: see benchmarks/network.py
+        self._own: Tensor | None = None
+
+    def reset(self) -> None:
+        """Start a new sum."""
+        self.total.zero_()
+        self.non_finite.zero_()
+
+    def grads(self) -> dict[str, Tensor]:
+        """The sum so far, as views of `total` shaped as the parameters."""
+        return unflatten(self.total, self.parameters)
+
+    def add(
+        self,
+        images: Float[Tensor, "b K C H W"],
+        targets: Float[Tensor, "b K num_classes"],
+        view_weights: Float[Tensor, "b K"] | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device."""
+        b, k = images.shape[:2]
+        require(k > 0, "K", k, "an example needs at least one view")
+        require(targets.shape[:2] == (b, k), "targets.shape", tuple(targets.shape), f"must begin with {(b, k)}")
+        weights = torch.full((b, k), 1.0 / k, dtype=torch.float64) if view_weights is None else view_weights
+        images, targets, weights = images.to(self.device, self.dtype), targets.to(self.device), weights.to(self.device)
+        if not b:
+            return self.total.new_zeros(0)
+        run = {"loop": self._loop, "grouped": self._grouped, "vmap": self._vmap}[self.engine]
+        squares = run(images, targets, weights)
+        norms = squares.sqrt()
+        self.non_finite += (~norms.isfinite()).sum()
+        return norms.to(self.total.dtype)
+
+    def _format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _scale(self, squares: Tensor) -> Tensor:
+        """min(1, C / norm), and 0 where the norm is not finite."""
+        scale = (self.clip_norm / squares.sqrt()).clamp(max=1.0)
+        return torch.where(squares.isfinite(), scale, torch.zeros_like(scale)).to(self.total.dtype)
+
+    def _loop(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        parameters, squares = list(self.parameters.values()), []
+        own = torch.empty_like(self.total) if self._own is None else self._own  # the example's gradient
+        self._own, places = own, list(unflatten(own, self.parameters).values())
+        for x, target, weight in zip(images, targets, weights, strict=True):
+            with self._precision():
+                logits = self.model(self._format(x))
+            grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
+            for place, g in zip(places, grads, strict=True):
+                place.zero_() if g is None else place.copy_(g)
+            squares.append(_squared_norms(own[None])[0])
+            scale = self._scale(squares[-1])
+            if self.device.type == "cpu":  # no device to wait for: one pass instead of two
+                if float(scale) > 0:
+                    self.total.add_(own, alpha=float(scale))
+            else:
+                self.total.add_(own.nan_to_num_(0.0, 0.0, 0.0).mul_(scale))
+        return torch.stack(squares)
+
+    def _vmap(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        fixed = {name: t for name, t in tensors if name not in self.parameters}
+
+        def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+            return _loss(torch.func.functional_call(self.model, parameters | fixed, (x,)), target, weight)
+
+        values = {name: p.detach() for name, p in self.parameters.items()}
+        with self._precision():
+            each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(values, images, targets, weights)
+        return self._clip_and_add({name: g.flatten(1) for name, g in each.items()}, len(images))
+
+    def _grouped(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        each: dict[int, Tensor] = {}
+        with _recording(self.model, len(images), each, self.unfold):
+            x = self._format(images.flatten(0, 1)).detach().requires_grad_()
+            with self._precision():
+                logits = self.model(x)
+            # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
+            torch.autograd.grad(_loss(logits, targets.flatten(0, 1), weights.flatten()), x)
+        return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
+
+    def _clip_and_add(self, each: dict[str, Tensor], b: int) -> Tensor:
+        """`each`: per-example gradients [b, numel]; emptied here, a layer at a time."""
+        squares = torch.zeros(b, dtype=torch.float64, device=self.device)
+        for name, g in each.items():
+            each[name] = g = g.to(self.total.dtype)
+            squares += _squared_norms(g)
+        scale, dropped = self._scale(squares), ~squares.isfinite()
+        for name, total in unflatten(self.total, self.parameters).items():
+            if name in each:  # a product of a vector and a matrix, which is never TF32
+                total += (scale @ each.pop(name).masked_fill(dropped[:, None], 0.0)).view_as(total)
+        return squares
+
+
+def unflatten(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Views of a flat buffer, shaped and named as the parameters, in their order."""
+    parts = flat.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+
+
+def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the soft-target cross entropies of all rows, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -((target.to(logits.dtype) * F.log_softmax(logits, dim=-1)).sum(-1) * weight.to(logits.dtype)).sum()
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Squared norm of each row, float64. A plain float32 norm of three million terms may be 1e-4 too small."""
+    whole_blocks = rows.shape[1] // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(rows[:, :whole_blocks].unflatten(1, (-1, _BLOCK)), dim=-1)
+    rest = torch.linalg.vector_norm(rows[:, whole_blocks:], dim=1)
+    return blocks.double().square().sum(1) + rest.double().square()
+
+
+# The grouped engine: one rule per layer, from its input and its output's gradient to the per-example gradients.
+
+
+def _linear(layer: nn.Linear, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+    x, g = x.reshape(b, -1, x.shape[-1]).to(g.dtype), g.reshape(b, -1, g.shape[-1])
+    return {"weight": g.mT @ x, "bias": _total(g, 1)}
+
+
+def _conv(layer: nn.Conv2d, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+    """Unfolded input times output gradient, one matrix product an example; or the library's own weight gradient."""
+    x, padding = x.to(g.dtype), layer.padding
+    if isinstance(padding, str) or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    bias = _total(g.unflatten(0, (b, -1)), (1, 3, 4))
+    if not unfold or layer.groups > 1:
+        rule = torch.ops.aten.convolution_backward
+        rows = [
+            rule(dy, dx, layer.weight, None, layer.stride, padding, layer.dilation, False, [0, 0], layer.groups,
+                 [False, True, False])[1].flatten()
+            for dx, dy in zip(x.unflatten(0, (b, -1)), g.unflatten(0, (b, -1)), strict=True)
+        ]  # fmt: skip
+        return {"weight": torch.stack(rows), "bias": bias}
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()  # NHWC
+    g = g.permute(0, 2, 3, 1)
+    (n, height, width, _), (kh, kw) = g.shape, layer.kernel_size
+    (s0, s1, s2, s3), (d0, d1), (t0, t1) = x.stride(), layer.dilation, layer.stride
+    windows = x.as_strided((n, height, width, kh, kw, x.shape[3]), (s0, s1 * t0, s2 * t1, s1 * d0, s2 * d1, s3))
+    step = max(1, _UNFOLDED * b // windows.numel())
+    g, windows = g.reshape(b, -1, g.shape[3]), windows.unflatten(0, (b, -1))
+    parts = [dy.mT @ dx.reshape(*dy.shape[:2], -1) for dy, dx in zip(g.split(step), windows.split(step), strict=True)]
+    weight = torch.cat(parts).unflatten(2, (kh, kw, -1)).permute(0, 1, 4, 2, 3)
+    return {"weight": weight.flatten(1), "bias": bias}
+
+
+def _standardised(layer: StandardisedConv2d, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+    grads = _conv(layer, x, g, b, unfold)
+    per_filter = grads["weight"].view(b, layer.out_channels, -1)
+    grads["weight"], grads["gain"] = standardise_pullback(layer.weight, layer.gain, per_filter.to(layer.weight.dtype))
+    return grads
+
+
+def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+    normal, g = F.group_norm(x, layer.num_groups, eps=layer.eps).unflatten(0, (b, -1)), g.unflatten(0, (b, -1))
+    others = [d for d in range(g.ndim) if d not in (0, 2)]
+    return {"weight": _total(normal * g, others), "bias": _total(g, others)}
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+    normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps).unflatten(0, (b, -1))
+    g, others = g.unflatten(0, (b, -1)), list(range(1, 1 + x.ndim - len(layer.normalized_shape)))
+    return {"weight": _total(normal * g, others), "bias": _total(g, others)}
+
+
+_RULES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
+    nn.Linear: _linear, nn.Conv2d: _conv, StandardisedConv2d: _standardised,
+    nn.GroupNorm: _group_norm, Norm: _group_norm, nn.LayerNorm: _layer_norm,
+}  # fmt: skip
+
+
+def _total(g: Tensor, dim: int | list[int] | tuple[int, ...]) -> Tensor:
+    return g.sum(dim, dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def _not_grouped(model: nn.Module) -> str:
+    """The first layer with trainable parameters that the grouped engine has no rule for; empty if there is none."""
+    for name, layer in model.named_modules():
+        if type(layer) not in _RULES and any(p.requires_grad for p in layer.parameters(recurse=False)):
+            return f"layer {name or 'model'!r} ({type(layer).__name__})"
+    return ""
+
+
+@contextmanager
+def _recording(model: nn.Module, b: int, each: dict[int, Tensor], unfold: bool) -> Iterator[None]:
+    """Inside, a backward through `model` fills `each` with per-example gradients [b, numel], keyed by id(parameter).
+
+    The parameters ask for no gradient meanwhile, so that the batch's own weight gradients are not computed as well.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def record(name: str, layer: nn.Module, x: Tensor, version: int, g: Tensor) -> None:
+        if len(g) % b or len(x) != len(g) or x._version != version:
+            raise ValueError(f"model: layer {name!r} changes its input or the batch dimension; {_ELSE}")
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            for key, grads in _RULES[type(layer)](layer, x, g, b, unfold).items():
+                parameter = getattr(layer, key)
+                if parameter is not None and id(parameter) in trained:
+                    grads, before = grads.flatten(1), each.get(id(parameter))
+                    each[id(parameter)] = grads if before is None else before + grads
+
+    def remember(name: str, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        if not output.requires_grad:
+            raise ValueError(f"model: layer {name!r} does not see the images; {_ELSE}")
+        output.register_hook(partial(record, name, layer, args[0].detach(), args[0]._version))
+
+    layers = [(n, m) for n, m in model.named_modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
+    hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers]
+    owners = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in owners:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in owners:
+            p.requires_grad_(True)
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,341 @@
+"""Floor 3: train every weight of a network with DP-SGD on views (Algorithm 1), from scratch or further.
+
+A step: a Poisson sample of ids, their views in physical batches, the clipped sum, *one* Gaussian noise, and an SGD
+step on the noisy sum divided by the expected batch size. Every draw is keyed by what it is for, so weights, momentum,
+EMA and a step number are all that a run needs to go on, bit for bit on a CPU (on a GPU as far as its kernels are
+deterministic).
+
+Several processes: start the same script under `torchrun`. Each takes every W-th id of the logical batch, the clipped
+sums are added up over all (gloo on CPUs, NCCL on GPUs), and each adds the same keyed noise to the same sum.
+"""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, Num
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dpmix import checkpoint as checkpoints
+from dpmix import microbatch as micro
+from dpmix import privacy, rng, views
+from dpmix.checks import one_of, positive, require, whole
+from dpmix.clipping_network import Clipper, unflatten
+from dpmix.processes import add_up, agree_on_step, device_of, from_first, processes
+from dpmix.wide_resnet import check_no_mixing
+
+COUNTERS = ("examples", "views", "non_finite", "clipped")
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """What `train` returns. Tensors are on the CPU.
+
+    `state`, `ema_state`: state_dicts of the last step (EMA: None without ema_decay); only these, the number of steps
+    and the hyperparameters are covered by the guarantee. `engine`: the one that ran. `counters`: examples and views
+    processed, examples dropped because their gradient was not finite, examples whose gradient was clipped (units that
+    were clipped are microbatches where there are any). `diagnostics`: (step, value of `evaluate`). Counters and
+    diagnostics come from private data without noise: not for release. `seconds`: of training, over all pieces;
+    `resumed_from`: the step of the checkpoint, 0 if there was none.
+    """
+
+    state: dict[str, Tensor]
+    ema_state: dict[str, Tensor] | None
+    steps: int
+    engine: str
+    counters: dict[str, int]
+    diagnostics: list[tuple[int, Any]]
+    seconds: float
+    resumed_from: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that a step changes. Replaced as one, never written to: an interrupt finds the old one or the new one."""
+
+    step: int
+    weights: Tensor
+    velocity: Tensor | None
+    ema: Tensor | None
+    counters: dict[str, int]
+
+
+def train(
+    model: nn.Module,
+    images: Num[Tensor, "n C H W"],
+    labels: Int64[Tensor, " n"],
+    *,
+    recipe: views.Recipe,
+    num_classes: int,
+    clip_norm: float,
+    noise_multiplier: float,
+    learning_rate: float,
+    expected_batch: float,
+    sample_rate: float,
+    steps: int,
+    seed: int | None,
+    public: views.PublicImages | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    ema_decay: float | None = None,
+    microbatch: int = 1,
+    microbatch_mix: str = "none",
+    physical_batch: int = 64,
+    engine: str = "auto",
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    device: str | torch.device = "cpu",
+    delta: float | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = True,
+    spec: dict[str, Any] | None = None,
+    progress: bool = True,
+    evaluate: Callable[[nn.Module, int], Any] | None = None,
+    evaluate_every: int = 0,
+) -> TrainedNetwork:
+    """DP-SGD on the views of `recipe`, for the parameters of `model` with requires_grad, in place.
+
+    The mechanism: images uint8 (or float 0..1) and their labels; each example joins a step with probability
+    `sample_rate`; noise of standard deviation noise_multiplier * clip_norm; divisor `expected_batch` (never the
+    realised batch; a step with nobody in it still adds noise and counts). SGD at a constant rate, v = momentum v + g,
+    w -= lr v; then w *= 1 - lr weight_decay (decoupled, of noisy weights only); EMA of the weights with De et al.'s
+    warm-up, min(ema_decay, (1 + t) / (10 + t)). No schedule.
+    `microbatch` b > 1 is Eq. (2): a fixed keyed partition, Poisson sampling and `expected_batch` count *microbatches*,
+    and the noise is scaled for 2 C (`microbatch`); `microbatch_mix`: "none", "add" or "replace".
+
+    What does not change the result beyond rounding: `physical_batch` (examples at a time), `engine`, `autocast`,
+    `channels_last`, `device`, number of processes.
+
+    `checkpoint`: a file, written every `checkpoint_every` steps and on Ctrl-C; `resume=True` goes on from it if it is
+    there. A checkpoint of another run is refused, naming the difference; `spec` (JSON-able) adds what the caller wants
+    compared, such as a digest of the data. A checkpoint is for going on, not for release: it holds a digest of the
+    seed and the counters. `delta`: for the progress bar, which then shows the epsilon spent so far.
+    `evaluate(model, step)` is called every `evaluate_every` steps and at the end, on the first process.
+    seed=None takes fresh entropy; a published seed voids the guarantee (`rng`).
+
+    Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
+    """
+    _check(locals())
+    rank, world = processes(device)
+    device = device_of(device)
+    if seed is None:
+        require(checkpoint is None, "seed", None, "a run with checkpoints must be given its seed, to go on with it")
+        seed = from_first(rng.fresh_seed(), world)
+    model.to(device)
+    _check_model(model, images, num_classes)
+    clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
+    parameters, n = clipper.parameters, len(images)
+    table = micro.microbatch_partition(n, microbatch, seed=seed) if microbatch > 1 else torch.arange(n)[:, None]
+    deviation = noise_multiplier * clip_norm * micro.sensitivity(microbatch)
+    told = {
+        "recipe": asdict(recipe), "n": n, "image shape": list(images.shape[1:]), "num_classes": num_classes,
+        "clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "learning_rate": learning_rate,
+        "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps, "momentum": momentum,
+        "weight_decay": weight_decay, "ema_decay": ema_decay,
+        "microbatch": microbatch, "microbatch_mix": microbatch_mix,
+        "public images": 0 if public is None else len(public.labels), "model": _layout(model), **(spec or {}),
+        "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
+    }  # fmt: skip
+    told = json.loads(json.dumps(told))
+    compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
+               "physical_batch": physical_batch, "channels_last": channels_last}  # fmt: skip
+    flat = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in parameters.values()])
+    state = _State(0, flat, torch.zeros_like(flat) if momentum else None, None if ema_decay is None else flat,
+                   dict.fromkeys(COUNTERS, 0))  # fmt: skip
+    diagnostics: list[tuple[int, Any]] = []
+    path, seconds = None if checkpoint is None else Path(checkpoint), 0.0
+    found = checkpoints.load_latest(path) if path is not None and resume else None
+    if found is not None:
+        state, seconds, diagnostics = _restore(path, found, told, compute, device)
+    agree_on_step(state.step, world, device)
+    start, began = state.step, time.monotonic()
+
+    def keep() -> None:
+        if path is not None and rank == 0:
+            tensors = {"weights": state.weights, "velocity": state.velocity, "ema": state.ema}
+            meta = {"spec": told, "compute": compute, "step": state.step, "counters": state.counters,
+                    "seconds": seconds + time.monotonic() - began, "diagnostics": diagnostics}  # fmt: skip
+            checkpoints.save(path, {k: t for k, t in tensors.items() if t is not None}, meta)
+
+    def clipped_sum(step: int) -> dict[str, int]:
+        clipper.reset()
+        rows = privacy.poisson_batch(len(table), sample_rate, seed=seed, step=step)[rank::world]
+        seen = dict.fromkeys(COUNTERS, 0)
+        for part in rows.split(max(1, physical_batch // microbatch)):
+            if not len(part):
+                continue
+            ids, present = table[part].clamp(min=0), table[part] >= 0
+            made = views.make_views(
+                images[ids[present]].to(device), labels[ids[present]].to(device), ids[present], recipe,
+                num_classes=num_classes, seed=seed, step=step, public=public,
+            )  # fmt: skip
+            if microbatch == 1:
+                norms = clipper.add(made.images, made.targets)
+            else:
+                lam = micro.mixing_weights(part, recipe.views, alpha=recipe.alpha, seed=seed, step=step)
+                x, y = (t.new_zeros(*present.shape, *t.shape[1:]) for t in made)
+                there = present.to(device)
+                x[there], y[there] = made.images, made.targets
+                norms = clipper.add(*micro.microbatch_views(x, y, there, microbatch_mix, lam))
+            seen["examples"] += int(present.sum())
+            seen["views"] += int(present.sum()) * recipe.views
+            seen["clipped"] += int((norms > clip_norm).sum())
+        seen["non_finite"] = int(clipper.non_finite)
+        return add_up(clipper.total, seen, world)
+
+    def updated(seen: dict[str, int]) -> _State:
+        noise = noise_of(parameters, deviation, seed=seed, step=state.step).to(clipper.total)
+        gradient = (clipper.total + noise) / expected_batch
+        velocity = None if state.velocity is None else state.velocity * momentum + gradient
+        weights = state.weights - learning_rate * (gradient if velocity is None else velocity)
+        if weight_decay:
+            weights *= 1 - learning_rate * weight_decay
+        ema = state.ema
+        if ema is not None and ema_decay is not None:
+            decay = min(ema_decay, (1 + state.step) / (10 + state.step))
+            ema = decay * ema + (1 - decay) * weights
+        counters = {name: state.counters[name] + seen[name] for name in COUNTERS}
+        return _State(state.step + 1, weights, velocity, ema, counters)
+
+    _fill(parameters, state.weights)
+    bar = tqdm(total=steps, initial=start, desc="DP-SGD", unit="step", disable=not progress or rank > 0)
+    try:
+        while state.step < steps:
+            state = updated(clipped_sum(state.step))
+            _fill(parameters, state.weights)
+            bar.update()
+            done = state.step == steps
+            if delta is not None and not bar.disable and (done or state.step % max(1, steps // 20) == 0):
+                spent = privacy.epsilon_spent(
+                    noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=state.step
+                )
+                bar.set_postfix_str(f"ε = {spent:.2f} of δ = {delta:g}")
+            if evaluate is not None and rank == 0 and (done or (evaluate_every and state.step % evaluate_every == 0)):
+                diagnostics.append((state.step, evaluate(model, state.step)))
+            if done or state.step % checkpoint_every == 0:
+                keep()
+    except KeyboardInterrupt:
+        keep()
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        keep()
+        said = f"try physical_batch={physical_batch // 2}; the result does not depend on it"
+        if physical_batch // 2 < microbatch:
+            said = "the views of one example alone do not fit: take fewer views, a smaller network or another engine"
+        raise MemoryError(f"physical_batch={physical_batch}: out of memory on {device}; {said}") from None
+    finally:
+        bar.close()
+        _fill(parameters, state.weights)
+    last = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    averaged = None
+    if state.ema is not None:
+        parts = unflatten(state.ema, parameters)
+        averaged = {name: parts[name].to(t).cpu() if name in parts else t for name, t in last.items()}
+    took = seconds + time.monotonic() - began
+    return TrainedNetwork(last, averaged, steps, clipper.engine, state.counters, diagnostics, took, start)
+
+
+def noise_of(parameters: dict[str, nn.Parameter], deviation: float, *, seed: int, step: int) -> Float[Tensor, " size"]:
+    """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, parameter name)."""
+    parts = [rng.generator(seed, "noise", step, name).standard_normal(p.numel()) for name, p in parameters.items()]
+    return torch.cat([torch.from_numpy(part) for part in parts]) * deviation
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, images: Num[Tensor, "n C H W"], labels: Int64[Tensor, " n"], *, physical_batch: int = 256
+) -> float:
+    """The fraction of images whose largest logit is their label's, without augmentation. On private images this is a
+    diagnostic, not for release. No images: nan."""
+    device, hits = next(model.parameters()).device, 0
+    for x, y in zip(images.split(physical_batch), labels.split(physical_batch), strict=True):
+        pixels = views.transforms.as_float(x.to(device))
+        hits += int((model(pixels).argmax(1) == y.to(device)).sum())
+    return hits / len(labels) if len(labels) else float("nan")
+
+
+def _check(given: dict[str, Any]) -> None:
+    model, images, labels = given["model"], given["images"], given["labels"]
+    said = f"must be as many as the images, {len(images)}, and some"
+    require(len(images) == len(labels) > 0, "labels", len(labels), said)
+    for name in ("physical_batch", "num_classes", "checkpoint_every", "microbatch"):
+        whole(name, given[name], 1)
+    for name in ("steps", "evaluate_every"):
+        whole(name, given[name])
+    for name in ("clip_norm", "learning_rate", "expected_batch"):
+        positive(name, given[name])
+    for name in ("noise_multiplier", "weight_decay"):
+        require(given[name] >= 0, name, given[name], "must not be negative")
+    require(0 < given["sample_rate"] <= 1, "sample_rate", given["sample_rate"], "must lie in (0, 1]")
+    for name in ("momentum", "ema_decay"):
+        require(given[name] is None or 0 <= given[name] < 1, name, given[name], "must lie in [0, 1)")
+    require(labels.min() >= 0 and labels.max() < given["num_classes"], "num_classes", given["num_classes"],
+            f"the labels go from {int(labels.min())} to {int(labels.max())}")  # fmt: skip
+    one_of("microbatch_mix", given["microbatch_mix"], micro.MIXES)
+    mixes = given["microbatch_mix"] != "none"
+    require(not mixes or given["microbatch"] == 2, "microbatch", given["microbatch"], "must be 2 to mix the pair")
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
+            kind = type(layer).__name__
+            raise ValueError(f"model: layer {name!r} is {kind}(p={layer.p}), whose draws are not keyed; set p=0")
+
+
+def _check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Run the model on three images of pure noise: it must take them, answer with logits and not mix them."""
+    like = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
+    probe = torch.from_numpy(rng.generator(0, "probe").random((3, *images.shape[1:]))).to(like)
+    check_no_mixing(model)
+    try:
+        with torch.no_grad():
+            got = tuple(model(probe).shape)
+    except RuntimeError as error:
+        shape, said = tuple(images.shape[1:]), str(error).splitlines()[0]
+        raise ValueError(f"images: the model does not take images of shape {shape} ({said})") from None
+    require(got == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {got}")
+    check_no_mixing(model, probe)
+
+
+def _layout(model: nn.Module) -> str:
+    """Names, shapes and dtypes of all tensors, and the values of those that are not trained."""
+    digest, trained = hashlib.sha256(), {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, t in model.state_dict().items():
+        digest.update(repr((name, tuple(t.shape), str(t.dtype), name in trained)).encode())
+        if name not in trained:
+            digest.update(t.detach().cpu().double().numpy().tobytes())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+
+
+def _restore(
+    path: Path | None, found: tuple[dict[str, Tensor], dict[str, Any]], told: dict[str, Any], compute: dict[str, Any],
+    device: torch.device,
+) -> tuple[_State, float, list[tuple[int, Any]]]:  # fmt: skip
+    tensors, meta = found
+    differs = checkpoints.differences(meta["spec"], told)
+    said = f"is of another run ({differs}); name another file, or set resume=False"
+    require(not differs, "checkpoint", str(path), said)
+    otherwise = checkpoints.differences(meta["compute"], compute)
+    if otherwise:
+        warnings.warn(f"resuming with other compute settings ({otherwise}): equal to rounding only", stacklevel=3)
+    moved = {name: t.to(device) for name, t in tensors.items()}
+    state = _State(meta["step"], moved["weights"], moved.get("velocity"), moved.get("ema"), meta["counters"])
+    return state, meta["seconds"], [(step, value) for step, value in meta["diagnostics"]]
+
+
+def _fill(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:
+    with torch.no_grad():
+        for name, part in unflatten(flat, parameters).items():
+            parameters[name].copy_(part)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
