@@ -44,7 +44,7 @@ def clipped_head_sums(
     Head r averages the views with the weights view_weights[r] (rows sum to one) and clips weight and bias together to
     clip_norms[r]. With delta_k the logit gradient of view k, z_k its features and w its weight, the averaged gradient is
     G = sum_k w_k delta_k (z_k, 1)^T. Its norm comes from two Gram matrices (ghost norm; Li et al. 2022, Bu et al. 2022),
-    |G|^2 = sum_kl w_k w_l (delta_k . delta_l) (z_k . z_l + 1), and the clipped sum is one matrix product per group of
+    ``|G|^2 = sum_kl w_k w_l (delta_k . delta_l) (z_k . z_l + 1)``, and the clipped sum is one matrix product per group of
     heads that share their views: no per-example gradient is ever stored, and memory is b * K * R * num_classes.
 
     Guarantee: example i contributes a matrix of norm at most C, whatever its features. The Gram norm of views that
@@ -84,7 +84,9 @@ def clipped_head_sums(
         squared = (gram_delta * gram_z[:, None]).sum(dim=(-1, -2)).clamp_(min=0)
         # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
         lengths = (gram_delta.diagonal(dim1=-2, dim2=-1) * gram_z.diagonal(dim1=-2, dim2=-1)[:, None]).clamp_(min=0)
-        error = lengths.sqrt().sum(dim=-1).square() * (4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5)
+        error = lengths.sqrt().sum(dim=-1).square() * (
+            4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5
+        )
         norm = squared.sqrt()
         finite = norm.isfinite() & error.isfinite()
         scale = (clip_norms[heads_of].to(norm) / (squared + error).sqrt()).nan_to_num_(nan=1.0).clamp_(max=1.0)

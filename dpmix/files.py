@@ -114,7 +114,9 @@ def load_tensors(path: Path, identity: str) -> tuple[dict[str, Tensor], dict] | 
         except FileNotFoundError:
             continue
         except (SafetensorError, ValueError, KeyError) as err:
-            warnings.warn(f"{candidate}: damaged ({type(err).__name__}); the checkpoint before it is used", stacklevel=2)
+            warnings.warn(
+                f"{candidate}: damaged ({type(err).__name__}); the checkpoint before it is used", stacklevel=2
+            )
             continue
         if about["identity"] != identity:
             raise ValueError(

@@ -5,8 +5,8 @@ each view once and trains every head of the bank on the views that are its own. 
 the same Poisson batches, its own learning rate, clip norm and noise multiplier, and noise of its own.
 
 Noise must be independent between heads: the difference of two heads with shared noise would be free of it. It is keyed
-by what the head is, so a head has the same noise alone and in a bank. A bank is a tuning tool; releasing r of its heads
-costs the composition of r mechanisms, not the budget of one.
+by what the run is (head, encoder, batch size, rate, steps), so a head has the same noise alone and in a bank. A bank is
+a tuning tool; releasing r of its heads costs the composition of r mechanisms, not the budget of one.
 """
 
 import time
@@ -62,7 +62,9 @@ class _State:
     step: int = 0
     views: int = 0
     dropped: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("views", "encoder", "clipping", "noise"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("views", "encoder", "clipping", "noise"), 0.0)
+    )
 
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -78,6 +80,7 @@ def train_bank(
     expected_batch: int,
     steps: int,
     seed: int,
+    sample_rate: float | None = None,
     public: views.PublicImages | None = None,
     initial: tuple[Tensor, Tensor] | None = None,
     ids: Int64[Tensor, " n"] | None = None,
@@ -88,7 +91,7 @@ def train_bank(
     progress: bool = True,
     observe: Observer | None = None,
 ) -> Bank:
-    """Algorithm 1 for every head at once: `steps` Poisson steps at rate q = expected_batch / n.
+    """Algorithm 1 for every head at once: `steps` Poisson steps at rate q (`sample_rate`; expected_batch / n by default).
 
     The divisor of the noisy sum is `expected_batch`, exactly; a step with an empty batch adds noise all the same.
     Weights start at zero unless `initial` [num_classes, D], [num_classes] is given (it must not hold private data).
@@ -100,7 +103,9 @@ def train_bank(
     The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
     """
     n = len(labels)
-    checks.require(len(images) == n > 0, "images", len(images), f"must have as many examples as labels ({n}), and at least 1")
+    checks.require(
+        len(images) == n > 0, "images", len(images), f"must have as many examples as labels ({n}), and at least 1"
+    )
     checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
     repeated = len(heads) - len(set(heads))
     checks.require(repeated == 0, "heads", repeated, "heads are given twice; they would share their noise")
@@ -108,6 +113,8 @@ def train_bank(
     checks.whole("expected_batch", expected_batch, 1)
     checks.require(expected_batch <= n, "expected_batch", expected_batch, f"must be at most the {n} training examples")
     checks.whole("steps", steps, 1)
+    sample_rate = expected_batch / n if sample_rate is None else sample_rate
+    checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")
     checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1],
                    f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels")  # fmt: skip
     worst = int(labels.max())
@@ -125,7 +132,11 @@ def train_bank(
     biases = torch.zeros(len(heads), num_classes, device=device)
     if initial is not None:
         weights, biases = weights + initial[0].to(device), biases + initial[1].to(device)
-    identity = files.digest(repr((tuple(heads), num_classes, expected_batch, steps, seed, n, encoder.name)))
+    identity = files.digest(
+        repr((tuple(heads), num_classes, expected_batch, sample_rate, steps, seed, n, encoder.name))
+    )
+    run = (encoder.name, num_classes, expected_batch, sample_rate, steps)
+    streams = [files.digest(repr((run, head))) for head in heads]
     state = _State(weights, biases)
     if checkpoint is not None:
         state = _load(checkpoint, identity, state)
@@ -133,14 +144,16 @@ def train_bank(
     bar = tqdm(total=steps, initial=state.step, desc=f"{len(heads)} heads, {union.views} views", disable=not progress)
     try:
         while state.step < steps:
-            chosen = privacy.poisson_batch(n, expected_batch / n, seed=seed, step=state.step)
+            chosen = privacy.poisson_batch(n, sample_rate, seed=seed, step=state.step)
             gradient = torch.zeros_like(state.weights), torch.zeros_like(state.biases)
             for part in chosen.split(physical_batch):
                 tick = time.perf_counter()
                 made = union.make(images[part].to(device), labels[part].to(device), names[part],
                                   num_classes=num_classes, seed=seed, step=state.step, public=public)  # fmt: skip
                 tick = _lap(state.seconds, "views", tick)
-                features = encoder.features(made.images.flatten(0, 1)).reshape(len(part), union.views, encoder.dim).float()
+                features = (
+                    encoder.features(made.images.flatten(0, 1)).reshape(len(part), union.views, encoder.dim).float()
+                )
                 tick = _lap(state.seconds, "encoder", tick)
                 if observe is not None:
                     observe(state.step, features, made.targets, state.weights, state.biases)
@@ -153,7 +166,7 @@ def train_bank(
                 state.views += len(part) * union.views
                 _lap(state.seconds, "clipping", tick)
             tick = time.perf_counter()
-            _add_noise(*gradient, heads, seed, state.step)
+            _add_noise(*gradient, heads, streams, seed, state.step)
             state.weights -= rates[:, None, None] * gradient[0]
             state.biases -= rates[:, None] * gradient[1]
             state.step += 1
@@ -182,12 +195,14 @@ def _lap(seconds: dict[str, float], name: str, since: float) -> float:
     return now
 
 
-def _add_noise(weights: Tensor, biases: Tensor, heads: Sequence[Head], seed: int, step: int) -> None:
+def _add_noise(
+    weights: Tensor, biases: Tensor, heads: Sequence[Head], streams: Sequence[str], seed: int, step: int
+) -> None:
     """N(0, (sigma C)^2) on every coordinate of every head's sum, in place: one independent stream a head and step."""
     _, num_classes, dim = weights.shape
-    for r, head in enumerate(heads):
+    for r, (head, stream) in enumerate(zip(heads, streams, strict=True)):
         if head.noise_multiplier:
-            draw = rng.generator(seed, "noise", step, repr(head)).standard_normal((num_classes, dim + 1))
+            draw = rng.generator(seed, "noise", step, stream).standard_normal((num_classes, dim + 1))
             noise = torch.from_numpy(draw * (head.noise_multiplier * head.clip_norm)).to(weights)
             weights[r] += noise[:, :dim]
             biases[r] += noise[:, dim]
@@ -216,9 +231,10 @@ def encode(
     return torch.cat(parts) if parts else torch.zeros(0, encoder.dim)
 
 
-def accuracy(
-    bank: Bank, features: Float[Tensor, "n D"], labels: Int64[Tensor, " n"]
-) -> Float[Tensor, " R"]:
+def accuracy(bank: Bank, features: Float[Tensor, "n D"], labels: Int64[Tensor, " n"]) -> Float[Tensor, " R"]:
     """Share of examples that each head gets right, 0..1; nan for an empty set."""
-    hits = [(features @ w.T + b).argmax(dim=1).eq(labels).double().mean() for w, b in zip(bank.weights, bank.biases, strict=True)]
+    hits = [
+        (features @ w.T + b).argmax(dim=1).eq(labels).double().mean()
+        for w, b in zip(bank.weights, bank.biases, strict=True)
+    ]
     return torch.stack(hits)

@@ -26,7 +26,13 @@ class Transform:
 
 def as_float(images: Tensor) -> Tensor:
     """Pixels as floats in 0..1: uint8 is divided by 255, floats pass unchanged (float32 unless they are float64)."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images if images.is_floating_point() else _refuse(images)
+    return (
+        images.float() / 255
+        if images.dtype == torch.uint8
+        else images
+        if images.is_floating_point()
+        else _refuse(images)
+    )
 
 
 def _refuse(images: Tensor) -> Tensor:

@@ -30,8 +30,11 @@ MIXES = ("mixup", "cutmix")
 class PublicImages(Protocol):
     """What `make_views` needs of a public set: `data.ImageSet` has it."""
 
-    images: UInt8[Tensor, "m C H W"]
-    labels: Int64[Tensor, " m"]
+    @property
+    def images(self) -> UInt8[Tensor, "m C H W"]: ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " m"]: ...
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,9 @@ class _Draws:
         return first, second, self._stack(rows, self.count), uniforms[..., 2:]
 
 
-def _mixtures(pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+def _mixtures(
+    pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
     """Eq. (3) on two members of each example's own pool; cutmix pastes a box of area 1 - lambda instead."""
     device = pool.images.device
     example = torch.arange(len(first), device=device)[:, None]
@@ -220,11 +225,15 @@ def _mixtures(pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor,
 
 def check_public(public: PublicImages | None, shape: tuple, num_classes: int) -> None:
     """Refuse a missing, empty or ill-fitting public set, before any training."""
-    checks.require(public is not None, "public", public, "k_diff > 0 needs synthetic images; pass public=, or set k_diff=0")
+    checks.require(
+        public is not None, "public", public, "k_diff > 0 needs synthetic images; pass public=, or set k_diff=0"
+    )
     assert public is not None
     checks.require(len(public.labels) > 0, "public", len(public.labels), "is empty; k_diff > 0 needs synthetic images")
     got = tuple(public.images.shape[1:])
-    checks.require(got == shape, "public.images.shape", got, f"must be that of the private images, {shape}; resize them")
+    checks.require(
+        got == shape, "public.images.shape", got, f"must be that of the private images, {shape}; resize them"
+    )
     worst = int(public.labels.max())
     checks.require(worst < num_classes, "public.labels", worst, f"must be below num_classes={num_classes}")
 

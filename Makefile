@@ -1,0 +1,47 @@
+# Two commands: `make book` and `make test`. Each makes the environment if it is not there; both can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CODE := $(wildcard dpmix/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*.json)
+
+.PHONY: book test lint lab env notebooks standins clean
+
+book: $(READY)
+	@mkdir -p book/_build
+	@# The book's cache knows the notebooks' text only: forget it when the code behind them has changed.
+	@cat $(CODE) | cksum > book/_build/code.new; \
+	cmp -s book/_build/code.new book/_build/code || rm -rf book/_build/.jupyter_cache; \
+	mv book/_build/code.new book/_build/code
+	$(BIN)/jupyter-book build -W --keep-going book/
+	@echo "$(CURDIR)/book/_build/html/index.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+notebooks: $(READY)  ## make every .ipynb from its .py
+	$(BIN)/python tests/notebooks.py
+
+standins: $(READY)  ## rebuild data/public from nothing, some 20 minutes
+	$(BIN)/papermill --log-output notebooks/public_standins.ipynb -p rebuild True > /dev/null
+
+env: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "PYTHON=$(PYTHON): is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $(READY)
+
+clean:
+	rm -rf book/_build data/runs data/cache

@@ -1,0 +1,157 @@
+"""Floor 4: from a description of runs to results with provenance. `run`, `run_all`, the result store, releases.
+
+`run_all` looks each spec up in the store, groups what is missing by the pass that can compute it (frozen encoders: all
+heads of one data set, encoder, batch size, seed, ...), computes each pass once, and writes one JSON a run. An
+interrupted pass continues where it was. What is stored is never computed again, unless the spec or the code changed.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dpmix import data, files, passes, rng
+from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
+
+__all__ = [
+    "ComputeFlags", "Mechanism", "NonPrivateDiagnostics", "Result", "RunSpec", "Store", "choose_learning_rate",
+    "code_digest", "frame", "key", "mechanism", "release", "run", "run_all",
+]  # fmt: skip
+
+STORE = data.PROJECT / "data" / "runs"
+
+
+class Store:
+    """A folder of results: KEY.json each, written atomically and checksummed, and the trained weights beside it."""
+
+    def __init__(self, folder: Path | str = STORE) -> None:
+        self.folder = Path(folder)
+
+    def get(self, name: str) -> Result | None:
+        """The stored result, or None; a damaged file is named in a warning and counts as absent."""
+        content = files.read_json(self.folder / f"{name}.json")
+        return None if content is None else Result.from_json(content)
+
+    def put(self, result: Result, tensors: dict[str, torch.Tensor]) -> None:
+        """Weights first, so that a result that can be seen is complete."""
+        files.save_tensors(self.folder / f"{result.key}.safetensors", tensors, result.key)
+        files.write_json(self.folder / f"{result.key}.json", result.to_json())
+
+    def tensors(self, result: Result) -> dict[str, torch.Tensor]:
+        """The trained weights of a result. FileNotFoundError if they are gone."""
+        found = files.load_tensors(self.folder / f"{result.key}.safetensors", result.key)
+        if found is None:
+            raise FileNotFoundError(
+                f"{self.folder / result.key}.safetensors: absent; remove the JSON beside it and run again"
+            )
+        return found[0]
+
+
+def run(spec: RunSpec, *, compute: ComputeFlags | None = None, store: Store | None = None) -> Result:
+    """One run, from the store if it is there."""
+    return run_all([spec], compute=compute, store=store)[0]
+
+
+def run_all(
+    specs: Sequence[RunSpec], *, compute: ComputeFlags | None = None, store: Store | None = None
+) -> list[Result]:
+    """The result of every spec, in order; what the store lacks is computed, in as few passes as possible.
+
+    All specs are checked against their data first, so that bad input stops before any training. Two processes may share
+    a store: each pass is locked, and the second finds the first one's results.
+    """
+    compute, store = compute or ComputeFlags(), store or Store()
+    specs = [replace(s, seed=rng.fresh_seed()) if s.seed is None else s for s in specs]
+    names = [key(s) for s in specs]
+    found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
+    groups: dict[RunSpec, list[RunSpec]] = {}
+    for name, spec in zip(names, specs, strict=True):
+        group = groups.setdefault(passes.pass_of(spec), [])
+        if name not in found and spec not in group:
+            group.append(spec)
+    groups = {shared: group for shared, group in groups.items() if group}
+    material = {shared: passes.prepare(shared, group, compute) for shared, group in groups.items()}
+    for shared, group in groups.items():
+        for spec in group:
+            mechanism(spec, material[shared].n)
+    for shared, group in groups.items():
+        name = files.digest(key(shared), *map(key, group))[:32]
+        with files.lock(store.folder / "locks" / name):
+            group = [s for s in group if store.get(key(s)) is None]
+            compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
+            checkpoint = store.folder / f"{name}.checkpoint"
+            if group:
+                for result, tensors in compute_pass(group, material[shared], compute, checkpoint):
+                    store.put(result, tensors)
+            files.remove_checkpoint(checkpoint)
+    return [found.get(name) or _must(store.get(name), name) for name in names]
+
+
+def _must(result: Result | None, name: str) -> Result:
+    if result is None:
+        raise RuntimeError(f"result {name} vanished from the store while it was used; run again")
+    return result
+
+
+def frame(results: Iterable[Result]) -> pd.DataFrame:
+    """One row a run: every field of the spec and of the recipe, accuracies in percent, q, T, sigma, epsilons, timing."""
+    rows = []
+    for r in results:
+        row = asdict(r.spec)
+        recipe = row.pop("recipe")
+        row |= {"recipe": r.spec.recipe, **recipe, "key": r.key, "accuracy": 100 * r.test_accuracy}
+        held_out = r.diagnostics.validation_accuracy
+        row |= {"validation_accuracy": float("nan") if held_out is None else 100 * held_out}
+        row |= {"sigma": r.noise_multiplier, "q": r.sample_rate, "T": r.steps, "N": r.population}
+        row |= {f"epsilon_{name}": value for name, value in r.epsilon.items()}
+        row |= {"seconds": r.timing["seconds"], "views_per_second": r.timing["views_per_second"]}
+        about, v = r.provenance, r.provenance["versions"]
+        commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
+        row |= {"date": about["date"], "device": about["device"]}
+        row |= {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}, opacus {v['opacus']}"}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The rows of the learning rate with the best mean validation accuracy over the seeds, for each condition `by`.
+
+    Never looks at the test accuracy. Ties go to the smaller rate. The choice itself is not private and not accounted for.
+    """
+    by = list(by)
+    means = runs.groupby([*by, "learning_rate"], dropna=False, sort=True)["validation_accuracy"].mean().reset_index()
+    best = means.loc[means.groupby(by, dropna=False)["validation_accuracy"].idxmax(), [*by, "learning_rate"]]
+    return runs.merge(best, on=[*by, "learning_rate"], how="inner")
+
+
+def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
+    """Write what may leave the house: the weights of one run and its privacy card. Nothing of `NonPrivateDiagnostics`.
+
+    The seed is withheld. Raises ValueError for a run without noise.
+    """
+    if result.noise_multiplier == 0:
+        raise ValueError("result.noise_multiplier=0: a run without noise carries no guarantee and is not released")
+    path = Path(path)
+    tensors = (store or Store()).tensors(result)
+    spec = {k: v for k, v in asdict(result.spec).items() if k not in ("seed", "weights")}
+    card = {
+        "guarantee": {"epsilon": result.epsilon, "delta": result.spec.delta, "calibrated_by": result.spec.accountant},
+        "adjacency": "add or remove one example (replacing one example: twice the sensitivity)",
+        "sampling": f"Poisson, every example joins a step with probability {result.sample_rate:.6g}",
+        "mechanism": {"noise_multiplier": result.noise_multiplier, "clip_norm": result.spec.clip_norm,
+                      "sample_rate": result.sample_rate, "steps": result.steps, "divisor": result.divisor,
+                      "public_population": result.population},
+        "not_accounted_for": ["the choice of the learning rate and of other settings on the validation split",
+                              "other models released from the same data: their budgets add up",
+                              "floating-point noise"],
+        "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
+        "spec": spec,
+        "versions": result.provenance["versions"],
+    }  # fmt: skip
+    # Not result.key: it is a digest over the seed too, and seeds that people choose can be guessed.
+    files.save_tensors(path / "model.safetensors", tensors, files.digest(json.dumps(card, sort_keys=True)))
+    files.write_json(path / "privacy_card.json", card)
+    return path

@@ -1,0 +1,200 @@
+"""Floor 4: one pass, from specs that share it to results: data, encoder, training, evaluation, provenance."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dpmix import checks, data, heads, models, privacy, rng, views
+from dpmix.overlap import refuse_overlap
+from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
+
+LIBRARIES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
+SCALED = ("caltech256", "sun397", "pets")  # files of many sizes: decoded at the encoder's size
+
+Done = tuple[Result, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
+    that are trained on."""
+
+    n: int
+    train: data.ImageSet
+    ids: Int64[Tensor, " n"]
+    validation: data.ImageSet
+    test: data.ImageSet
+    public: data.ImageSet | None
+    synthetic: data.ImageSet | None
+    encoder: models.Encoder | None
+    digest: str
+
+
+def pass_of(spec: RunSpec) -> RunSpec:
+    """The spec with all that may differ between heads of one pass blanked: equal for runs that can share a pass."""
+    if spec.from_scratch:
+        return spec
+    blank = views.Recipe(k_base=1)
+    return replace(spec, recipe=blank, epsilon=None, learning_rate=1.0, clip_norm=1.0, accountant="rdp", delta=1e-5)
+
+
+def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " v"]]:
+    """Places of training and validation examples: each is held out by a keyed coin of its own, with probability `share`.
+
+    Coins do not look at each other, so removing an example removes it from its part and moves nobody else: the training
+    parts of neighbouring data sets are neighbours.
+    """
+    held_out = rng.generator(seed, "validation").random(n) < share
+    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+
+
+def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) -> Material:
+    """Load and check everything that the pass needs, before any training. Errors name what is missing and the remedy."""
+    encoder = None
+    image_size = None
+    if not shared.from_scratch:
+        dtype = getattr(torch, compute.dtype)
+        encoder = models.encoder(shared.model, shared.weights).to(compute.where(), dtype)
+        image_size = encoder.image_size if shared.dataset in SCALED else None
+    splits = data.load(shared.dataset, compute.root, image_size=image_size, cache=compute.cache)
+    whole = splits.train
+    if encoder is not None:
+        channels = int(whole.images.shape[1])
+        takes = " or ".join(map(str, encoder.channels))
+        fits = f"{shared.model} takes images of {takes} channel(s) and {shared.dataset} has {channels}; choose another model"
+        checks.require(channels in encoder.channels, "model", shared.model, fits)
+    halves = rng.generator(shared.seed or 0, "halves").permutation(len(whole))
+    half = {"half-1": torch.from_numpy(np.sort(halves[0::2])), "half-2": torch.from_numpy(np.sort(halves[1::2]))}
+    needs = any(s.recipe.k_diff for s in group)
+    synthetic = None
+    if (needs and shared.public == "synthetic") or shared.train_on == "synthetic" or shared.pretrain_epochs:
+        synthetic = data.public_images(shared.dataset, compute.root, like=whole, cache=compute.cache)
+        refuse_overlap(splits, synthetic)
+    if shared.train_on == "synthetic":
+        assert synthetic is not None
+        pool, ids = synthetic, torch.arange(len(synthetic))
+    elif shared.train_on == "all":
+        pool, ids = whole, torch.arange(len(whole))
+    else:
+        pool, ids = whole, half[shared.train_on]
+    kept, held_out = validation_split(len(ids), shared.validation, shared.seed or 0)
+    public = synthetic if shared.public == "synthetic" else whole.subset(half[shared.public])
+    train = pool.subset(ids[kept])
+    checks.require(len(train) > 0, "dataset", shared.dataset, "has no training examples after the validation split")
+    validation = pool.subset(ids[held_out])
+    return Material(len(ids), train, ids[kept], validation, splits.test, public, synthetic, encoder, splits.digest)
+
+
+def compute_heads(
+    group: Sequence[RunSpec], material: Material, compute: ComputeFlags, checkpoint: Path
+) -> Iterator[Done]:
+    """All specs of a frozen encoder in one pass."""
+    shared, encoder = group[0], material.encoder
+    assert encoder is not None and shared.seed is not None
+    device = compute.where()
+    train = material.train
+    bank_heads, mechanisms = [], []
+    for spec in group:
+        m = mechanism(spec, material.n)
+        mechanisms.append(m)
+        recipe = spec.recipe.for_data(train.flip)
+        bank_heads.append(heads.Head(recipe=recipe, learning_rate=spec.learning_rate, clip_norm=spec.clip_norm,
+                                     noise_multiplier=m.noise_multiplier))  # fmt: skip
+    start = time.perf_counter()
+    physical = compute.physical_batch or 64
+    common: dict[str, Any] = dict(num_classes=train.num_classes, physical_batch=physical, device=device,
+                                  progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
+    initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
+    # Two specs may come to the same head (an epsilon given as 1 and as 1.0, say): it is trained once.
+    unique = list(dict.fromkeys(bank_heads))
+    bank = heads.train_bank(
+        encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
+        sample_rate=mechanisms[0].sample_rate, seed=shared.seed, public=material.public, initial=initial,
+        ids=material.ids, checkpoint=checkpoint, **common,
+    )  # fmt: skip
+    scores: dict[str, list] = {}
+    for name, images in (("validation", material.validation), ("test", material.test)):
+        features = heads.encode(encoder, images.images, device)
+        scores[name] = heads.accuracy(bank, features, images.labels).tolist() if len(images) else [None] * len(unique)
+    seconds = time.perf_counter() - start
+    timing = {"seconds": seconds, "shares": bank.seconds, "views": bank.views, "heads": len(unique),
+              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9), "physical_batch": physical}  # fmt: skip
+    for spec, head, m in zip(group, bank_heads, mechanisms, strict=True):
+        r = unique.index(head)
+        diagnostics = NonPrivateDiagnostics(
+            validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped, train_examples=len(train)
+        )
+        tensors = {"weight": bank.weights[r], "bias": bank.biases[r]}
+        yield result(spec, m, scores["test"][r], diagnostics, timing, material, device), tensors
+
+
+def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A head trained on the synthetic images by plain SGD (Table 6): no private image, no noise, no clipping."""
+    public, encoder = material.synthetic, material.encoder
+    assert public is not None and encoder is not None and shared.seed is not None
+    batch = min(shared.batch_size, len(public))
+    steps = privacy.steps_for(n=len(public), batch_size=batch, epochs=shared.pretrain_epochs)
+    recipe = views.METHODS["self-aug"].for_data(public.flip)
+    plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
+    bank = heads.train_bank(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
+                            sample_rate=batch / len(public), seed=shared.seed, **common)  # fmt: skip
+    return bank.weights[0], bank.biases[0]
+
+
+def result(
+    spec: RunSpec, m: Mechanism, test_accuracy: float, diagnostics: NonPrivateDiagnostics, timing: dict, material: Material,
+    device: torch.device,
+) -> Result:  # fmt: skip
+    """The record of a finished run, with epsilon by every accountant and where it came from."""
+    return Result(
+        spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
+        noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=float(spec.batch_size),
+        population=m.population, diagnostics=diagnostics, timing=timing, provenance=provenance(device, material.digest),
+    )  # fmt: skip
+
+
+def _epsilons(m: Mechanism, delta: float) -> dict[str, float | None]:
+    if m.noise_multiplier == 0:
+        return dict.fromkeys(privacy.ACCOUNTANTS)
+    about = dict(noise_multiplier=m.noise_multiplier, delta=delta, sample_rate=m.sample_rate, steps=m.steps)
+    return {a: privacy.epsilon_spent(accountant=a, **about) for a in privacy.ACCOUNTANTS}
+
+
+def provenance(device: torch.device, split_digest: str) -> dict[str, Any]:
+    """Device, versions, commit and date of a computation."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name, "date": datetime.now(UTC).isoformat(timespec="seconds"), "splits": split_digest,
+        "code": code_digest(), **_environment(),
+    }  # fmt: skip
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    versions = {name: metadata.version(name) for name in ("dpmix", *LIBRARIES)}
+    return {
+        "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions, "commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status),
+    }  # fmt: skip

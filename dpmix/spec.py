@@ -1,0 +1,196 @@
+"""Floor 4: what a run is (`RunSpec`), what it is computed with (`ComputeFlags`), what came of it (`Result`)."""
+
+import functools
+import hashlib
+import json
+import re
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dpmix import checks, data, files, models, privacy, views
+
+TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
+PUBLIC = ("synthetic", "half-2")
+MICROBATCH_MIXES = ("none", "add", "replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """All that may change the result of one private training run. Refuses bad values by name, before any work.
+
+    Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
+    scratch); `weights` a file for the encoder. `train_on` says which examples are the private set ("half-1" and "half-2"
+    are disjoint halves, "synthetic" the public images), `public` where `k_diff` images come from, `pretrain_epochs`
+    how long plain SGD runs on the synthetic images first (Table 6). `validation` is the share of the private set kept
+    out of training, for choosing a learning rate.
+
+    Privacy: `epsilon` (None: no noise, no guarantee), `delta`, `accountant`; adjacency is add/remove of one example.
+    `population` is the N of q = batch_size / N and T = round(epochs * N / batch_size); by default the number of private
+    examples less the validation share, which then counts as public knowledge.
+
+    Training: `recipe` of views, `clip_norm` C, `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`,
+    `seed` (None: fresh entropy, kept in the local store only). A published seed, or one used twice, voids the guarantee.
+    Networks only: `momentum`, `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
+    """
+
+    recipe: views.Recipe
+    epsilon: float | None
+    learning_rate: float
+    dataset: str = "digits"
+    model: str = "tiny-convnext"
+    weights: str | None = None
+    train_on: str = "all"
+    public: str = "synthetic"
+    pretrain_epochs: float = 0.0
+    validation: float = 0.2
+    delta: float = 1e-5
+    accountant: str = "rdp"
+    population: int | None = None
+    clip_norm: float = 1.0
+    batch_size: int = 128
+    epochs: float = 10.0
+    seed: int | None = 0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    ema_decay: float | None = None
+    microbatch: int = 1
+    microbatch_mix: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None:
+            checks.positive("epsilon", self.epsilon, "; for example epsilon=2.0")
+        good = isinstance(self.delta, float) and 0 < self.delta < 1
+        checks.require(good, "delta", self.delta, "must lie strictly between 0 and 1, well below 1/N")
+        for name in ("learning_rate", "clip_norm", "epochs"):
+            checks.positive(name, getattr(self, name))
+        checks.whole("batch_size", self.batch_size, 1)
+        checks.whole("microbatch", self.microbatch, 1)
+        for name, options in (("accountant", privacy.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
+                              ("microbatch_mix", MICROBATCH_MIXES)):  # fmt: skip
+            checks.one_of(name, getattr(self, name), options)
+        checks.require(0 <= self.validation < 1, "validation", self.validation, "must be a share in [0, 1)")
+        checks.require(self.pretrain_epochs >= 0, "pretrain_epochs", self.pretrain_epochs, "must not be negative")
+        checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
+        checks.require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        if self.ema_decay is not None:
+            checks.require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in (0, 1), or be None")
+        if not self.dataset.startswith("folder:"):
+            checks.one_of("dataset", self.dataset, data.NAMES)
+        if not (self.from_scratch or self.model.startswith(("open_clip:", "timm:"))):
+            checks.one_of("model", self.model, (*models.ENCODERS, "timm:NAME", "wrn-16-4"))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether every weight of a network is trained, rather than a linear head on a frozen encoder."""
+        return re.fullmatch(r"wrn-\d+-\d+", self.model) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeFlags:
+    """All that may not change a result beyond floating-point rounding: where and how it is computed."""
+
+    device: str = "auto"
+    physical_batch: int | None = None
+    dtype: str = "float32"
+    engine: str = "auto"
+    root: str = str(data.ROOT)
+    cache: str = str(data.CACHE)
+    checkpoint_seconds: float = 30.0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        checks.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.physical_batch is not None:
+            checks.whole("physical_batch", self.physical_batch, 1)
+
+    def where(self) -> torch.device:
+        """The device: the first GPU if there is one, unless named."""
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonPrivateDiagnostics:
+    """What was computed from private data without noise. For choosing and debugging; never part of a release."""
+
+    validation_accuracy: float | None
+    dropped_gradients: int
+    train_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run. `test_accuracy` (0..1) is that of the last step. `epsilon` holds each accountant's bound at spec.delta."""
+
+    spec: RunSpec
+    key: str
+    test_accuracy: float
+    epsilon: dict[str, float | None]
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    divisor: float
+    population: int
+    diagnostics: NonPrivateDiagnostics
+    timing: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Result":
+        spec = dict(content["spec"])
+        spec["recipe"] = views.Recipe(**spec["recipe"])
+        known = {f.name for f in fields(cls)}
+        rest = {k: v for k, v in content.items() if k in known}
+        return cls(**{**rest, "spec": RunSpec(**spec), "diagnostics": NonPrivateDiagnostics(**content["diagnostics"])})
+
+
+class Mechanism(NamedTuple):
+    """What the accountant is asked about: derived from a spec and the public size N of the training set."""
+
+    population: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+
+
+def mechanism(spec: RunSpec, n: int) -> Mechanism:
+    """q, T and sigma of a run on `n` private examples, validation included. ValueError if B > N or epsilon is out of reach.
+
+    A microbatch changes its clipped average by up to 2C when one example joins or leaves, so its noise is doubled
+    (Section 2.1 of the paper); q and T then count microbatches.
+    """
+    population = spec.population or round((1 - spec.validation) * n)
+    allowed = f"must be at most the {population} training examples"
+    checks.require(spec.batch_size <= population, "batch_size", spec.batch_size, allowed)
+    if spec.epsilon is not None and spec.delta >= 1 / population:
+        warnings.warn(f"delta={spec.delta}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish "
+                      "one example outright", stacklevel=2)  # fmt: skip
+    steps = privacy.steps_for(n=population, batch_size=spec.batch_size, epochs=spec.epochs)
+    q = spec.batch_size / population
+    if spec.epsilon is None:
+        return Mechanism(population, q, steps, 0.0)
+    sigma = privacy.noise_multiplier(
+        epsilon=float(spec.epsilon), delta=spec.delta, sample_rate=q, steps=steps, accountant=spec.accountant
+    )
+    return Mechanism(population, q, steps, sigma)
+
+
+@functools.cache
+def code_digest() -> str:
+    """sha256 over the source of every room that can change a result, and over the public stand-ins."""
+    here = Path(__file__).parent
+    rooms = [p for p in sorted(here.glob("*.py")) if p.stem not in ("report", "paper", "audit", "fid", "synthesis")]
+    shipped = sorted(data.PUBLIC.glob("*.json"))
+    return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
+
+
+def key(spec: RunSpec) -> str:
+    """The name of a result in the store: it covers the spec, the code and the encoder's weights file."""
+    weights = hashlib.sha256(Path(spec.weights).read_bytes()).hexdigest() if spec.weights else ""
+    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights)[:32]
