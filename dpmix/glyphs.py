@@ -1,9 +1,9 @@
 """Floor 0: the public corpus of the demo scale, characters rendered from the fonts that matplotlib carries.
 
 Each image is made the way scikit-learn's digits were: a black-and-white bitmap of 32x32 that the character's bounding
-box fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is
-warped (rotation, shear, proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a
-signed distance field: a warped field is thresholded at another level. Nothing here reads a private image.
+box fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is warped (rotation,
+shear, proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a signed distance
+field: the warped field is thresholded at another level. Nothing here reads a private image.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Corpus:
     """Rendered characters: `images` uint8 [n, 1, 8, 8], `labels` int64 [n] (index into `class_names`)."""
 
     images: UInt8[Tensor, "n 1 8 8"]
-    labels: Int64[Tensor, "n"]
+    labels: Int64[Tensor, " n"]
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ def _render(ids: range, seed: int, characters: str) -> UInt8[Tensor, "n 1 8 8"]:
         warps.append(turn @ np.array([[np.exp(0.25 * stretch), 0.25 * shear], [0, 1]]))
         bumps.append(rng.normal(0, 0.06, (2, 4, 4)))
         fields.append(field)
-        # aim at half a stroke of 3 to 7 dots whatever the font (the mean depth is half of the half), but do not cut hairlines
+        # half a stroke of 3 to 7 dots whatever the font (the mean depth is half of it), but hairlines are not cut
         half = 2 * float(field[field > 0].mean())
         strokes.append(np.clip(5 + 2 * stroke - half, -2, 5))
         aspects.append(np.exp(0.2 * aspect))
