@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dpmix import checks, data, heads, models, privacy, rng, views
+from dpmix import checks, data, heads, models, network, privacy, rng, views
 from dpmix.overlap import refuse_overlap
 from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
+from dpmix.wide_resnet import wide_resnet
 
 LIBRARIES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
 SCALED = ("caltech256", "sun397", "pets")  # files of many sizes: decoded at the encoder's size
@@ -151,6 +152,43 @@ def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tu
     bank = heads.train_bank(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
                             sample_rate=batch / len(public), seed=shared.seed, **common)  # fmt: skip
     return bank.weights[0], bank.biases[0]
+
+
+def compute_network(
+    group: Sequence[RunSpec], material: Material, compute: ComputeFlags, checkpoint: Path
+) -> Iterator[Done]:
+    """A network from scratch: one spec, one training run, with checkpoints; under torchrun, on all processes together."""
+    (spec,) = group
+    assert spec.seed is not None
+    train, m, device = material.train, mechanism(spec, material.n), compute.where()
+    depth, width = map(int, spec.model.split("-")[1:])
+    recipe = spec.recipe.for_data(train.flip)
+    model = wide_resnet(depth, width, train.num_classes, channels=int(train.images.shape[1]), seed=spec.seed)
+    physical = compute.physical_batch or (64 if device.type == "cuda" else 8)
+    trained = network.train(
+        model, train.images, train.labels, recipe=recipe, num_classes=train.num_classes, clip_norm=spec.clip_norm,
+        noise_multiplier=m.noise_multiplier, learning_rate=spec.learning_rate,
+        expected_batch=spec.batch_size / spec.microbatch, sample_rate=m.sample_rate, steps=m.steps, seed=spec.seed,
+        public=material.public, momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
+        microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
+        autocast=torch.bfloat16 if compute.dtype == "bfloat16" else None, device=device,
+        delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
+        checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
+        spec={"data": material.digest, "model": spec.model},
+    )  # fmt: skip
+    model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
+    scores = [
+        network.accuracy(model, s.images, s.labels) if len(s) else None for s in (material.test, material.validation)
+    ]
+    diagnostics = NonPrivateDiagnostics(
+        validation_accuracy=scores[1], dropped_gradients=trained.counters["non_finite"], train_examples=len(train)
+    )
+    timing = {"seconds": trained.seconds, "views": trained.counters["views"], "engine": trained.engine, "heads": 1,
+              "views_per_second": trained.counters["views"] / max(trained.seconds, 1e-9), "physical_batch": physical,
+              "dtype": compute.dtype}  # fmt: skip
+    assert scores[0] is not None
+    tensors = {name: t.float() for name, t in model.state_dict().items()}
+    yield result(spec, m, scores[0], diagnostics, timing, material, device), tensors
 
 
 def result(
