@@ -53,7 +53,7 @@ def clipped_gradient_sum(
     model: nn.Module,
     images: Float[Tensor, "b K C H W"],
     targets: Float[Tensor, "b K num_classes"],
-    clip_norm: float,
+    clip_norm: int | float,
     engine: str = "auto",
     *,
     view_weights: Float[Tensor, "b K"] | None = None,
@@ -90,7 +90,7 @@ class Clipper:
     def __init__(
         self,
         model: nn.Module,
-        clip_norm: float,
+        clip_norm: int | float,
         engine: str = "auto",
         *,
         autocast: torch.dtype | None = None,

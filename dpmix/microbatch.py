@@ -93,7 +93,7 @@ def microbatch_sum(
     images: Float[Tensor, "m size K C H W"],
     targets: Float[Tensor, "m size K num_classes"],
     present: Bool[Tensor, "m size"],
-    clip_norm: float,
+    clip_norm: int | float,
     *,
     mix: str = "none",
     lam: Float[Tensor, "m K"] | None = None,

@@ -31,6 +31,7 @@ from dpmix.clipping_network import Clipper, unflatten
 from dpmix.processes import add_up, agree_on_step, device_of, from_first, processes
 from dpmix.wide_resnet import check_no_mixing
 
+Number = int | float
 COUNTERS = ("examples", "views", "non_finite", "clipped")
 
 
@@ -70,21 +71,21 @@ class _State:
 def train(
     model: nn.Module,
     images: Num[Tensor, "n C H W"],
-    labels: Int64[Tensor, " n"],
+    labels: Int64[Tensor, " labels"],
     *,
     recipe: views.Recipe,
     num_classes: int,
-    clip_norm: float,
-    noise_multiplier: float,
-    learning_rate: float,
-    expected_batch: float,
-    sample_rate: float,
+    clip_norm: Number,
+    noise_multiplier: Number,
+    learning_rate: Number,
+    expected_batch: Number,
+    sample_rate: Number,
     steps: int,
     seed: int | None,
     public: views.PublicImages | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    ema_decay: float | None = None,
+    momentum: Number = 0.0,
+    weight_decay: Number = 0.0,
+    ema_decay: Number | None = None,
     microbatch: int = 1,
     microbatch_mix: str = "none",
     physical_batch: int = 64,
@@ -92,7 +93,7 @@ def train(
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
     device: str | torch.device = "cpu",
-    delta: float | None = None,
+    delta: Number | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = True,
@@ -236,6 +237,7 @@ def train(
     finally:
         bar.close()
         _fill(parameters, state.weights)
+    agree_on_step(state.step, world, device)  # nobody returns before the last checkpoint is on the disk
     last = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     averaged = None
     if state.ema is not None:
@@ -245,7 +247,7 @@ def train(
     return TrainedNetwork(last, averaged, steps, clipper.engine, state.counters, diagnostics, took, start)
 
 
-def noise_of(parameters: dict[str, nn.Parameter], deviation: float, *, seed: int, step: int) -> Float[Tensor, " size"]:
+def noise_of(parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int) -> Float[Tensor, " size"]:
     """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, parameter name)."""
     parts = [rng.generator(seed, "noise", step, name).standard_normal(p.numel()) for name, p in parameters.items()]
     return torch.cat([torch.from_numpy(part) for part in parts]) * deviation
@@ -273,14 +275,15 @@ def _check(given: dict[str, Any]) -> None:
     for name in ("steps", "evaluate_every"):
         whole(name, given[name])
     for name in ("clip_norm", "learning_rate", "expected_batch"):
-        positive(name, given[name])
+        positive(name, float(given[name]))
     for name in ("noise_multiplier", "weight_decay"):
         require(given[name] >= 0, name, given[name], "must not be negative")
     require(0 < given["sample_rate"] <= 1, "sample_rate", given["sample_rate"], "must lie in (0, 1]")
     for name in ("momentum", "ema_decay"):
         require(given[name] is None or 0 <= given[name] < 1, name, given[name], "must lie in [0, 1)")
-    require(labels.min() >= 0 and labels.max() < given["num_classes"], "num_classes", given["num_classes"],
-            f"the labels go from {int(labels.min())} to {int(labels.max())}")  # fmt: skip
+    low, high = int(labels.min()), int(labels.max())
+    allowed = 0 <= low and high < given["num_classes"]
+    require(allowed, "num_classes", given["num_classes"], f"the labels go from {low} to {high}")
     one_of("microbatch_mix", given["microbatch_mix"], micro.MIXES)
     mixes = given["microbatch_mix"] != "none"
     require(not mixes or given["microbatch"] == 2, "microbatch", given["microbatch"], "must be 2 to mix the pair")
