@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from dpmix import checks
+from dpmix import augmentations, checks
 
 Shape = tuple[int, int, int]
 
@@ -73,10 +73,37 @@ def crop(images: Tensor, uniforms: Tensor, flip: bool = False) -> Tensor:
     return as_float(pixels).reshape(b, channels, k, height, width).transpose(1, 2)
 
 
-TRANSFORMS: dict[str, Transform] = {
-    "none": Transform(lambda shape: 0, identity),
+CROPS: dict[str, Transform] = {
     "crop": Transform(lambda shape: 3, crop),
     "crop-flip": Transform(lambda shape: 3, lambda images, uniforms: crop(images, uniforms, flip=True)),
+}
+
+
+def _then(first: Transform, second: augmentations.Augmentation) -> Transform:
+    """A crop, and what Table 4 adds to it: the uniforms of the crop come first."""
+
+    def both(images: Tensor, uniforms: Tensor) -> Tensor:
+        uniforms = uniforms.to(images.device)
+        used = first.draws(_shape(images))
+        views = first.apply(images, uniforms[..., :used])
+        flat = augmentations.apply(second, views.flatten(0, 1), uniforms[..., used:].flatten(0, 1))
+        return flat.reshape(views.shape)
+
+    return Transform(lambda shape: first.draws(shape) + second.draws(shape), both)
+
+
+def _shape(images: Tensor) -> Shape:
+    return images.shape[-3], images.shape[-2], images.shape[-1]
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "none": Transform(lambda shape: 0, identity),
+    **CROPS,
+    **{
+        f"{crop_name}+{name}": _then(first, second)
+        for crop_name, first in CROPS.items()
+        for name, second in augmentations.AUGMENTATIONS.items()
+    },
 }
 
 
