@@ -284,6 +284,20 @@ def test_image_data_sets_in_their_official_layout(load, tmp_path, no_decoding, n
     assert again.digest == splits.digest and torch.equal(again.train.images, splits.train.images)
 
 
+def test_the_split_does_not_depend_on_the_order_in_which_a_disk_lists_files(load, tmp_path, monkeypatch):
+    class Reversed(datasets.SUN397):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            self._image_files.reverse()
+            self._labels.reverse()
+
+    make_sun397(tmp_path)
+    with pytest.warns(UserWarning, match="15 images"):
+        first = load("sun397", tmp_path)
+        monkeypatch.setattr(datasets, "SUN397", Reversed)
+        assert load("sun397", tmp_path).digest == first.digest
+
+
 def test_an_incomplete_data_set_is_named(load, tmp_path):
     make_sun397(tmp_path)
     (tmp_path / "SUN397" / "ClassName.txt").write_text("/a/abbey\n")
@@ -642,7 +656,13 @@ def test_overlap_finds_copies_and_near_copies_only():
     for name, change in changes.items():
         exact, near = overlap(private, images_of(*(change(picture(i, 32, 32)) for i in (4, 9, 200))))
         assert len(exact) == 0 and near.tolist() == [[4, 0], [9, 1]], name
+    light, hue = (torch.from_numpy(np.array(picture(i, 32, 32, "L")).astype(np.int64) // 8) for i in (300, 301))
+    tint = torch.tensor([40, 100, 180])[:, None, None] + light  # same light, strong tint, other hues: not alike
+    tinted = torch.stack([tint, tint + torch.stack([hue - 16, 0 * hue, 16 - hue])]).to(torch.uint8)
+    tinted = ImageSet(tinted, torch.zeros(2, dtype=torch.int64), ("any",))
+    assert [len(x) for x in overlap(tinted.subset([0]), tinted.subset([1]))] == [0, 0]
     blank = images_of(*[Image.new("RGB", (32, 32), (90, 90, 90 + i)) for i in range(3)])
+    blank.images[:, :, 0, 0] += 1
     assert [len(x) for x in overlap(blank.subset([0, 1]), blank.subset([2]))] == [0, 0]  # nothing to see, no alarm
     assert [len(x) for x in overlap(blank.subset([]), blank)] == [0, 0]
 
@@ -656,6 +676,7 @@ def test_grey_and_colour_are_compared_in_grey():
 def test_different_digits_are_no_copies_and_a_slipped_in_digit_is_refused():
     splits = data.load("digits")
     assert [len(x) for x in overlap(splits.train, splits.test)] == [0, 0]
+    assert [len(x) for x in overlap(splits.train, splits.train)] == [1437, 0]  # each digit copies itself, no other one
     strangers = ImageSet(
         torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), dtype=np.uint8)),
         torch.arange(50) % 10,
