@@ -1,0 +1,172 @@
+"""Floor 2: the public stand-ins of the demo scale, made from nothing: two encoders, a generator, synthetic digits.
+
+All of them know rendered characters (`dpmix.glyphs`) and nothing private: the paper's arrangement in miniature. Each
+file in data/public has a JSON beside it that says how it was made. `probe` alone looks at handwritten digits, to describe
+an encoder after it was made; it gives no privacy and takes no part in any experiment.
+"""
+
+import datetime
+import hashlib
+import io
+import json
+import platform
+import time
+from pathlib import Path
+
+import diffusers
+import matplotlib
+import numpy as np
+import safetensors.torch
+import sklearn
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from torch import Tensor
+
+from dpmix import __version__, files, glyphs, models, synthesis
+from dpmix.checks import require, whole
+from dpmix.data import PUBLIC, Splits
+from dpmix.models import TINY, Encoder
+
+SEED = 0
+ENCODER_STEPS, GENERATOR_STEPS, CHARACTERS, PER_DIGIT = 3000, 1500, 36_000, 150
+NAMES = (*(f"{name}.safetensors" for name in TINY), "generator.safetensors", "synthetic_digits.npz")
+
+
+def rebuild(
+    folder: str | Path = PUBLIC,
+    *,
+    seed: int = SEED,
+    encoder_steps: int = ENCODER_STEPS,
+    generator_steps: int = GENERATOR_STEPS,
+    characters: int = CHARACTERS,
+    per_digit: int = PER_DIGIT,
+    probe_on: Splits | None = None,
+    progress: bool = True,
+) -> dict[str, dict]:
+    """Make every stand-in anew and write it with its JSON into `folder`; returns the JSON contents by file name.
+
+    Args:
+        characters: how many rendered characters the encoders see; the generator sees as many, digits only.
+        per_digit: synthetic images per class, in the order 0, 1, ..., 9, 0, 1, ...
+        probe_on: private digits on which finished encoders are described (`probe`); training never sees them.
+    """
+    for name, value in dict(characters=characters, per_digit=per_digit).items():
+        whole(name, value, 1)
+    folder = Path(folder)
+    made = {}
+    public = glyphs.corpus(characters, seed)
+    for name in TINY:
+        made[f"{name}.safetensors"] = make_encoder(
+            name, public, folder, seed=seed, steps=encoder_steps, probe_on=probe_on, progress=progress
+        )
+    digits = glyphs.corpus(characters, seed + 1, glyphs.DIGITS)
+    made |= make_digits(digits, folder, seed=seed, steps=generator_steps, per_digit=per_digit, progress=progress)
+    return made
+
+
+def make_encoder(
+    name: str,
+    public: glyphs.Corpus,
+    folder: Path,
+    *,
+    seed: int = SEED,
+    steps: int = ENCODER_STEPS,
+    probe_on: Splits | None = None,
+    progress: bool = True,
+) -> dict:
+    """Pretrain one small encoder and write it."""
+    start = time.perf_counter()
+    state, losses = models.pretrain(name, public.images, public.labels, seed=seed, steps=steps, progress=progress)
+    seconds = time.perf_counter() - start
+    path = folder / f"{name}.safetensors"
+    about = _about("dpmix.models.pretrain", seed, steps, public, losses, seconds)
+    _write(path, safetensors.torch.save(state), about)
+    if probe_on is not None:
+        about["probe"] = probe(models.encoder(name, path), probe_on)
+        _write(path, path.read_bytes(), about)
+    return about
+
+
+def make_digits(
+    digits: glyphs.Corpus,
+    folder: Path,
+    *,
+    seed: int = SEED,
+    steps: int = GENERATOR_STEPS,
+    per_digit: int = PER_DIGIT,
+    progress: bool = True,
+) -> dict[str, dict]:
+    """Train the small diffusion model on rendered digits, sample from it, write both."""
+    start = time.perf_counter()
+    state, losses = synthesis.train_generator(digits.images, digits.labels, seed=seed, steps=steps, progress=progress)
+    about = _about("dpmix.synthesis.train_generator", seed, steps, digits, losses, time.perf_counter() - start)
+    state = {k: v.half() for k, v in state.items()}  # half the size; the shipped digits come from what is shipped
+    _write(folder / "generator.safetensors", safetensors.torch.save(state), about)
+    start = time.perf_counter()
+    labels = torch.arange(10 * per_digit) % 10
+    images = synthesis.sample_generator(state, labels, seed=seed, progress=progress)
+    drawn = _about(
+        "dpmix.synthesis.sample_generator", seed, synthesis.SAMPLE_STEPS, digits, [], time.perf_counter() - start
+    )
+    drawn |= {"images": len(images), "class_names": list(digits.class_names), "generator_sha256": about["sha256"]}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images.numpy(), labels=labels.numpy())
+    _write(folder / "synthetic_digits.npz", buffer.getvalue(), drawn)
+    return {"generator.safetensors": about, "synthetic_digits.npz": drawn}
+
+
+def probe(encoder: Encoder, splits: Splits) -> dict[str, float]:
+    """Non-private accuracies of linear rules on frozen features, in 0..1: what an encoder could give without noise.
+
+    `test`: logistic regression fitted on the training set, scored on the test set. `cross_validated`: the same inside
+    the training set, five folds. `nearest_mean`: the class whose mean training feature is closest, on the test set.
+    """
+    z, y = encoder.features(splits.train.images.float() / 255).numpy(), splits.train.labels.numpy()
+    z_test, y_test = encoder.features(splits.test.images.float() / 255).numpy(), splits.test.labels.numpy()
+    rule = LogisticRegression(C=100, max_iter=5000)
+    means = np.stack([z[y == c].mean(0) for c in range(splits.train.num_classes)])
+    closest = ((z_test[:, None] - means) ** 2).sum(2).argmin(1)
+    return {
+        "test": float(rule.fit(z, y).score(z_test, y_test)),
+        "cross_validated": float(cross_val_score(rule, z, y, cv=5).mean()),
+        "nearest_mean": float((closest == y_test).mean()),
+    }
+
+
+def load_generator(folder: Path = PUBLIC) -> dict[str, Tensor]:
+    """Weights of the shipped generator, after its checksum was compared."""
+    return safetensors.torch.load_file(models.public_file("generator.safetensors", folder))
+
+
+def about(name: str, folder: Path = PUBLIC) -> dict:
+    """What the JSON beside a shipped file says."""
+    require(name in NAMES, "name", name, f"must be one of {', '.join(NAMES)}")
+    return json.loads(models.public_file(name, folder).with_suffix(".json").read_text())
+
+
+def _about(function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: list[float], seconds: float) -> dict:
+    every = max(1, len(losses) // 100)
+    curve = [[i, round(float(np.mean(losses[i : i + every])), 4)] for i in range(0, len(losses), every)]
+    return {
+        "function": function,
+        "seed": seed,
+        "steps": steps,
+        "corpus": f"{len(corpus)} characters of {''.join(corpus.class_names)} rendered by dpmix.glyphs from "
+        f"{len(glyphs.FONTS)} fonts of matplotlib; no private image",
+        "loss": curve,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {
+            "dpmix": __version__,
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, np, diffusers, matplotlib, sklearn)},
+        },
+    }
+
+
+def _write(path: Path, data: bytes, about: dict) -> None:
+    about |= {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    files.write(path, data)
+    files.write(path.with_suffix(".json"), (json.dumps(about, indent=1) + "\n").encode())
