@@ -59,42 +59,32 @@ def clipped_head_sums(
     b, k, got = features.shape
     checks.require(got == dim, "features.shape", tuple(features.shape), f"the heads take features of dimension {dim}")
     checks.require(bool((clip_norms > 0).all()), "clip_norms", clip_norms.tolist(), "must be positive")
-    features = features.to(weights.dtype)
-    dropped = ~features.isfinite().all(dim=(1, 2))
-    features = features.masked_fill(dropped[:, None, None], 0.0)
-    sums = torch.zeros_like(weights)
-    bias_sums = torch.zeros_like(biases)
-    norms = weights.new_zeros(b, heads)
+    features, targets = features.to(weights.dtype), targets.to(weights.dtype)
+    sums, bias_sums, norms = torch.zeros_like(weights), torch.zeros_like(biases), weights.new_zeros(b, heads)
     groups, member = torch.unique(view_weights, dim=0, return_inverse=True)
     for g, row in enumerate(groups):
-        views = row.nonzero()[:, 0]
-        heads_of = (member == g).nonzero()[:, 0]
-        whole = len(views) == k
-        z = features if whole else features[:, views]
-        y = targets if whole else targets[:, views]
+        views, own = row.nonzero()[:, 0], (member == g).nonzero()[:, 0]
+        z, y = (features, targets) if len(views) == k else (features[:, views], targets[:, views])
         w = row[views].to(weights.dtype)
-        n_views, n_heads = len(views), len(heads_of)
-        flat = z.reshape(b * n_views, dim)
-        W = weights[heads_of].reshape(n_heads * num_classes, dim)
-        logits = torch.addmm(biases[heads_of].reshape(-1), flat, W.T).view(b, n_views, n_heads, num_classes)
-        delta = logits.softmax(dim=-1).sub_(y[:, :, None].to(weights.dtype)).mul_(w[:, None, None])
-        per_head = delta.transpose(1, 2)  # [b, heads, views, classes]
-        gram_delta = per_head @ per_head.transpose(-1, -2)
-        gram_z = (z @ z.transpose(-1, -2)).add_(1.0)
-        squared = (gram_delta * gram_z[:, None]).sum(dim=(-1, -2)).clamp_(min=0)
+        flat = z.reshape(b * len(views), dim)
+        # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
+        logits = torch.addmm(biases[own].reshape(-1), flat, weights[own].reshape(-1, dim).T)
+        delta = logits.view(b, len(views), len(own), num_classes).softmax(dim=-1).sub_(y[:, :, None])
+        per_head = delta.transpose(1, 2)
+        gram_delta = per_head @ per_head.transpose(-1, -2) * torch.outer(w, w)
+        gram_z = (z @ z.transpose(-1, -2)).add_(1.0)[:, None]
+        squared = (gram_delta * gram_z).sum(dim=(-1, -2)).clamp_(min=0)
         # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
-        lengths = (gram_delta.diagonal(dim1=-2, dim2=-1) * gram_z.diagonal(dim1=-2, dim2=-1)[:, None]).clamp_(min=0)
-        error = lengths.sqrt().sum(dim=-1).square() * (
-            4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5
-        )
-        norm = squared.sqrt()
-        finite = norm.isfinite() & error.isfinite()
-        scale = (clip_norms[heads_of].to(norm) / (squared + error).sqrt()).nan_to_num_(nan=1.0).clamp_(max=1.0)
-        scale = torch.where(finite, scale, torch.zeros_like(scale))
-        delta.mul_(scale[:, None, :, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        columns = delta.view(b * n_views, n_heads * num_classes)
-        sums[heads_of] = (columns.T @ flat).view(n_heads, num_classes, dim)
-        bias_sums[heads_of] = columns.sum(dim=0).view(n_heads, num_classes)
-        norms[:, heads_of] = norm
-    norms[dropped] = torch.nan
+        lengths = gram_delta.diagonal(dim1=-2, dim2=-1) * gram_z.diagonal(dim1=-2, dim2=-1)
+        error = lengths.clamp_(min=0).sqrt().sum(dim=-1).square()
+        error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5
+        finite = (squared + error).isfinite()
+        if not finite.all():  # zero times infinity is no number: take the example out of both factors
+            delta = delta.masked_fill(~finite[:, None, :, None], 0.0)
+            flat = flat.masked_fill(~flat.isfinite(), 0.0)
+        scale = (clip_norms[own].to(weights.dtype) / (squared + error).sqrt()).clamp(max=1.0).masked_fill(~finite, 0.0)
+        columns = delta.mul_(scale[:, None, :, None] * w[:, None, None]).view(b * len(views), len(own) * num_classes)
+        sums[own] = (columns.T @ flat).view(len(own), num_classes, dim)
+        bias_sums[own] = columns.sum(dim=0).view(len(own), num_classes)
+        norms[:, own] = squared.sqrt().masked_fill(~finite, torch.nan)
     return HeadSums(sums, bias_sums, norms)

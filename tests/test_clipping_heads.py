@@ -143,7 +143,7 @@ def test_an_unguarded_gram_norm_would_exceed_the_clip_norm():
 def test_examples_that_are_not_finite_count_as_zero():
     args = problem(b=4)
     features = args[0].clone()
-    features[1, 2, 3], features[3, 0, 0] = torch.nan, torch.inf
+    features[1, 0, 3], features[3, 0, 0] = torch.nan, torch.inf  # view 0, which all three heads average
     sums = clipped_head_sums(features, *args[1:])
     kept = clipped_head_sums(features[[0, 2]], args[1][[0, 2]], *args[2:])
     torch.testing.assert_close(sums.weights, kept.weights, rtol=0, atol=1e-12)
@@ -157,3 +157,12 @@ def test_bad_input_names_the_argument():
     features, targets, weights, biases, clips, view_weights = problem()
     with pytest.raises(ValueError, match="clip_norms="):
         clipped_head_sums(features, targets, weights, biases, clips * 0, view_weights)
+
+
+def test_a_view_that_is_not_finite_touches_only_the_heads_that_average_it():
+    args = problem(b=4)
+    features = args[0].clone()
+    features[1, 5] = torch.nan  # only the last head looks at view 5
+    sums, clean = clipped_head_sums(features, *args[1:]), clipped_head_sums(*args)
+    assert (~sums.norms.isfinite()).sum(0).tolist() == [0, 0, 1]
+    torch.testing.assert_close(sums.weights[:2], clean.weights[:2], rtol=0, atol=1e-12)
