@@ -17,6 +17,19 @@ def positive(name: str, value: float, hint: str = "") -> None:
     require(number and math.isfinite(value) and value > 0, name, value, f"must be a positive finite number{hint}")
 
 
+def floats(instance: object, *names: str) -> None:
+    """Make the fields `names` of a frozen dataclass floats, so that 1 and 1.0 mean one thing; None stays.
+
+    Refuses anything but a finite number.
+    """
+    for name in names:
+        value = getattr(instance, name)
+        if value is not None:
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            require(good, name, value, "must be a finite number")
+            object.__setattr__(instance, name, float(value))
+
+
 def whole(name: str, value: int, least: int = 0) -> None:
     """Refuse anything but a whole number of at least `least`."""
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -6,6 +6,8 @@ interrupted pass continues where it was. What is stored is never computed again,
 """
 
 import json
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dpmix import data, files, passes, rng
+from dpmix import checks, data, files, passes, rng
 from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
 
 __all__ = [
@@ -21,7 +23,7 @@ __all__ = [
     "code_digest", "frame", "key", "mechanism", "release", "run", "run_all",
 ]  # fmt: skip
 
-STORE = data.PROJECT / "data" / "runs"
+STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  # where results are kept
 
 
 class Store:
@@ -78,11 +80,11 @@ def run_all(
         for spec in group:
             mechanism(spec, material[shared].n)
     for shared, group in groups.items():
-        name = files.digest(key(shared), *map(key, group))[:32]
-        with files.lock(store.folder / "locks" / name):
+        with files.lock(store.folder / "locks" / key(shared)):
             group = [s for s in group if store.get(key(s)) is None]
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
-            checkpoint = store.folder / f"{name}.checkpoint"
+            # A checkpoint belongs to the heads that it was made for, so it is named after them.
+            checkpoint = store.folder / f"{files.digest(key(shared), *map(key, group))[:32]}.checkpoint"
             if group:
                 for result, tensors in compute_pass(group, material[shared], compute, checkpoint):
                     store.put(result, tensors)
@@ -122,6 +124,9 @@ def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     Never looks at the test accuracy. Ties go to the smaller rate. The choice itself is not private and not accounted for.
     """
     by = list(by)
+    scored = runs["validation_accuracy"].notna().all()
+    said = "is missing for some runs, so there is nothing to choose by; give RunSpec a validation share above 0"
+    checks.require(bool(scored), "validation_accuracy", None, said)
     means = runs.groupby([*by, "learning_rate"], dropna=False, sort=True)["validation_accuracy"].mean().reset_index()
     best = means.loc[means.groupby(by, dropna=False)["validation_accuracy"].idxmax(), [*by, "learning_rate"]]
     return runs.merge(best, on=[*by, "learning_rate"], how="inner")
@@ -134,6 +139,9 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     """
     if result.noise_multiplier == 0:
         raise ValueError("result.noise_multiplier=0: a run without noise carries no guarantee and is not released")
+    if result.spec.seed is not None and result.spec.seed < 2**64:
+        warnings.warn(f"seed={result.spec.seed}: can be guessed, and whoever has it can subtract the noise; train what is "
+                      "to be published with seed=None", stacklevel=2)  # fmt: skip
     path = Path(path)
     tensors = (store or Store()).tensors(result)
     spec = {k: v for k, v in asdict(result.spec).items() if k not in ("seed", "weights")}

@@ -28,30 +28,49 @@ def digest(*parts: str | bytes) -> str:
     return total.hexdigest()
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, atomically. OSError with one clear line if the disk is full or the folder read-only."""
+_ELSEWHERE = "; choose a folder that can be written, for results by the environment variable DPMIX_STORE"
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run again, what is stored is intact",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again, what is stored is intact",
+    errno.EFBIG: "the file would be larger than is allowed; raise the limit and run again, what is stored is intact",
+    errno.EROFS: "the file system is read-only" + _ELSEWHERE,
+    errno.EACCES: "no permission to write there" + _ELSEWHERE,
+    errno.EPERM: "no permission to write there" + _ELSEWHERE,
+}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one line that says what to do."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in _REASONS:
+            raise OSError(err.errno, f"cannot write {path}: {_REASONS[err.errno]}") from err
+        raise
+
+
+def write(path: Path, data: bytes, *, previous: Path | None = None) -> None:
+    """Write `data` to `path`, atomically; what was there is kept as `previous`, if that is given.
+
+    OSError with one clear line if the disk is full or the folder cannot be written; what was there is then untouched.
+    """
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as err:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free some space and run again, what is stored is intact",
-            errno.EDQUOT: "the disk quota is used up; free some space and run again, what is stored is intact",
-            errno.EROFS: "the file system is read-only; choose a folder that can be written",
-            errno.EACCES: "no permission to write there; choose a folder that can be written",
-        }
-        if err.errno in reasons:
-            raise OSError(err.errno, f"cannot write {path}: {reasons[err.errno]}") from err
-        raise
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            temporary = Path(name)
+            with os.fdopen(handle, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.chmod(0o644)
+            if previous is not None:
+                with contextlib.suppress(FileNotFoundError):  # absent, or another process has just moved it
+                    path.replace(previous)
+            temporary.replace(path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -92,9 +111,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], identity: str, meta: di
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = json.dumps({"identity": identity, "meta": meta or {}}, sort_keys=True)
     data = safetensors.torch.save(tensors, {"about": about, "sha256": _checksum(tensors, about)})
-    if path.exists():
-        path.replace(_previous(path))
-    write(path, data)
+    write(path, data, previous=_previous(path))
 
 
 def load_tensors(path: Path, identity: str) -> tuple[dict[str, Tensor], dict] | None:
@@ -113,7 +130,7 @@ def load_tensors(path: Path, identity: str) -> tuple[dict[str, Tensor], dict] | 
             about = json.loads(header["about"])
         except FileNotFoundError:
             continue
-        except (SafetensorError, ValueError, KeyError) as err:
+        except (SafetensorError, ValueError, KeyError, TypeError) as err:
             warnings.warn(
                 f"{candidate}: damaged ({type(err).__name__}); the checkpoint before it is used", stacklevel=2
             )
@@ -139,9 +156,10 @@ def lock(path: Path) -> Iterator[None]:
     import fcntl
 
     path = Path(path)
-    if not path.parent.exists():
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
+        handle = path.open("w")
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield

@@ -110,7 +110,7 @@ def run_cells(cells: Sequence[Cell], *, compute: ComputeFlags | None = None) -> 
     """Run (or look up) the cells: one row each, `experiments.frame` with the labels of the cells in front."""
     results = experiments.run_all([c.spec for c in cells], compute=compute)
     runs = experiments.frame(results)
-    for name in {name for c in cells for name in c.labels}:
+    for name in dict.fromkeys(name for c in cells for name in c.labels):
         runs[name] = [c.labels.get(name) for c in cells]
     return runs
 

@@ -11,7 +11,7 @@ a tuning tool; releasing r of its heads costs the composition of r mechanisms, n
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,8 +36,8 @@ class Head:
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
         checks.positive("clip_norm", self.clip_norm)
-        good = isinstance(self.noise_multiplier, (int, float)) and 0 <= self.noise_multiplier < float("inf")
-        checks.require(good, "noise_multiplier", self.noise_multiplier, "must be finite and not negative")
+        checks.floats(self, "learning_rate", "clip_norm", "noise_multiplier")
+        checks.require(self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,10 @@ class Bank:
     dropped: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
+    """All that a step changes. Replaced as one, never written to: an interrupt finds the old one or the new one."""
+
     weights: Tensor
     biases: Tensor
     step: int = 0
@@ -111,14 +113,16 @@ def train_bank(
     checks.require(repeated == 0, "heads", repeated, "heads are given twice; they would share their noise")
     checks.whole("physical_batch", physical_batch, 1)
     checks.whole("expected_batch", expected_batch, 1)
-    checks.require(expected_batch <= n, "expected_batch", expected_batch, f"must be at most the {n} training examples")
     checks.whole("steps", steps, 1)
-    sample_rate = expected_batch / n if sample_rate is None else sample_rate
+    if sample_rate is None:
+        allowed = f"must be at most the {n} training examples"
+        checks.require(expected_batch <= n, "expected_batch", expected_batch, allowed)
+        sample_rate = expected_batch / n
     checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")
     checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1],
                    f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels")  # fmt: skip
-    worst = int(labels.max())
-    checks.require(worst < num_classes, "labels", worst, f"must be below num_classes={num_classes}")
+    for worst in (int(labels.min()), int(labels.max())):
+        checks.require(0 <= worst < num_classes, "labels", worst, f"must lie in 0..{num_classes - 1}, by num_classes")
     union = views.make_union(list(dict.fromkeys(h.recipe for h in heads)))
     if any(h.recipe.k_diff for h in heads):
         views.check_public(public, tuple(images.shape[1:]), num_classes)
@@ -146,6 +150,7 @@ def train_bank(
         while state.step < steps:
             chosen = privacy.poisson_batch(n, sample_rate, seed=seed, step=state.step)
             gradient = torch.zeros_like(state.weights), torch.zeros_like(state.biases)
+            dropped = 0
             for part in chosen.split(physical_batch):
                 tick = time.perf_counter()
                 made = union.make(images[part].to(device), labels[part].to(device), names[part],
@@ -162,14 +167,15 @@ def train_bank(
                 )
                 gradient[0].add_(sums.weights)
                 gradient[1].add_(sums.biases)
-                state.dropped += int((~sums.norms.isfinite()).sum())
-                state.views += len(part) * union.views
+                dropped += int((~sums.norms.isfinite()).sum())
                 _lap(state.seconds, "clipping", tick)
             tick = time.perf_counter()
             _add_noise(*gradient, heads, streams, seed, state.step)
-            state.weights -= rates[:, None, None] * gradient[0]
-            state.biases -= rates[:, None] * gradient[1]
-            state.step += 1
+            state = replace(
+                state, step=state.step + 1, views=state.views + len(chosen) * union.views, dropped=state.dropped + dropped,
+                weights=state.weights - rates[:, None, None] * gradient[0],
+                biases=state.biases - rates[:, None] * gradient[1],
+            )  # fmt: skip
             _lap(state.seconds, "noise", tick)
             bar.update()
             if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:

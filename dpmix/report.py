@@ -185,8 +185,9 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What the passes cost where they were computed: heads trained, minutes, views a second."""
     rows = []
     for (model, seed, seconds), part in runs.groupby(["model", "seed", "seconds"], sort=False):
+        speed = f"{part['views_per_second'].iloc[0]:,.0f}"
         rows.append({"encoder": label(model), "seed": seed, "runs of this table": len(part),
-                     "seconds of the pass": round(seconds, 1), "views/s": f"{part['views_per_second'].iloc[0]:,.0f}"})  # fmt: skip
+                     "seconds of the pass": round(seconds, 1), "views/s": speed})  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -61,6 +61,8 @@ class RunSpec:
     microbatch_mix: str = "none"
 
     def __post_init__(self) -> None:
+        by_name = "must be a views.Recipe; the one of a method is views.METHODS[NAME]"
+        checks.require(isinstance(self.recipe, views.Recipe), "recipe", self.recipe, by_name)
         if self.epsilon is not None:
             checks.positive("epsilon", self.epsilon, "; for example epsilon=2.0")
         good = isinstance(self.delta, float) and 0 < self.delta < 1
@@ -69,6 +71,12 @@ class RunSpec:
             checks.positive(name, getattr(self, name))
         checks.whole("batch_size", self.batch_size, 1)
         checks.whole("microbatch", self.microbatch, 1)
+        checks.floats(self, "epsilon", "learning_rate", "clip_norm", "epochs", "validation", "pretrain_epochs", "momentum",
+                      "weight_decay", "ema_decay")  # fmt: skip
+        if self.population is not None:
+            checks.whole("population", self.population, 1)
+        if self.seed is not None:
+            checks.whole("seed", self.seed)
         for name, options in (("accountant", privacy.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
                               ("microbatch_mix", MICROBATCH_MIXES)):  # fmt: skip
             checks.one_of(name, getattr(self, name), options)
@@ -82,6 +90,16 @@ class RunSpec:
             checks.one_of("dataset", self.dataset, data.NAMES)
         if not (self.from_scratch or self.model.startswith(("open_clip:", "timm:"))):
             checks.one_of("model", self.model, (*models.ENCODERS, "timm:NAME", "wrn-16-4"))
+        # What the other kind of run would leave unread is refused.
+        unread = ("pretrain_epochs", "weights") if self.from_scratch else (
+            "momentum", "weight_decay", "ema_decay", "microbatch", "microbatch_mix")  # fmt: skip
+        kind = "a network from scratch" if self.from_scratch else "a linear head on a frozen encoder"
+        for f in fields(self):
+            if f.name in unread:
+                value = getattr(self, f.name)
+                checks.require(
+                    value == f.default, f.name, value, f"means nothing for {kind}, {self.model!r}; leave it out"
+                )
 
     @property
     def from_scratch(self) -> bool:
@@ -165,7 +183,7 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
     A microbatch changes its clipped average by up to 2C when one example joins or leaves, so its noise is doubled
     (Section 2.1 of the paper); q and T then count microbatches.
     """
-    population = spec.population or round((1 - spec.validation) * n)
+    population = round((1 - spec.validation) * n) if spec.population is None else spec.population
     allowed = f"must be at most the {population} training examples"
     checks.require(spec.batch_size <= population, "batch_size", spec.batch_size, allowed)
     if spec.epsilon is not None and spec.delta >= 1 / population:
@@ -192,5 +210,11 @@ def code_digest() -> str:
 
 def key(spec: RunSpec) -> str:
     """The name of a result in the store: it covers the spec, the code and the encoder's weights file."""
-    weights = hashlib.sha256(Path(spec.weights).read_bytes()).hexdigest() if spec.weights else ""
+    weights = spec.weights or ""
+    if weights not in ("", "random"):
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"weights={weights!r}: no such file; give a .safetensors file or a torch.save of tensors"
+            )
+        weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights)[:32]

@@ -57,6 +57,7 @@ class Recipe:
             checks.whole(name, getattr(self, name))
         checks.one_of("mix", self.mix, MIXES)
         checks.positive("alpha", self.alpha)
+        checks.floats(self, "alpha")
         checks.one_of("transform", self.transform, transforms.TRANSFORMS)
         pool = self.k_base + self.k_diff
         checks.require(pool > 0, "k_base + k_diff", pool, "the pool is empty; give k_base or k_diff at least 1")
@@ -88,7 +89,8 @@ class Views(NamedTuple):
     targets: Float[Tensor, "b K num_classes"]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A block of a union: base views of a transform, public images, or mixtures of one pool."""
 
     kind: str
@@ -145,7 +147,7 @@ class Union:
         """The union's views of these examples; the arguments are those of `make_views`."""
         if images.dtype != torch.uint8:
             images = transforms.as_float(images)
-        shape = tuple(images.shape[1:])
+        shape = images.shape[1], images.shape[2], images.shape[3]
         if any(part.kind == "public" for part in self.parts):
             check_public(public, shape, num_classes)
         made: dict[tuple, tuple[Tensor, Tensor]] = {}
