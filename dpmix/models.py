@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,16 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)  # statistics of a batch would couple private examples
 
-    @torch.no_grad()
     def forward(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
         takes = " or ".join(map(str, self.channels))
         require(images.shape[1] in self.channels, "channels", images.shape[1], f"encoder {self.name!r} takes {takes}")
+        if len(images) == 0:  # some networks cannot
+            return self._chunk(images.new_zeros(1, *images.shape[1:]))[:0]
         # some 64k pixels at a time stay in a core's cache; a device wants more; memory stays bounded on both
         budget = 2**16 if self.anchor.device.type == "cpu" else 2**25
         return torch.cat([self._chunk(part) for part in images.split(max(32, budget // self.size**2))])
 
+    @torch.no_grad()
     def _chunk(self, images: Tensor) -> Tensor:
         dtype = torch.promote_types(self.anchor.dtype, torch.float32)  # pixels in float32 at least
         images = images.to(self.anchor.device, dtype)
@@ -111,11 +114,12 @@ def encoder(
 
     `weights` names a local file for any of these (safetensors, or torch.save of tensors only), or is "random" for
     open_clip and timm (a fixed initialisation, for tests). Nothing is downloaded. Raises ValueError for an unknown name
-    (with near matches) or weights that do not fit, FileNotFoundError for absent weights: what to fetch, where to put it.
+    (with near matches) or weights that do not fit, FileNotFoundError for absent weights: what to fetch and where to
+    put it.
     """
     if isinstance(name, nn.Module):
-        require(image_size is not None, "image_size", image_size, "must be given with a module, in pixels")
-        require(channels is not None, "channels", channels, "must be given with a module")
+        if image_size is None or channels is None:
+            raise ValueError(f"image_size={image_size}, channels={channels}: both must be given with a module")
         whole("image_size", image_size, 1)
         whole("channels", channels, 1)
         positive("std", std)
@@ -152,7 +156,7 @@ def _wrap(
     mode: str = "bicubic",
 ) -> Encoder:
     frozen = Frozen(network, name, size, channels, mean, std, mode)
-    shape = frozen(torch.zeros(1, channels[0], size, size)).shape
+    shape = frozen._chunk(torch.zeros(1, channels[0], size, size)).shape
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
     return Encoder(frozen, size, shape[1], channels, name)
 
@@ -160,7 +164,7 @@ def _wrap(
 class _ImageFeatures(nn.Module):
     """`encode_image` of an open_clip model as a module."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -179,32 +183,33 @@ def _open_clip(name: str, rest: str, weights: str | Path | None) -> Encoder:
         one_of(f"pretrained weights of {arch}", tag, open_clip.list_pretrained_tags_by_model(arch))
         cfg = open_clip.get_pretrained_cfg(arch, tag)
         weights = weights or _on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"])
-    model = _fixed(lambda: open_clip.create_model(arch, load_weights=False))
+    model: Any = _fixed(lambda: open_clip.create_model(arch, load_weights=False))
     if weights != "random":
         _fill(model, Path(weights))
     own = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
     size = own["size"] if isinstance(own["size"], int) else own["size"][0]
     plain = type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)  # then encode_image is the image tower alone
     network = model.visual if plain else _ImageFeatures(model)
-    return _wrap(network, name, size, (1, 3), own["mean"], own["std"], _mode(own["interpolation"]))
+    return _wrap(network, name, size, (1, 3), *_preprocessing(own))
 
 
 def _timm(name: str, rest: str, weights: str | Path | None) -> Encoder:
     import timm
 
     one_of("timm model", rest.partition(".")[0], timm.list_models())
-    network = _fixed(lambda: timm.create_model(rest, pretrained=False, num_classes=0))
+    network: Any = _fixed(lambda: timm.create_model(rest, pretrained=False, num_classes=0))
     own = timm.data.resolve_model_data_config(network)
     published = network.pretrained_cfg
     weights = weights or _on_disk(name, rest, published.get("hf_hub_id") or "", published.get("url") or "")
     if weights != "random":
         _fill(network, Path(weights), dropped=published.get("classifier") or ())
     size = own["input_size"][-1]
-    return _wrap(network, name, size, (1, 3), own["mean"], own["std"], _mode(own["interpolation"]))
+    return _wrap(network, name, size, (1, 3), *_preprocessing(own))
 
 
-def _mode(interpolation: str) -> str:
-    return "bilinear" if interpolation == "bilinear" else "bicubic"
+def _preprocessing(own: dict) -> tuple[list[float], list[float], str]:
+    mode = "bilinear" if own["interpolation"] == "bilinear" else "bicubic"
+    return [float(v) for v in own["mean"]], [float(v) for v in own["std"]], mode
 
 
 def _fixed(make: Callable[[], nn.Module]) -> nn.Module:
@@ -240,9 +245,7 @@ def _fill(network: nn.Module, path: Path, dropped: str | Sequence[str] = ()) -> 
     wanted = network.state_dict()
     # files of parallel training put "module." before each name; old transformers saved the constant position_ids
     state = {k.removeprefix("module.") if k not in wanted else k: v for k, v in state.items()}
-    state = {
-        k: v for k, v in state.items() if k in wanted or not k.startswith(heads) and not k.endswith("position_ids")
-    }
+    state = {k: v for k, v in state.items() if k in wanted or not (k.startswith(heads) or k.endswith("position_ids"))}
     wrong = [k for k in {**wanted, **state} if k not in wanted or k not in state or wanted[k].shape != state[k].shape]
     if wrong:
         raise ValueError(
@@ -259,7 +262,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{said}: no such file; give a .safetensors file or a torch.save of tensors")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         remedy = "save its state_dict as safetensors"
         raise ValueError(
