@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 
 from dpmix import checks, data, files, passes, rng
+from dpmix.processes import from_first, processes
 from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
 
 __all__ = [
@@ -63,12 +65,19 @@ def run_all(
     """The result of every spec, in order; what the store lacks is computed, in as few passes as possible.
 
     All specs are checked against their data first, so that bad input stops before any training. Two processes may share
-    a store: each pass is locked, and the second finds the first one's results.
+    a store: each pass is locked, and the second finds the first one's results. Under torchrun all processes of a job
+    train each network together, and the first keeps the store.
     """
     compute, store = compute or ComputeFlags(), store or Store()
-    specs = [replace(s, seed=rng.fresh_seed()) if s.seed is None else s for s in specs]
+    rank, world = processes(compute.where())
+    frozen = next((s.model for s in specs if world > 1 and not s.from_scratch), None)
+    checks.require(
+        frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
+    )
+    specs = from_first([replace(s, seed=rng.fresh_seed()) if s.seed is None else s for s in specs], world)
     names = [key(s) for s in specs]
     found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
+    found = from_first(found, world)
     groups: dict[RunSpec, list[RunSpec]] = {}
     for name, spec in zip(names, specs, strict=True):
         group = groups.setdefault(passes.pass_of(spec), [])
@@ -80,15 +89,17 @@ def run_all(
         for spec in group:
             mechanism(spec, material[shared].n)
     for shared, group in groups.items():
-        with files.lock(store.folder / "locks" / key(shared)):
-            group = [s for s in group if store.get(key(s)) is None]
+        with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
+            group = from_first([s for s in group if store.get(key(s)) is None], world)
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
             # A checkpoint belongs to the heads that it was made for, so it is named after them.
             checkpoint = store.folder / f"{files.digest(key(shared), *map(key, group))[:32]}.checkpoint"
-            if group:
-                for result, tensors in compute_pass(group, material[shared], compute, checkpoint):
+            for result, tensors in compute_pass(group, material[shared], compute, checkpoint) if group else ():
+                if rank == 0:
                     store.put(result, tensors)
-            files.remove_checkpoint(checkpoint)
+            if rank == 0:
+                files.remove_checkpoint(checkpoint)
+            from_first(None, world)  # nobody looks for the result before it is stored
     return [found.get(name) or _must(store.get(name), name) for name in names]
 
 

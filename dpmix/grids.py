@@ -37,7 +37,7 @@ class Preset:
 
 
 DEMO = Preset(
-    dataset="digits", models=("tiny-vit", "tiny-convnext"), batch_size=256, epochs=6,
+    dataset="digits", models=("tiny-vit", "tiny-convnext"), batch_size=128, epochs=4,
     learning_rates=(1.0, 2.0, 4.0, 8.0, 16.0), validation=0.2,
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,22 @@ def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
 
 
+@lru_cache(
+    maxsize=2
+)  # the passes of a table differ in seed and encoder: they share the data, which are never written to
+def _load(dataset: str, root: str, image_size: int | None, cached: str) -> data.Splits:
+    return data.load(dataset, root, image_size=image_size, cache=cached)
+
+
+@lru_cache(maxsize=2)
+def _load_public(dataset: str, root: str, image_size: int | None, cached: str) -> data.ImageSet:
+    """The synthetic images, once it is known that none is a copy of a private one."""
+    splits = _load(dataset, root, image_size, cached)
+    public = data.public_images(dataset, root, like=splits.train, cache=cached)
+    refuse_overlap(splits, public)
+    return public
+
+
 def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) -> Material:
     """Load and check everything that the pass needs, before any training. Errors name what is missing and the remedy."""
     encoder = None
@@ -69,7 +85,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
         dtype = getattr(torch, compute.dtype)
         encoder = models.encoder(shared.model, shared.weights).to(compute.where(), dtype)
         image_size = encoder.image_size if shared.dataset in SCALED else None
-    splits = data.load(shared.dataset, compute.root, image_size=image_size, cache=compute.cache)
+    splits = _load(shared.dataset, compute.root, image_size, compute.cache)
     whole = splits.train
     if encoder is not None:
         channels = int(whole.images.shape[1])
@@ -81,8 +97,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     needs = any(s.recipe.k_diff for s in group)
     synthetic = None
     if (needs and shared.public == "synthetic") or shared.train_on == "synthetic" or shared.pretrain_epochs:
-        synthetic = data.public_images(shared.dataset, compute.root, like=whole, cache=compute.cache)
-        refuse_overlap(splits, synthetic)
+        synthetic = _load_public(shared.dataset, compute.root, image_size, compute.cache)
     if shared.train_on == "synthetic":
         assert synthetic is not None
         pool, ids = synthetic, torch.arange(len(synthetic))
@@ -114,7 +129,7 @@ def compute_heads(
         bank_heads.append(heads.Head(recipe=recipe, learning_rate=spec.learning_rate, clip_norm=spec.clip_norm,
                                      noise_multiplier=m.noise_multiplier))  # fmt: skip
     start = time.perf_counter()
-    physical = compute.physical_batch or 64
+    physical = compute.physical_batch or 128
     common: dict[str, Any] = dict(num_classes=train.num_classes, physical_batch=physical, device=device,
                                   progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
     initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
