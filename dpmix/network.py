@@ -146,6 +146,8 @@ def train(
         "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
     }  # fmt: skip
     told = json.loads(json.dumps(told))
+    apart = ("n", "image shape", "public images", "model", "seed (digest)", *(spec or {}))
+    stream = json.dumps({k: v for k, v in told.items() if k not in apart}, sort_keys=True)
     compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
                "physical_batch": physical_batch, "channels_last": channels_last}  # fmt: skip
     flat = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in parameters.values()])
@@ -193,7 +195,7 @@ def train(
         return add_up(clipper.total, seen, world)
 
     def updated(seen: dict[str, int]) -> _State:
-        noise = noise_of(parameters, deviation, seed=seed, step=state.step).to(clipper.total)
+        noise = noise_of(parameters, deviation, seed=seed, step=state.step, stream=stream).to(clipper.total)
         gradient = (clipper.total + noise) / expected_batch
         velocity = None if state.velocity is None else state.velocity * momentum + gradient
         weights = state.weights - learning_rate * (gradient if velocity is None else velocity)
@@ -247,10 +249,16 @@ def train(
     return TrainedNetwork(last, averaged, steps, clipper.engine, state.counters, diagnostics, took, start)
 
 
-def noise_of(parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int) -> Float[Tensor, " size"]:
-    """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, parameter name)."""
-    parts = [rng.generator(seed, "noise", step, name).standard_normal(p.numel()) for name, p in parameters.items()]
-    return torch.cat([torch.from_numpy(part) for part in parts]) * deviation
+def noise_of(
+    parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int, stream: str = ""
+) -> Float[Tensor, " size"]:
+    """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, stream, name).
+
+    `stream` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference
+    of their weights would be free of it.
+    """
+    streams = ((rng.generator(seed, "noise", step, stream, name), p.numel()) for name, p in parameters.items())
+    return torch.cat([torch.from_numpy(g.standard_normal(size)) for g, size in streams]) * deviation
 
 
 @torch.no_grad()
@@ -282,7 +290,7 @@ def _check(given: dict[str, Any]) -> None:
     for name in ("momentum", "ema_decay"):
         require(given[name] is None or 0 <= given[name] < 1, name, given[name], "must lie in [0, 1)")
     low, high = int(labels.min()), int(labels.max())
-    allowed = 0 <= low and high < given["num_classes"]
+    allowed = low >= 0 and high < given["num_classes"]
     require(allowed, "num_classes", given["num_classes"], f"the labels go from {low} to {high}")
     one_of("microbatch_mix", given["microbatch_mix"], micro.MIXES)
     mixes = given["microbatch_mix"] != "none"
