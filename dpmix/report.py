@@ -14,6 +14,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from scipy import stats
 
+from dpmix import views
 from dpmix.grids import LABELS, STANDS_FOR
 
 PALETTE = "colorblind"
@@ -234,3 +235,130 @@ def provenance_note(runs: pd.DataFrame) -> Markdown:
         f"*{len(runs)} runs on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
         f"{runs['date'].max()[:16]} UTC on {devices}, with {versions}.*"
     )
+
+
+def show_gaps(
+    differences: pd.DataFrame, published: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "dataset"
+) -> pd.DataFrame:
+    """Differences in points, one row a pair: between published means, and beside them `paired(..., by=(by,))`."""
+    names = [f"{label(a)} − {label(b)}" for a, b in pairs]
+    means = published.pivot(index="method", columns=by, values="mean")
+    table: dict[tuple[str, str], list[str]] = {}
+    for condition in means:
+        gaps = [means[condition].get(a, np.nan) - means[condition].get(b, np.nan) for a, b in pairs]
+        table["published", label(condition)] = ["–" if pd.isna(gap) else f"{gap:+.1f}" for gap in gaps]
+    for condition, found in differences.groupby(by, sort=False):
+        rows = found.set_index(["better", "worse"])[["difference", "low", "high"]]
+        said = [f"{d:+.1f} [{low:+.1f}, {high:+.1f}]" for d, low, high in rows.to_numpy()]
+        cells = dict(zip(rows.index, said, strict=True))
+        table["measured here", label(condition)] = [cells.get(pair, "–") for pair in pairs]
+    return pd.DataFrame(table, index=names)
+
+
+def bar_plot(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Accuracies as bars, a panel a source (`method`, `mean`, `std`), one below the other: bars of one deviation, in words
+    too, since differences of a point do not show on bars that start at zero. A colour a method."""
+    sns.set_theme(style="whitegrid", palette=PALETTE)
+    methods = list(dict.fromkeys(m for table in panels.values() for m in table["method"]))
+    colours = dict(zip(methods, sns.color_palette(PALETTE, len(methods)), strict=True))
+    tall = [0.34 * len(table) + 0.8 for table in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(5.6, sum(tall)), height_ratios=tall, sharex=True, squeeze=False
+    )
+    for ax, (title, table) in zip(axes[:, 0], panels.items(), strict=True):
+        names = [label(m) for m in table["method"]]
+        ax.barh(names, table["mean"], xerr=table["std"], color=[colours[m] for m in table["method"]], capsize=2)
+        for row, (mean, std) in enumerate(zip(table["mean"], table["std"], strict=True)):
+            ends = mean + (0 if pd.isna(std) else std) + 1
+            ax.text(ends, row, spread(mean, std), va="center", fontsize=9)
+        ax.set(title=title, xlim=(0, 118))
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.set_xticks(range(0, 101, 20))
+    axes[-1, 0].set_xlabel("test accuracy (%)")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
+    """K_base × K_self as heatmaps (`k_base`, `k_self`, `k_diff`, `mean`): a column a source, with colours of its own, and a
+    row a K_diff. The best cell of a source is framed."""
+    sns.set_theme(style="white")
+    k_diffs = sorted({k for table in panels.values() for k in table["k_diff"]})
+    figure, axes = plt.subplots(
+        len(k_diffs), len(panels), figsize=(3.1 * len(panels), 2.6 * len(k_diffs)), squeeze=False
+    )
+    for col, (title, table) in enumerate(panels.items()):
+        best = table.loc[table["mean"].idxmax()]
+        for row, k_diff in enumerate(k_diffs):
+            ax = axes[row][col]
+            wide = table[table["k_diff"] == k_diff].pivot(index="k_base", columns="k_self", values="mean")
+            sns.heatmap(wide, ax=ax, annot=True, fmt=".1f", cmap="cividis", cbar=False, square=True, linewidths=1,
+                        vmin=table["mean"].min(), vmax=table["mean"].max(), annot_kws={"size": 12})  # fmt: skip
+            if best["k_diff"] == k_diff:
+                place = wide.columns.get_loc(best["k_self"]), wide.index.get_loc(best["k_base"])
+                ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="#d55e00", lw=3))
+            head = f"{title}\n" if row == 0 else ""
+            ax.set(title=f"{head}$K_{{diff}}$ = {k_diff}", xlabel="$K_{self}$", ylabel="$K_{base}$")
+            ax.tick_params(axis="y", rotation=0)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 6) -> Figure:
+    """Blocks of pictures under a heading: (heading, images [n, C, H, W] in 0..1, a caption each), `columns` a row."""
+    sns.set_theme(style="white")
+    lines = [max(1, -(-len(images) // columns)) for _, images, _ in rows]
+    figure, axes = plt.subplots(sum(lines), columns, figsize=(0.95 * columns, 1.42 * sum(lines)), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    start = 0
+    for (heading, images, captions), used in zip(rows, lines, strict=True):
+        block_axes = axes[start : start + used].flat
+        axes[start, 0].text(0, 1.42, heading, transform=axes[start, 0].transAxes, fontsize=10.5, weight="bold")
+        for ax, image, caption in zip(block_axes, images, captions, strict=False):
+            pixels = image.detach().cpu().clamp(0, 1).numpy().transpose(1, 2, 0)
+            shown = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+            ax.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_title(caption, fontsize=9, pad=3)
+        start += used
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.5 / (1.42 * sum(lines)), hspace=0.62, wspace=0.12
+    )
+    plt.close(figure)
+    return figure
+
+
+def mixing_draws(recipe: views.Recipe, ids: Any, *, seed: int, step: int) -> tuple[Any, Any, Any]:
+    """Which two members of the pool the mixtures of `make_views` take, and λ: three tensors [b, k_self]. For mixup."""
+    part = next(part for part in views.make_union([recipe]).parts if part.kind == "mix")
+    return views._Draws(ids, seed, step, part).mixtures(recipe.k_base + recipe.k_diff, recipe.alpha)[:3]
+
+
+def point_plot(parts: dict[str, pd.DataFrame], panel: str = "model", line: str = "method", *, unit: str) -> Figure:
+    """Means as points with bars of one standard deviation: a row of panels a source of `parts`, a column a value of
+    `panel`, a line a value of `line`. Every panel has a scale of its own."""
+    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.9)
+    columns = max(table[panel].nunique() for table in parts.values())
+    lines = [list(dict.fromkeys(table[line])) for table in parts.values()]
+    names = list(dict.fromkeys(name for part in lines for name in part))
+    colours = dict(zip(names, sns.color_palette(PALETTE, len(names)), strict=True))
+    tall = [0.32 * len(part) + 1.0 for part in lines]
+    figure, axes = plt.subplots(
+        len(parts), columns, figsize=(3.0 * columns + 1.6, sum(tall)), height_ratios=tall, squeeze=False
+    )
+    for row, (source, table), order in zip(axes, parts.items(), lines, strict=True):
+        for ax, (value, part) in zip(row, table.groupby(panel, sort=False), strict=False):
+            for name, mean, std in zip(part[line], part["mean"], part["std"], strict=True):
+                ax.errorbar(mean, order.index(name), xerr=None if pd.isna(std) else std, fmt="o", ms=6, capsize=3,
+                            color=colours[name])  # fmt: skip
+            ax.set(title=f"{label(value)}\n{source}", ylim=(len(order) - 0.5, -0.5), xlabel=unit)
+            ax.set_yticks(range(len(order)), [label(n) for n in order] if ax is row[0] else [""] * len(order))
+            ax.margins(x=0.15)
+        for ax in row[table[panel].nunique() :]:
+            ax.set_axis_off()
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
