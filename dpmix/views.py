@@ -15,7 +15,7 @@ same views whether it is computed alone or in a union with others, and a smaller
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dpmix import checks, rng, transforms
 MIXES = ("mixup", "cutmix")
 
 
+@runtime_checkable
 class PublicImages(Protocol):
     """What `make_views` needs of a public set: `data.ImageSet` has it."""
 

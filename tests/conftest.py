@@ -1,0 +1,44 @@
+"""Shared by the tests: a result store of their own, and a private problem so small that a pass takes milliseconds."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+from dpmix.data import ImageSet
+from dpmix.models import Encoder
+
+# Before dpmix.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
+os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
+atexit.register(shutil.rmtree, os.environ["DPMIX_STORE"], ignore_errors=True)
+
+CLASSES, DIM, SIDE = 3, 5, 4
+
+
+def image_set(n: int, seed: int = 0, *, flip: bool = True) -> ImageSet:
+    """n random images [n, 1, 4, 4] of three classes."""
+    draw = np.random.default_rng(seed)
+    images = torch.from_numpy(draw.integers(0, 256, (n, 1, SIDE, SIDE), dtype=np.uint8))
+    labels = torch.from_numpy(draw.integers(0, CLASSES, n))
+    return ImageSet(images, labels, ("a", "b", "c"), flip)
+
+
+@pytest.fixture
+def private() -> ImageSet:
+    return image_set(40)
+
+
+@pytest.fixture
+def public() -> ImageSet:
+    return image_set(9, seed=1)
+
+
+@pytest.fixture
+def projection() -> Encoder:
+    """A frozen random projection of the pixels."""
+    matrix = torch.from_numpy(np.random.default_rng(2).normal(size=(SIDE * SIDE, DIM)))
+    return Encoder(lambda x: x.flatten(1) @ matrix.to(x), SIDE, DIM, (1,), "projection")
