@@ -51,6 +51,22 @@ def train(model=None, **changes):
     return network.train(model, images, labels, **(SETTINGS | changes))
 
 
+@pytest.fixture
+def noises(monkeypatch):
+    """The noise of each step of a run, by parameter: standard normal, as it was drawn."""
+    kept = []
+
+    def spy(parameters, deviation, **where):
+        flat = draw(parameters, deviation, **where)
+        sizes = [p.numel() for p in parameters.values()]
+        kept.append({n: part / deviation for n, part in zip(parameters, flat.split(sizes), strict=True)})
+        return flat
+
+    draw = network.noise_of
+    monkeypatch.setattr(network, "noise_of", spy)
+    return kept
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -58,7 +74,20 @@ def same(a, b):
 # The mechanism.
 
 
-def test_a_run_equals_the_algorithm_written_out():
+@pytest.fixture
+def streams(monkeypatch):
+    """The names of the noise streams that runs use, one a step."""
+    seen, real = [], network.noise_of
+
+    def recorded(*args, **kwargs):
+        seen.append(kwargs["stream"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(network, "noise_of", recorded)
+    return seen
+
+
+def test_a_run_equals_the_algorithm_written_out(streams):
     images, labels = data()
     options = dict(momentum=0.9, weight_decay=0.1, ema_decay=0.3)
     got = train(small().double(), **options)
@@ -74,7 +103,8 @@ def test_a_run_equals_the_algorithm_written_out():
         seen += len(ids)
         with torch.no_grad():
             for n, p in parameters.items():
-                noise = torch.from_numpy(rng.generator(7, "noise", t, n).standard_normal(p.numel())).view(p.shape)
+                draws = rng.generator(7, "noise", t, streams[t], n).standard_normal(p.numel())
+                noise = torch.from_numpy(draws).view(p.shape)
                 velocity[n] = 0.9 * velocity[n] + (total[n] + 1.0 * 0.5 * noise) / 6
                 p -= 0.3 * velocity[n]
                 p *= 1 - 0.3 * 0.1
@@ -99,12 +129,13 @@ def test_physical_batch_and_engine_do_not_matter(engine):
             torch.testing.assert_close(got.state[n], want.state[n], rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_step_still_adds_noise_and_counts():
+def test_an_empty_step_still_adds_noise_and_counts(streams):
     before = {n: t.clone() for n, t in tiny().state_dict().items()}
     got = train(sample_rate=1e-9, steps=1)
     assert got.counters["examples"] == 0
     for n, t in got.state.items():
-        noise = torch.from_numpy(rng.generator(7, "noise", 0, n).standard_normal(t.numel())).view(t.shape)
+        draws = rng.generator(7, "noise", 0, streams[0], n).standard_normal(t.numel())
+        noise = torch.from_numpy(draws).view(t.shape)
         torch.testing.assert_close(t, (before[n] - 0.3 * 0.5 * noise / 6).float())
 
 
@@ -133,7 +164,24 @@ def test_noise_differs_between_steps_seeds_and_parameters():
     assert a.dtype == torch.float64 and torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0))
     assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=1))
     assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=2, step=0))
+    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, stream="another run"))
+    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, stream="other"))
     assert a.unique().numel() == a.numel()
+
+
+def test_runs_share_noise_only_as_neighbours(streams):
+    """Releases with one seed must not cancel each other's noise; neighbouring data sets are compared draw by draw."""
+    train(steps=1)
+    train(steps=1, learning_rate=0.2)
+    train(steps=1, recipe=views.Recipe(k_base=2, transform="crop"))
+    train(steps=1, data=tuple(t[:-1] for t in data()))
+    assert len(set(streams[:3])) == 3 and streams[3] == streams[0]
+
+
+def test_runs_with_other_settings_and_one_seed_do_not_share_noise(noises):
+    train(sample_rate=1e-9, steps=1)
+    train(sample_rate=1e-9, steps=1, learning_rate=0.2)
+    assert all(not torch.equal(a, b) for a, b in zip(noises[0].values(), noises[1].values(), strict=True))
 
 
 @pytest.mark.parametrize("mix", ["none", "add", "replace"])
