@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dpmix import checks, clipping, files, privacy, rng, views
 from dpmix.models import Encoder

@@ -35,7 +35,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checks import require
 

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from dpmix import experiments, files, heads, passes, privacy, rng, views
+from dpmix import clipping, experiments, files, grids, heads, passes, privacy, rng, views
 from dpmix.spec import ComputeFlags, Mechanism, Result, RunSpec, key, mechanism
 
 LIBRARIES = ("jax", "jax-privacy", "dp-accounting")
@@ -224,3 +225,34 @@ def _compute(
         origin = origin | {"versions": origin["versions"] | {name: metadata.version(name) for name in LIBRARIES}}
         done.append((replace(result, provenance=origin), {"weight": bank.weights[r], "bias": bank.biases[r]}))
     return done
+
+
+def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
+    """`grids.run_cells` in JAX: one row a cell, with its labels; `versions` names those of JAX too."""
+    results = run_all([c.spec for c in cells], compute=compute)
+    runs = experiments.frame(results)
+    runs["versions"] += [", " + ", ".join(f"{n} {r.provenance['versions'][n]}" for n in LIBRARIES[:2]) for r in results]
+    return runs.assign(**{name: [c.labels[name] for c in cells] for name in cells[0].labels})
+
+
+def compare_sums(seed: int = 0, *, clip_norm: float = 0.5) -> pd.DataFrame:
+    """Clipped sums of PyTorch and JAX on random features [32, 4, 64] of ten classes: the largest relative differences.
+
+    The second row is a negative control: JAX clips every view by itself and averages afterwards.
+    """
+    b, k, dim, classes = 32, 4, 64, 10
+    draw = rng.generator(seed, "compare")
+    normal = lambda *shape: torch.from_numpy(draw.standard_normal(shape)).float()  # noqa: E731
+    z, y, w, bias = normal(b, k, dim), normal(b, k, classes).softmax(-1), normal(1, classes, dim), normal(1, classes)
+    norms = torch.tensor([clip_norm])
+    ours = clipping.clipped_head_sums(z, y, w, bias, norms, torch.full((1, k), 1 / k))
+    theirs = clipped_head_sums(z, y, w, bias, norms)
+    flat = clipped_head_sums(z.reshape(b * k, 1, dim), y.reshape(b * k, 1, classes), w, bias, norms)
+    rows = {"views averaged, then clipped": theirs, "views one by one": (flat[0] / k, flat[1] / k)}
+    table = {
+        name: [
+            f"{float((got - want).abs().max() / want.abs().max()):.0e}" for got, want in zip(found, ours, strict=False)
+        ]
+        for name, found in rows.items()
+    }
+    return pd.DataFrame.from_dict(table, orient="index", columns=["weights", "biases"])

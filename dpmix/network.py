@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dpmix import checkpoint as checkpoints
 from dpmix import microbatch as micro

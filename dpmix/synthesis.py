@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dpmix import files
 from dpmix.checks import positive, require, whole
