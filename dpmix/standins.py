@@ -76,11 +76,10 @@ def make_encoder(
     progress: bool = True,
 ) -> dict:
     """Pretrain one small encoder and write it."""
-    start = time.perf_counter()
+    start = _clock()
     state, losses = models.pretrain(name, public.images, public.labels, seed=seed, steps=steps, progress=progress)
-    seconds = time.perf_counter() - start
     path = folder / f"{name}.safetensors"
-    about = _about("dpmix.models.pretrain", seed, steps, public, losses, seconds)
+    about = _about("dpmix.models.pretrain", seed, steps, public, losses, start)
     _write(path, safetensors.torch.save(state), about)
     if probe_on is not None:
         about["probe"] = probe(models.encoder(name, path), probe_on)
@@ -98,17 +97,15 @@ def make_digits(
     progress: bool = True,
 ) -> dict[str, dict]:
     """Train the small diffusion model on rendered digits, sample from it, write both."""
-    start = time.perf_counter()
+    start = _clock()
     state, losses = synthesis.train_generator(digits.images, digits.labels, seed=seed, steps=steps, progress=progress)
-    about = _about("dpmix.synthesis.train_generator", seed, steps, digits, losses, time.perf_counter() - start)
+    about = _about("dpmix.synthesis.train_generator", seed, steps, digits, losses, start)
     state = {k: v.half() for k, v in state.items()}  # half the size; the shipped digits come from what is shipped
     _write(folder / "generator.safetensors", safetensors.torch.save(state), about)
-    start = time.perf_counter()
+    start = _clock()
     labels = torch.arange(10 * per_digit) % 10
     images = synthesis.sample_generator(state, labels, seed=seed, progress=progress)
-    drawn = _about(
-        "dpmix.synthesis.sample_generator", seed, synthesis.SAMPLE_STEPS, digits, [], time.perf_counter() - start
-    )
+    drawn = _about("dpmix.synthesis.sample_generator", seed, synthesis.SAMPLE_STEPS, digits, [], start)
     drawn |= {"images": len(images), "class_names": list(digits.class_names), "generator_sha256": about["sha256"]}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.numpy(), labels=labels.numpy())
@@ -139,13 +136,15 @@ def load_generator(folder: Path = PUBLIC) -> dict[str, Tensor]:
     return safetensors.torch.load_file(models.public_file("generator.safetensors", folder))
 
 
-def about(name: str, folder: Path = PUBLIC) -> dict:
+def record(name: str, folder: Path = PUBLIC) -> dict:
     """What the JSON beside a shipped file says."""
     require(name in NAMES, "name", name, f"must be one of {', '.join(NAMES)}")
     return json.loads(models.public_file(name, folder).with_suffix(".json").read_text())
 
 
-def _about(function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: list[float], seconds: float) -> dict:
+def _about(
+    function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: list[float], start: dict[str, float]
+) -> dict:
     every = max(1, len(losses) // 100)
     curve = [[i, round(float(np.mean(losses[i : i + every])), 4)] for i in range(0, len(losses), every)]
     return {
@@ -155,7 +154,7 @@ def _about(function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: 
         "corpus": f"{len(corpus)} characters of {''.join(corpus.class_names)} rendered by dpmix.glyphs from "
         f"{len(glyphs.FONTS)} fonts of matplotlib; no private image",
         "loss": curve,
-        "seconds": round(seconds, 1),
+        **{name: round(now - start[name], 1) for name, now in _clock().items()},
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {
@@ -164,6 +163,10 @@ def _about(function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: 
             **{module.__name__: module.__version__ for module in (torch, np, diffusers, matplotlib, sklearn)},
         },
     }
+
+
+def _clock() -> dict[str, float]:
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def _write(path: Path, data: bytes, about: dict) -> None:
