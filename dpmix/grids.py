@@ -224,5 +224,5 @@ def _fid_rows(
             v = about["versions"]
             versions = f"dpmix {v['dpmix']}{commit}, torch {v['torch']}, numpy {v['numpy']}, scipy {v['scipy']}"
             told = {"date": about["date"], "device": about["device"], "versions": versions}
-            frames.append(pd.DataFrame([{**shared, **row, **told} for row in content["rows"]]))
+            frames.append(pd.DataFrame([{**shared, **dict(sorted(row.items())), **told} for row in content["rows"]]))
     return pd.concat(frames, ignore_index=True)

@@ -8,7 +8,8 @@ import torch
 from pytorch_fid import fid_score
 from pytorch_fid import inception as network
 
-from dpmix import fid, models
+from dpmix import data, fid, grids, models, views
+from dpmix.spec import ComputeFlags
 
 
 @pytest.fixture
@@ -158,3 +159,33 @@ def test_inception_with_weights_from_a_file_is_pytorch_fids(tmp_path):
         found.features(x[:, :2])
     found.features.train()
     assert not found.features.training
+
+
+def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatch):
+    asked = dict(dataset="digits", encoders=["tiny-convnext"], seeds=[3], examples=40)
+    compute = ComputeFlags(progress=False)
+    found = grids.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute)
+    train = data.load("digits").train
+    ids, encoder = torch.arange(40), models.encoder("tiny-convnext")
+    recipe = grids.recipe("mix-diff", "digits").for_data(False)
+    made = views.make_views(train.images[ids], train.labels[ids], ids, recipe, num_classes=10, seed=3, step=0,
+                            public=data.public_images("digits"))  # fmt: skip
+    want = fid.between(made.images.flatten(0, 1), train.images, encoder)
+    row = found[(found["method"] == "mix-diff") & (found["reference"] == "train")].iloc[0]
+    assert row["fid"] == pytest.approx(want, rel=1e-3) and row["n"] == 40 * recipe.views
+    assert want != pytest.approx(found["fid"].iloc[0], rel=1e-2)  # Self-Aug's is another
+
+    monkeypatch.setattr(fid, "distance", lambda *_: pytest.fail("computed again"))
+    assert grids.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute).equals(found)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        grids.fid_of_methods(["self-aug", "mix-diff"], **{**asked, "seeds": [4]}, compute=compute)
+
+
+def test_the_samples_of_table_8_are_of_one_size():
+    found = grids.fid_of_sets(dataset="digits", encoders=["tiny-convnext"], seeds=[0, 1])
+    assert set(found["n"]) == {360} and list(found["compared"].unique()) == ["test", "diffusion", "train"]
+    splits = data.load("digits")
+    whole = fid.between(splits.train.images, splits.test.images, models.encoder("tiny-convnext"))
+    test = found[found["compared"] == "test"]
+    assert test["fid_all"].tolist() == pytest.approx([whole] * 2, rel=1e-4)
+    assert test["fid"].nunique() == 2 and (test["fid"] > whole).all()  # fewer images, a larger distance
