@@ -245,6 +245,22 @@ def test_bfloat16_is_near_and_bounded():
         assert norm_of(alone.grads) <= 0.05 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+@pytest.mark.parametrize("way", WAYS)
+def test_every_device_at_hand(device, way):
+    """A GPU, where there is one, gives the CPU's sums, keeps the bound in bfloat16 and drops what is not finite."""
+    model, (images, targets) = wide_resnet(10, 1, 3, channels=2, seed=1).double(), batch()
+    want, _ = run(model, images, targets, 0.5, "loop")
+    got, _ = run(model.to(device), images, targets, 0.5, way)
+    torch.testing.assert_close(got.total.cpu(), want.total, rtol=1e-6, atol=1e-9)
+    model, images, targets = model.float(), images[:2].float(), targets[:2].float()
+    images[1] = float("nan")
+    clipper = Clipper(model, 0.05, autocast=torch.bfloat16, channels_last=True, **WAYS[way])
+    norms = clipper.add(images, targets).cpu()
+    assert norms.isfinite().tolist() == [True, False] and float(norms[0]) > 0.05
+    assert abs(float(clipper.total.double().norm()) / 0.05 - 1) <= 1e-6
+
+
 def test_auto_says_what_it_took():
     images, targets = batch(1, 1)
     assert clipped_gradient_sum(NETWORKS["wide"], images, targets, 1.0).engine == "loop"
