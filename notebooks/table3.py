@@ -85,7 +85,7 @@ report.side_by_side(published, measured)
 # %% [markdown]
 # The upper block is {glue:text}`table3_beside` from the paper, the lower one {glue:text}`table3_dataset` here, over {glue:text}`table3_n` seeds.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy against epsilon for each method, published above and measured below, one panel an encoder"}}
 report.accuracy_plot(chosen, published)
 
 # %% [markdown]
