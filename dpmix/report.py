@@ -241,7 +241,7 @@ def show_gaps(
     differences: pd.DataFrame, published: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "dataset"
 ) -> pd.DataFrame:
     """Differences in points, one row a pair: between published means, and beside them `paired(..., by=(by,))`."""
-    names = [f"{label(a)} − {label(b)}" for a, b in pairs]
+    names = [f"{label(a)} against {label(b)}" for a, b in pairs]
     means = published.pivot(index="method", columns=by, values="mean")
     table: dict[tuple[str, str], list[str]] = {}
     for condition in means:
@@ -271,7 +271,7 @@ def bar_plot(panels: dict[str, pd.DataFrame]) -> Figure:
         for row, (mean, std) in enumerate(zip(table["mean"], table["std"], strict=True)):
             ends = mean + (0 if pd.isna(std) else std) + 1
             ax.text(ends, row, spread(mean, std), va="center", fontsize=9)
-        ax.set(title=title, xlim=(0, 118))
+        ax.set(title=title, xlim=(0, 126))
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         ax.set_xticks(range(0, 101, 20))
@@ -310,23 +310,26 @@ def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
 def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 6) -> Figure:
     """Blocks of pictures under a heading: (heading, images [n, C, H, W] in 0..1, a caption each), `columns` a row."""
     sns.set_theme(style="white")
-    lines = [max(1, -(-len(images) // columns)) for _, images, _ in rows]
-    figure, axes = plt.subplots(sum(lines), columns, figsize=(0.95 * columns, 1.42 * sum(lines)), squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    start = 0
-    for (heading, images, captions), used in zip(rows, lines, strict=True):
-        block_axes = axes[start : start + used].flat
-        axes[start, 0].text(0, 1.42, heading, transform=axes[start, 0].transAxes, fontsize=10.5, weight="bold")
-        for ax, image, caption in zip(block_axes, images, captions, strict=False):
+    side, head, line = 0.92, 0.36, 0.165  # inches: a picture, the heading of a block, a line of a caption
+    lines = [max((1 + c.count("\n") for c in captions if c), default=0) for *_, captions in rows]
+    used = [max(1, -(-len(images) // columns)) for _, images, _ in rows]
+    tall = sum(head + n * (side + line * deep + 0.12) for n, deep in zip(used, lines, strict=True))
+    wide = (side + 0.1) * columns
+    figure = plt.figure(figsize=(wide, tall))
+    top = tall
+    for (heading, images, captions), deep in zip(rows, lines, strict=True):
+        figure.text(0.05 / wide, (top - 0.3) / tall, heading, fontsize=10.5, weight="bold")
+        top -= head
+        for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            row, column = divmod(place, columns)
+            bottom = top - row * (side + line * deep + 0.12) - side
+            ax = figure.add_axes(((side + 0.1) * column / wide + 0.05 / wide, bottom / tall, side / wide, side / tall))
             pixels = image.detach().cpu().clamp(0, 1).numpy().transpose(1, 2, 0)
             shown = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
             ax.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(caption, fontsize=9, pad=3)
-        start += used
-    figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.01, top=1 - 0.5 / (1.42 * sum(lines)), hspace=0.62, wspace=0.12
-    )
+            ax.set_axis_off()
+            ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha="center", va="top", fontsize=9, linespacing=1.15)
+        top -= max(1, -(-len(images) // columns)) * (side + line * deep + 0.12)
     plt.close(figure)
     return figure
 
