@@ -30,14 +30,23 @@ class Gradients(NamedTuple):
 
 
 def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlags | None = None) -> list[Gradients]:
-    """Train the heads of `specs` (one encoder, one seed) privately, as ever, and look at each step's unclipped gradients.
+    """Train the heads of `specs` privately, as ever, and look at each step's unclipped gradients; in the order of `specs`.
 
     The weights at which the gradients are taken are those of the private run. A part of training in which no example was
-    drawn has a gradient of nan. Raises ValueError for specs that do not share a pass or training shorter than `stages`.
+    drawn has a gradient of nan. Raises ValueError for training shorter than `stages` and for networks.
     """
-    compute = compute or ComputeFlags()
-    material, bank, m = _bank(specs, compute)
     checks.whole("stages", stages, 1)
+    groups: dict[RunSpec, list[RunSpec]] = {}
+    for spec in specs:
+        groups.setdefault(passes.pass_of(spec), []).append(spec)
+    found = {}
+    for group in groups.values():
+        found |= dict(zip(group, _observed(group, stages, compute or ComputeFlags()), strict=True))
+    return [found[spec] for spec in specs]
+
+
+def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> list[Gradients]:
+    material, bank, m = _bank(specs, compute)
     checks.require(stages <= m.steps, "stages", stages, f"must be at most the {m.steps} steps of training")
     union = views.make_union(list(dict.fromkeys(h.recipe for h in bank)))
     row = dict(zip(union.recipes, union.weights, strict=True))

@@ -52,6 +52,15 @@ def test_gradients_are_the_unclipped_means_of_each_stage(small):
         assert wanted.norm(dim=1).min() > 2 * spec.clip_norm, "a clipped mean would be shorter: the control"
 
 
+def test_each_seed_is_a_pass_of_its_own(small):
+    one, two = SPEC, replace(SPEC, seed=1)
+    together, alone = (
+        diagnostics.gradients([two, one], stages=1, compute=QUIET),
+        diagnostics.gradients([one], stages=1, compute=QUIET),
+    )
+    assert torch.equal(together[1].overall, alone[0].overall) and not torch.equal(*(g.overall for g in together))
+
+
 def test_looking_does_not_change_training(small):
     with_noise = replace(SPEC, epsilon=1.0, delta=1e-3)
     _, bank, m = diagnostics._bank([with_noise], QUIET)
@@ -74,9 +83,11 @@ def test_timings_count_views_and_share_out_the_time(small):
     assert (found["floor"] > 0).all()
 
 
-def test_what_cannot_share_a_pass_is_refused(small):
+def test_what_cannot_be_looked_at_is_refused(small):
     with pytest.raises(ValueError, match="specs"):
-        diagnostics.gradients([SPEC, replace(SPEC, seed=1)], compute=QUIET)
+        diagnostics.timings({"two seeds": [SPEC, replace(SPEC, seed=1)]}, compute=QUIET)
+    with pytest.raises(ValueError, match="wrn-16-4"):
+        diagnostics.gradients([replace(SPEC, model="wrn-16-4")], compute=QUIET)
     with pytest.raises(ValueError, match="stages=5"):
         diagnostics.gradients([SPEC], stages=5, compute=QUIET)
     with pytest.raises(ValueError, match="specs"):
