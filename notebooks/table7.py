@@ -85,7 +85,7 @@ Markdown(
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Frechet distance of the views of each method to the training and the test images, published above and measured below"}}
 shown = {f"published, {report.label(beside)}": published[published["dataset"] == beside]}
 for encoder, part in measured.groupby("encoder", sort=False):
-    shown[f"measured, {report.label(encoder)}" + (f", × {factor:,}" if factor > 1 else "")] = part
+    shown[f"here, {report.label(encoder)}" + (f", × {factor:,}" if factor > 1 else "")] = part
 titles = {"train": "to the training images", "test": "to the test images"}
 shown = {k: t.assign(reference=[titles[r] for r in t["reference"]]) for k, t in shown.items()}
 report.point_plot(shown, panel="reference", unit="Fréchet distance")
