@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dpmix import checks, data, files, passes, rng
+from dpmix import checks, data, files, passes, rng, workers
 from dpmix.processes import from_first, processes
 from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
 
@@ -88,6 +88,10 @@ def run_all(
     for shared, group in groups.items():
         for spec in group:
             mechanism(spec, material[shared].n)
+    many = workers.count(compute, len(groups)) if world == 1 else 1
+    if many > 1:
+        workers.run(list(groups.values()), compute, store.folder, many)
+        groups = {}
     for shared, group in groups.items():
         with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
             group = from_first([s for s in group if store.get(key(s)) is None], world)

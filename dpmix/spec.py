@@ -101,6 +101,11 @@ class RunSpec:
                     value == f.default, f.name, value, f"means nothing for {kind}, {self.model!r}; leave it out"
                 )
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "RunSpec":
+        """The spec that `dataclasses.asdict` took apart."""
+        return cls(**{**content, "recipe": views.Recipe(**content["recipe"])})
+
     @property
     def from_scratch(self) -> bool:
         """Whether every weight of a network is trained, rather than a linear head on a frozen encoder."""
@@ -109,7 +114,10 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeFlags:
-    """All that may not change a result beyond floating-point rounding: where and how it is computed."""
+    """All that may not change a result beyond floating-point rounding: where and how it is computed.
+
+    `workers` passes run at a time, each in a process of its own; by default as many as there are cores, and one on a GPU.
+    """
 
     device: str = "auto"
     physical_batch: int | None = None
@@ -119,8 +127,11 @@ class ComputeFlags:
     cache: str = str(data.CACHE)
     checkpoint_seconds: float = 30.0
     progress: bool = True
+    workers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.workers is not None:
+            checks.whole("workers", self.workers, 1)
         checks.one_of("dtype", self.dtype, ("float32", "bfloat16"))
         if self.physical_batch is not None:
             checks.whole("physical_batch", self.physical_batch, 1)
@@ -161,11 +172,15 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict) -> "Result":
-        spec = dict(content["spec"])
-        spec["recipe"] = views.Recipe(**spec["recipe"])
         known = {f.name for f in fields(cls)}
         rest = {k: v for k, v in content.items() if k in known}
-        return cls(**{**rest, "spec": RunSpec(**spec), "diagnostics": NonPrivateDiagnostics(**content["diagnostics"])})
+        return cls(
+            **{
+                **rest,
+                "spec": RunSpec.from_json(content["spec"]),
+                "diagnostics": NonPrivateDiagnostics(**content["diagnostics"]),
+            }
+        )
 
 
 class Mechanism(NamedTuple):
@@ -203,7 +218,22 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
 def code_digest() -> str:
     """sha256 over the source of every room that can change a result, and over the public stand-ins."""
     here = Path(__file__).parent
-    rooms = [p for p in sorted(here.glob("*.py")) if p.stem not in ("report", "paper", "audit", "fid", "synthesis")]
+    rooms = [
+        p
+        for p in sorted(here.glob("*.py"))
+        if p.stem
+        not in (
+            "report",
+            "report_network",
+            "report_diagnostics",
+            "paper",
+            "audit",
+            "audit_steps",
+            "fid",
+            "synthesis",
+            "standins",
+        )
+    ]
     shipped = sorted(data.PUBLIC.glob("*.json"))
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
 
