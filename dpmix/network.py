@@ -229,7 +229,8 @@ def train(
         keep()
         raise
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
             raise
         keep()
         said = f"try physical_batch={physical_batch // 2}; the result does not depend on it"
@@ -346,7 +347,3 @@ def _fill(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:
     with torch.no_grad():
         for name, part in unflatten(flat, parameters).items():
             parameters[name].copy_(part)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
