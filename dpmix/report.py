@@ -294,6 +294,9 @@ def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
         for row, k_diff in enumerate(k_diffs):
             ax = axes[row][col]
             wide = table[table["k_diff"] == k_diff].pivot(index="k_base", columns="k_self", values="mean")
+            if wide.empty:
+                ax.set_axis_off()
+                continue
             sns.heatmap(wide, ax=ax, annot=True, fmt=".1f", cmap="cividis", cbar=False, square=True, linewidths=1,
                         vmin=table["mean"].min(), vmax=table["mean"].max(), annot_kws={"size": 12})  # fmt: skip
             if best["k_diff"] == k_diff:
