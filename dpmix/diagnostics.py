@@ -39,7 +39,7 @@ def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlag
     groups: dict[RunSpec, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(passes.pass_of(spec), []).append(spec)
-    found = {}
+    found: dict[RunSpec, Gradients] = {}
     for group in groups.values():
         found |= dict(zip(group, _observed(group, stages, compute or ComputeFlags()), strict=True))
     return [found[spec] for spec in specs]

@@ -156,7 +156,9 @@ def test_killed_in_the_middle_and_resumed(pipeline, tmp_path):
 )
 def test_a_manifest_of_another_run_is_refused_by_name(pipeline, made, change):
     before = contents(made)
-    with pytest.raises(ValueError, match=rf"holds images of another run \(.*{next(iter(change))} .*choose another folder"):
+    with pytest.raises(
+        ValueError, match=rf"holds images of another run \(.*{next(iter(change))} .*choose another folder"
+    ):
         generate(str(pipeline), made, **change)
     assert contents(made) == before
 
