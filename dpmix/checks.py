@@ -11,10 +11,10 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: {allowed}")
 
 
-def positive(name: str, value: float, hint: str = "") -> None:
+def positive(name: str, value: object, hint: str = "") -> None:
     """Refuse anything but a finite number above zero."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number and math.isfinite(value) and value > 0, name, value, f"must be a positive finite number{hint}")
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    require(good, name, value, f"must be a positive finite number{hint}")
 
 
 def floats(instance: object, *names: str) -> None:
@@ -30,7 +30,7 @@ def floats(instance: object, *names: str) -> None:
             object.__setattr__(instance, name, float(value))
 
 
-def whole(name: str, value: int, least: int = 0) -> None:
+def whole(name: str, value: object, least: int = 0) -> None:
     """Refuse anything but a whole number of at least `least`."""
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(good, name, value, f"must be a whole number of at least {least}")

@@ -24,9 +24,9 @@ class RunSpec:
 
     Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
     scratch); `weights` a file for the encoder. `train_on` says which examples are the private set ("half-1" and "half-2"
-    are disjoint halves, "synthetic" the public images), `public` where `k_diff` images come from, `pretrain_epochs`
-    how long plain SGD runs on the synthetic images first (Table 6). `validation` is the share of the private set kept
-    out of training, for choosing a learning rate.
+    are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public images), `public` where
+    `k_diff` images come from, `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
+    `validation` is the share of the private set kept out of training, for choosing a learning rate.
 
     Privacy: `epsilon` (None: no noise, no guarantee), `delta`, `accountant`; adjacency is add/remove of one example.
     `population` is the N of q = batch_size / N and T = round(epochs * N / batch_size); by default the number of private
