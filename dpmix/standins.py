@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import sklearn
 import torch
+from jaxtyping import Int64, UInt8
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch import Tensor
@@ -51,7 +52,10 @@ def rebuild(
         per_digit: synthetic images per class, in the order 0, 1, ..., 9, 0, 1, ...
         probe_on: private digits on which finished encoders are described (`probe`); training never sees them.
     """
-    for name, value in dict(characters=characters, per_digit=per_digit).items():
+    sizes = dict(
+        encoder_steps=encoder_steps, generator_steps=generator_steps, characters=characters, per_digit=per_digit
+    )
+    for name, value in sizes.items():
         whole(name, value, 1)
     folder = Path(folder)
     made = {}
@@ -131,13 +135,19 @@ def probe(encoder: Encoder, splits: Splits) -> dict[str, float]:
     }
 
 
+def load_digits(folder: Path = PUBLIC) -> tuple[UInt8[Tensor, "n 1 8 8"], Int64[Tensor, " n"]]:
+    """Synthetic digits and their labels, after their checksum was compared."""
+    with np.load(models.public_file("synthetic_digits.npz", folder), allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+
+
 def load_generator(folder: Path = PUBLIC) -> dict[str, Tensor]:
-    """Weights of the shipped generator, after its checksum was compared."""
+    """Weights of the generator, after their checksum was compared."""
     return safetensors.torch.load_file(models.public_file("generator.safetensors", folder))
 
 
 def record(name: str, folder: Path = PUBLIC) -> dict:
-    """What the JSON beside a shipped file says."""
+    """What the JSON beside a file says, after its checksum was compared."""
     require(name in NAMES, "name", name, f"must be one of {', '.join(NAMES)}")
     return json.loads(models.public_file(name, folder).with_suffix(".json").read_text())
 
