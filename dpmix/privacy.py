@@ -131,9 +131,21 @@ def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps:
             root += 5e-5
         return root
 
+    def refine(by: str, start: float) -> float:
+        """Secants from a point within the budget: three evaluations as a rule, where a bracket takes eight."""
+        x, f = start, excess(start, by)
+        step = f / 1.2  # epsilon falls by about 1.2 % for 1 % more noise
+        for _ in range(6 if f <= 0 else 0):
+            at = excess(x + step, by)
+            if -1e-4 <= at <= 0:
+                return x + step
+            slope = (at - f) / step if step else -1.0
+            x, f, step = x + step, at, -(at + 5e-5) / slope  # aim a little inside the budget
+        return search(by, start - 0.15, start)
+
     log_sigma = search("rdp", 0.0, 0.4)
     if accountant != "rdp":  # the tighter accountants need at most as much noise, and rarely 15 % less
-        log_sigma = search(accountant, log_sigma - 0.15, log_sigma)
+        log_sigma = refine(accountant, log_sigma)
     return math.exp(log_sigma)
 
 
