@@ -142,9 +142,12 @@ def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     scored = runs["validation_accuracy"].notna().all()
     said = "is missing for some runs, so there is nothing to choose by; give RunSpec a validation share above 0"
     checks.require(bool(scored), "validation_accuracy", None, said)
-    means = runs.groupby([*by, "learning_rate"], dropna=False, sort=True)["validation_accuracy"].mean().reset_index()
-    best = means.loc[means.groupby(by, dropna=False)["validation_accuracy"].idxmax(), [*by, "learning_rate"]]
-    return runs.merge(best, on=[*by, "learning_rate"], how="inner")
+    # Not by merging: an epsilon that is None in every row has another dtype before than after.
+    means = runs.groupby([*by, "learning_rate"], dropna=False)["validation_accuracy"].transform("mean")
+    keys = [runs[name] for name in by]
+    best = runs[means == means.groupby(keys, dropna=False).transform("max")]
+    least = best.groupby(by, dropna=False)["learning_rate"].transform("min")
+    return best[best["learning_rate"] == least].reset_index(drop=True)
 
 
 def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
@@ -160,6 +163,7 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     path = Path(path)
     tensors = (store or Store()).tensors(result)
     spec = {k: v for k, v in asdict(result.spec).items() if k not in ("seed", "weights")}
+    spec["dataset"] = spec["dataset"].partition(":")[0]  # not where the images lie
     card = {
         "guarantee": {"epsilon": result.epsilon, "delta": result.spec.delta, "calibrated_by": result.spec.accountant},
         "adjacency": "add or remove one example (replacing one example: twice the sensitivity)",
@@ -172,6 +176,7 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
                               "floating-point noise"],
         "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
         "spec": spec,
+        "class_names": result.provenance.get("classes"),
         "versions": result.provenance["versions"],
     }  # fmt: skip
     # Not result.key: it is a digest over the seed too, and seeds that people choose can be guessed.

@@ -214,7 +214,8 @@ def result(
     return Result(
         spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
         noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=float(spec.batch_size),
-        population=m.population, diagnostics=diagnostics, timing=timing, provenance=provenance(device, material.digest),
+        population=m.population, diagnostics=diagnostics, timing=timing,
+        provenance=provenance(device, material.digest) | {"classes": list(material.train.class_names)},
     )  # fmt: skip
 
 
