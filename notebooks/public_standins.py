@@ -47,14 +47,13 @@ if rebuild:
     sizes = dict(encoder_steps=encoder_steps, generator_steps=generator_steps, characters=characters)
     standins.rebuild(folder, seed=seed, per_digit=per_digit, probe_on=digits, **sizes)
 records = {name: standins.record(name, folder) for name in standins.NAMES}
-seconds = sum(record["seconds"] for record in records.values())
+seconds = sum(record["cpu_seconds"] for record in records.values())
 glue("standins_minutes", f"{seconds / 60:.0f}", display=False)
-glue("standins_threads", max(record["threads"] for record in records.values()), display=False)
 table = pd.DataFrame(
     {
         "made by": {name: record["function"].removeprefix("dpmix.") for name, record in records.items()},
         "steps": {name: record["steps"] for name, record in records.items()},
-        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "processor seconds": {name: round(record["cpu_seconds"]) for name, record in records.items()},
         "kB": {name: round(record["bytes"] / 1000) for name, record in records.items()},
         "sha256": {name: record["sha256"][:12] for name, record in records.items()},
     }
@@ -62,8 +61,8 @@ table = pd.DataFrame(
 table.rename_axis("file")
 
 # %% [markdown]
-# Making these files took {glue:text}`standins_minutes` minutes in all with {glue:text}`standins_threads` thread. Each has a JSON beside it with the function, the seed, the corpus, the
-# versions, the losses and the checksum, which is compared whenever the file is read.
+# Making these files took {glue:text}`standins_minutes` minutes of processor time in all. Each has a JSON beside it with the function, the seed, the corpus,
+# the versions, the losses and the checksum, which is compared whenever the file is read.
 #
 # ## The public corpus
 #
