@@ -43,7 +43,7 @@ class Preset:
 
 DEMO = Preset(
     dataset="digits", models=("tiny-vit", "tiny-convnext"), batch_size=128, epochs=4,
-    learning_rates=(1.0, 2.0, 4.0, 8.0, 16.0), validation=0.2,
+    learning_rates=(2.0, 4.0, 8.0, 16.0, 32.0), validation=0.2,
 )  # fmt: skip
 
 
