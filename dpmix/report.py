@@ -271,7 +271,7 @@ def bar_plot(panels: dict[str, pd.DataFrame]) -> Figure:
         for row, (mean, std) in enumerate(zip(table["mean"], table["std"], strict=True)):
             ends = mean + (0 if pd.isna(std) else std) + 1
             ax.text(ends, row, spread(mean, std), va="center", fontsize=9)
-        ax.set(title=title, xlim=(0, 126))
+        ax.set(title=title, xlim=(0, 138))
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         ax.set_xticks(range(0, 101, 20))

@@ -29,7 +29,7 @@ transforms = ["jitter", "affine", "cutout", "noise", "blur", "sobel", "all"]
 seeds = None  # None: three seeds
 epochs = None  # None: 3 in the demo, to stay within three minutes; at paper scale the paper's
 batch_size = None
-learning_rates = None  # in units of 1/C; None: 2, 4 and 8 in the demo, else the scale's grid
+learning_rates = None  # in units of 1/C; None: the scale's grid
 scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 
 # %% tags=["hide-input"]
@@ -55,7 +55,7 @@ cells = [
         seeds=seeds,
         epochs=3 if demo and epochs is None else epochs,
         batch_size=batch_size,
-        learning_rates=(2.0, 4.0, 8.0) if demo and learning_rates is None else learning_rates,
+        learning_rates=learning_rates,
     )
 ]
 f"{len(cells)} runs: every data set × transformation × learning rate × seed"

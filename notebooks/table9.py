@@ -30,7 +30,7 @@ model = None  # None: "tiny-convnext", or "vit-b-16" at paper scale
 seeds = None  # None: three seeds
 epochs = None  # None: 2 in the demo, to stay within three minutes; at paper scale the paper's
 batch_size = None
-learning_rates = None  # in units of 1/C; None: 4 and 8 in the demo, else the scale's grid
+learning_rates = None  # in units of 1/C; None: 2, 4 and 8 in the demo, else the scale's grid
 scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 
 # %% tags=["hide-input"]
@@ -61,7 +61,7 @@ cells = [
         seeds=seeds,
         epochs=2 if demo and epochs is None else epochs,
         batch_size=batch_size,
-        learning_rates=(4.0, 8.0) if demo and learning_rates is None else learning_rates,
+        learning_rates=(2.0, 4.0, 8.0) if demo and learning_rates is None else learning_rates,
     )
     for ks in grid
 ]
