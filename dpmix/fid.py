@@ -1,6 +1,6 @@
 """Floor 1: Fréchet distances between image sets, under Inception-v3 or any encoder of `models`.
 
-Fit a Gaussian to the features of each set; their squared Fréchet distance is |m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½). With
+Fit a Gaussian to the features of each set; their squared Fréchet distance is ``|m1 - m2|² + Tr(S1 + S2 - 2 (S1 S2)^½)``. With
 the features of Inception-v3 that is the FID (Heusel et al. 2017). The formula and the network are pytorch-fid's; the
 statistics are gathered here, batch by batch in float64, so that a set of any size fits.
 
