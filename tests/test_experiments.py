@@ -86,7 +86,7 @@ def test_bad_specs_are_refused_in_one_line_by_name(bad, said):
 RUN_BAD = [
     (dict(batch_size=1151), ValueError, "batch_size=1151: must be at most the 1150 training examples"),
     (dict(population=200), ValueError, "batch_size=256: must be at most the 200 training examples"),
-    (dict(epsilon=0.001, epochs=5000.0), ValueError, "epsilon=0.001: out of reach of the rdp accountant"),
+    (dict(epsilon=0.001, epochs=1e8, batch_size=1150), ValueError, "epsilon=0.001: out of reach of the rdp accountant"),
     (dict(epsilon=60.0), ValueError, "epsilon=60.0: cannot be calibrated: choose an epsilon between"),
     (dict(dataset="cifar10"), FileNotFoundError, "dataset='cifar10': CIFAR-10 is not on disk; get it from"),
     (dict(dataset="folder:nowhere"), FileNotFoundError, "dataset='folder:nowhere'"),
@@ -122,7 +122,7 @@ def test_what_only_the_data_can_tell_is_refused_before_any_training(bad, kind, s
 
 
 def test_a_delta_that_protects_nobody_is_warned_about():
-    loose = replace(SPEC, delta=1e-3)
+    loose = replace(SPEC, delta=1e-3, batch_size=1150)
     with pytest.warns(UserWarning, match=r"delta=0.001: is not below 1/N = 8.7e-04"):
         spec.mechanism(loose, 1437)
     with warnings.catch_warnings():
@@ -295,18 +295,18 @@ def test_heads_of_one_pass_are_trained_together_and_equal_those_alone(shared, st
     _, together = shared
     calls, real = [], heads.train_bank
     monkeypatch.setattr(heads, "train_bank", lambda *a, **k: calls.append(len(a[3])) or real(*a, **k))
-    specs = [SPEC, replace(SPEC, learning_rate=1.0), replace(SPEC, epsilon=1.0), replace(SPEC, epsilon=None),
+    specs = [SPEC, replace(SPEC, learning_rate=1.0), replace(SPEC, seed=0), replace(SPEC, epsilon=None),
              replace(SPEC, clip_norm=0.1), replace(SPEC, recipe=replace(TINY, k_self=2))]  # fmt: skip
     results = run_all(specs, compute=replace(COMPUTE, physical_batch=17), store=store)
-    assert calls == [6]
+    assert calls == [5]
     assert [r.spec for r in results] == specs
     for alone, found in zip(together, results, strict=False):
         assert found.test_accuracy == alone.test_accuracy and found.noise_multiplier == alone.noise_multiplier
         for name, tensor in store.tensors(found).items():
             torch.testing.assert_close(tensor, shared[0].tensors(alone)[name], rtol=0, atol=1e-4)
     assert results[3].epsilon == dict(rdp=None, prv=None, pld=None) and results[3].noise_multiplier == 0
-    assert results[2].noise_multiplier > results[0].noise_multiplier
-    assert all(r.timing["heads"] == 6 for r in results)
+    assert results[2] == results[0], "the seed was 0 all along"
+    assert all(r.timing["heads"] == 5 for r in results)
     assert not list(store.folder.glob("*.checkpoint*")), "a finished pass leaves no checkpoint"
 
 
