@@ -81,7 +81,7 @@ def paired(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[st
             names = condition if isinstance(condition, tuple) else (condition,)
             rows.append({**dict(zip(by, names, strict=True)), "better": better, "worse": worse, "difference": mean,
                          "low": mean - half, "high": mean + half, "n": n})  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, "better", "worse", "difference", "low", "high", "n"])
 
 
 def show_paired(differences: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +139,7 @@ def agreement(differences: pd.DataFrame, gaps: pd.DataFrame) -> Markdown:
         else:
             verdict = f"Where the runs decide ({up + down} of {n}), they **agree** with the published ordering."
         lines.append(text + verdict)
-    return Markdown("\n".join(lines))
+    return Markdown("\n".join(lines) or "There are no two methods here to compare.")
 
 
 def chosen_rates(chosen: pd.DataFrame, grid: Sequence[float], by: Sequence[str] = ("method",)) -> pd.DataFrame:
