@@ -136,6 +136,9 @@ Markdown(
 )
 
 # %% [markdown]
+# Apart from Sobel, the published rows differ by a point or two on CIFAR-10. So small a difference is below what {glue:text}`table4_n` short runs on a few hundred test digits can resolve: look at the
+# width of the intervals. More seeds and epochs narrow them.
+#
 # A word on fairness: DP-MixSelf averages 34 views and the other rows 16. The paper's Table 5 answers that more views of the same kind do not help Self-Aug
 # ({cite:t}`de2022unlocking` say so too).
 #
