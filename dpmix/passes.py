@@ -96,7 +96,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     half = {"half-1": torch.from_numpy(np.sort(halves[0::2])), "half-2": torch.from_numpy(np.sort(halves[1::2]))}
     needs = any(s.recipe.k_diff for s in group)
     synthetic = None
-    if (needs and shared.public == "synthetic") or shared.train_on == "synthetic" or shared.pretrain_epochs:
+    if (needs and shared.public.startswith("synthetic")) or shared.train_on == "synthetic" or shared.pretrain_epochs:
         synthetic = _load_public(shared.dataset, compute.root, image_size, compute.cache)
     if shared.train_on == "synthetic":
         assert synthetic is not None
@@ -106,7 +106,10 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     else:
         pool, ids = whole, half[shared.train_on]
     kept, held_out = validation_split(len(ids), shared.validation, shared.seed or 0)
-    public = synthetic if shared.public == "synthetic" else whole.subset(half[shared.public])
+    public = whole.subset(half["half-2"]) if shared.public == "half-2" else synthetic
+    if public is not None and shared.public == "synthetic-half":  # Table 10: D as large as S1
+        order = rng.generator(shared.seed or 0, "public").permutation(len(public))
+        public = public.subset(torch.from_numpy(np.sort(order[: len(half["half-1"])])))
     train = pool.subset(ids[kept])
     checks.require(len(train) > 0, "dataset", shared.dataset, "has no training examples after the validation split")
     validation = pool.subset(ids[held_out])

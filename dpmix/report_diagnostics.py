@@ -11,7 +11,8 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from dpmix import grids, paper
-from dpmix.report import PALETTE, label, spread
+from dpmix.plots import PALETTE
+from dpmix.report import label, spread
 
 PARTS = ("encoder", "views", "clipping", "noise")
 

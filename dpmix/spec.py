@@ -14,7 +14,7 @@ import torch
 from dpmix import checks, data, files, models, privacy, views
 
 TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
-PUBLIC = ("synthetic", "half-2")
+PUBLIC = ("synthetic", "synthetic-half", "half-2")
 MICROBATCH_MIXES = ("none", "add", "replace")
 
 
@@ -25,7 +25,8 @@ class RunSpec:
     Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
     scratch); `weights` a file for the encoder. `train_on` says which examples are the private set ("half-1" and "half-2"
     are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public images), `public` where
-    `k_diff` images come from, `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
+    `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half has), `pretrain_epochs`
+    how long plain SGD runs on the synthetic images first (Table 6).
     `validation` is the share of the private set kept out of training, for choosing a learning rate.
 
     Privacy: `epsilon` (None: no noise, no guarantee), `delta`, `accountant`; adjacency is add/remove of one example.
@@ -218,9 +219,7 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
 def code_digest() -> str:
     """sha256 over the source of every room that can change a result, and over the public stand-ins."""
     here = Path(__file__).parent
-    silent = (
-        "report report_network report_diagnostics diagnostics examples paper audit audit_steps fid synthesis standins"
-    )
+    silent = "report report_network report_diagnostics plots diagnostics examples paper audit audit_steps fid synthesis standins"
     rooms = [p for p in sorted(here.glob("*.py")) if p.stem not in silent.split()]
     shipped = sorted(data.PUBLIC.glob("*.json"))
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))

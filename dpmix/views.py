@@ -269,3 +269,11 @@ def make_views(
 def make_union(recipes: Sequence[Recipe]) -> Union:
     """The union of the views of several recipes, in a fixed order; each recipe's views equal those it has alone."""
     return Union(tuple(recipes))
+
+
+def mixing_draws(
+    recipe: Recipe, ids: Int64[Tensor, " b"], *, seed: int, step: int
+) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """Which two members of the pool the mixtures of `make_views` take, and their lambda (mixup): what a picture of them needs."""
+    part = next(part for part in make_union([recipe]).parts if part.kind == "mix")
+    return _Draws(ids, seed, step, part).mixtures(recipe.k_base + recipe.k_diff, recipe.alpha)[:3]

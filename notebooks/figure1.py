@@ -24,13 +24,13 @@ seed = 0
 step = 0  # the views are drawn anew at each step of training
 columns = 6
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of pictures: one example, its augmentations, mixtures of them, public images, and mixtures with those, each with its label"}}
 import warnings
 
 import torch
 from myst_nb import glue
 
-from dpmix import data, report, views
+from dpmix import data, plots, report, views
 from dpmix.transforms import as_float
 
 train = data.load(dataset).train
@@ -52,7 +52,7 @@ def views_of(recipe):
     made = views.make_views(
         images, labels, ids, recipe, num_classes=train.num_classes, seed=seed, step=step, public=public
     )
-    first, second, share = (t[0] for t in report.mixing_draws(recipe, ids, seed=seed, step=step))
+    first, second, share = (t[0] for t in views.mixing_draws(recipe, ids, seed=seed, step=step))
     pool = recipe.k_base + recipe.k_diff
     for view, a, b, s in zip(range(pool, recipe.views), first, second, share, strict=True):
         for tensor in (made.images[0].double(), made.targets[0].double()):
@@ -107,7 +107,7 @@ if public is not None:
             [f"λ = {diff_mixes[m][2]:.2f}\n{name_of(diff_targets[pool + m])}" for m in shown],
         )
     )
-report.picture_rows(rows, columns)
+plots.picture_rows(rows, columns)
 
 # %% [markdown]
 # *From top to bottom: a private example (label {glue:text}`figure1_label`), augmentations of it, mixtures of two of those (the clearest ones), public synthetic images, and mixtures
@@ -123,8 +123,8 @@ report.picture_rows(rows, columns)
 #
 # ## All views of DP-MixSelf
 
-# %% tags=["hide-input"]
-report.picture_rows(
+# %% tags=["hide-input"] mystnb={"image": {"alt": "All augmentations of the example, numbered, and all mixtures of DP-MixSelf, each with its two members and lambda"}}
+plots.picture_rows(
     [
         (f"{base} augmentations, numbered", self_images[:base], [str(v + 1) for v in range(base)]),
         (
@@ -142,12 +142,12 @@ report.picture_rows(
 #
 # ## All views of DP-MixDiff
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The public images and all mixtures of DP-MixDiff, each with its two members and lambda"}}
 if public is None:
     shown = f"No synthetic images of {dataset} are on disk, so there is nothing to show here."
 else:
     letters = [str(v + 1) for v in range(base)] + [f"P{v + 1}" for v in range(k_diff)]
-    shown = report.picture_rows(
+    shown = plots.picture_rows(
         [
             ("The same augmentations, 1 to 16, and the public images", diff_images[base:pool], letters[base:]),
             (

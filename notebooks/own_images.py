@@ -41,7 +41,7 @@ from IPython.display import Markdown
 from myst_nb import glue
 from safetensors.torch import load_file
 
-from dpmix import data, examples, experiments, heads, models, report, views
+from dpmix import data, examples, experiments, heads, models, plots, report, views
 
 private = Path(
     tempfile.mkdtemp(prefix="dpmix-private-")
@@ -138,7 +138,7 @@ shown = range(0, len(splits.test), max(1, len(splits.test) // 12))
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A row of test images, each with the class that the released head gives to it"}}
 names = splits.test.class_names
 rows = [(f"{names[scores[i].argmax()]}  ({100 * scores[i].max():.0f} %)", i) for i in shown]
-report.picture_rows(
+plots.picture_rows(
     [("What the released head says (softmax)", [splits.test.images[i] / 255 for _, i in rows], [r for r, _ in rows])]
 )
 

@@ -37,7 +37,7 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import data, grids, report, report_network
+from dpmix import data, grids, plots, report, report_network
 
 grids.check_scale(scale, dataset)
 preset = grids.changed(
@@ -96,7 +96,7 @@ report_network.level(runs, data.load(preset.dataset).train.num_classes)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of test accuracy for six ways to clip, published above and measured below: clipped alone and in pairs"}}
 first = measured["epsilon"].max()
-report.bar_plot({"published": published, f"measured here, ε = {first:g}": measured[measured["epsilon"] == first]})
+plots.bar_plot({"published": published, f"measured here, ε = {first:g}": measured[measured["epsilon"] == first]})
 
 # %% [markdown]
 # *Test accuracy with every example clipped alone and with microbatches of two, published above and measured below: means over the seeds, with bars of one standard deviation.*

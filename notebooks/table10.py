@@ -37,7 +37,7 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import data, experiments, grids, paper, report
+from dpmix import data, experiments, grids, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
@@ -50,7 +50,7 @@ wanted = {
     "learning_rates": learning_rates,
 }
 # Method A needs no public images: it names the same ones as B, so that one pass trains both.
-variants = {"A": ("mix-self", "synthetic"), "B": ("mix-diff", "synthetic"), "C": ("mix-diff", "half-2")}
+variants = {"A": ("mix-self", "synthetic-half"), "B": ("mix-diff", "synthetic-half"), "C": ("mix-diff", "half-2")}
 cells = [
     grids.Cell({**cell.labels, "method": name}, cell.spec)
     for name, (method, public) in variants.items()
@@ -66,18 +66,14 @@ report.provenance_note(runs)
 
 # %% tags=["hide-input"]
 train = data.load(preset.dataset).train
-synthetic = len(data.public_images(preset.dataset, like=train))
 half = -(-len(train) // 2)
+synthetic = min(half, len(data.public_images(preset.dataset, like=train)))
 Markdown(
     f"S1 has {half:,} images, of which a validation share of {preset.validation:.0%} only serves to choose the learning rate; S2 has {len(train) - half:,}, and D {synthetic:,}. "
-    + ("In the paper D is as large as S1. " if abs(synthetic - half) > 1 else "D is as large as S1, as in the paper. ")
     + (
-        f"Here it is {synthetic / half:.1f} times as large. An example draws {runs['k_diff'].max()} of them at a step, so the size of D bounds how many different ones are ever seen, and how often each: "
-        "that favours B, if anything."
-        if synthetic > half + 1
-        else "Here it is smaller, which is a handicap for B."
-        if synthetic < half - 1
-        else ""
+        "D is as large as S1, as in the paper: a random part of the synthetic images, another for every seed."
+        if synthetic == half
+        else "In the paper D is as large as S1. Here there are fewer synthetic images than that, which is a handicap for B."
     )
 )
 
@@ -114,7 +110,7 @@ shown = {
     for d in dict.fromkeys(["cifar10" if beside == "cifar10" else beside, "caltech256"])
 }
 shown |= {f"measured, {report.label(preset.dataset)}, ε = {e:g}": part for e, part in measured.groupby("epsilon")}
-report.point_plot({k: t.assign(method=t["method"].map(names)) for k, t in shown.items()}, unit="test accuracy (%)")
+plots.point_plot({k: t.assign(method=t["method"].map(names)) for k, t in shown.items()}, unit="test accuracy (%)")
 
 # %% [markdown]
 # *A column an encoder (the demo's tiny encoders stand for the paper's), a row a source, each panel with a scale of its own, bars of one standard deviation over the seeds. Of the

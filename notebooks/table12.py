@@ -45,7 +45,7 @@ import pandas as pd
 import torch
 from myst_nb import glue
 
-from dpmix import clipping, data, experiments, grids, models, paper, report, rng, views
+from dpmix import clipping, data, experiments, grids, models, paper, plots, report, rng, views
 
 demo = scale == "demo"
 dataset = dataset or ("digits" if demo else "cifar100")
@@ -154,8 +154,8 @@ parts = {"published": published, "measured here": measured}
 table = pd.concat({source: report.block(part, columns=("dataset",)) for source, part in parts.items()}, axis=1)
 table.reindex([report.label(m) for m in order]).fillna("–")
 
-# %% tags=["hide-input"]
-report.bar_plot({"CIFAR-100, published": published, f"{report.label(dataset)}, measured here": measured})
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of test accuracy for the private methods, published and measured, and for training on the public images alone"}}
+plots.bar_plot({"CIFAR-100, published": published, f"{report.label(dataset)}, measured here": measured})
 
 # %% [markdown]
 # *Test accuracy, published for the four private methods and measured for these and for training on the public images alone: mean over {glue:text}`table12_n` seeds, with bars of one standard

@@ -34,7 +34,7 @@ beside = None  # which block of the published table to show; None: the data set'
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import data, grids, paper, report, report_network
+from dpmix import data, grids, paper, plots, report, report_network
 
 grids.check_scale(scale, dataset)
 preset = grids.changed(
@@ -86,7 +86,7 @@ report.side_by_side(published, measured)
 report_network.level(runs, data.load(preset.dataset).train.num_classes)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy against epsilon for Self-Aug and DP-MixSelf from scratch, published above and measured below"}}
-report.accuracy_plot(runs, published)
+plots.accuracy_plot(runs, published)
 
 # %% [markdown]
 # *Test accuracy against ε, published above and measured below: the mean over the seeds, with bars of one standard deviation.*

@@ -37,7 +37,7 @@ beside = None  # which block of the published table to show; None: the data set'
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, report
+from dpmix import experiments, grids, paper, plots, report
 
 grids.check_scale(scale, dataset)
 cells = grids.methods_grid(
@@ -86,7 +86,7 @@ report.side_by_side(published, measured)
 # The upper block is {glue:text}`table3_beside` from the paper, the lower one {glue:text}`table3_dataset` here, over {glue:text}`table3_n` seeds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy against epsilon for each method, published above and measured below, one panel an encoder"}}
-report.accuracy_plot(chosen, published)
+plots.accuracy_plot(chosen, published)
 
 # %% [markdown]
 # *Test accuracy against ε, published above and measured below: the mean over the seeds, with bars of one standard deviation. In the demo the panels

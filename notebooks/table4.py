@@ -14,7 +14,7 @@
 # # Table 4: other transformations
 #
 # DP-MixSelf mixes views of *one* example and keeps its label. So it could be seen as one more transformation of a single image, and the paper asks: would another
-# one do as well? Table 4 adds six well-known ones (after [Chen et al. 2020](https://arxiv.org/abs/2002.05709)) to the crop and flip of Self-Aug
+# one do as well? Table 4 adds six well-known ones (those of SimCLR {cite:p}`chen2020simple`, among them cutout {cite:p}`devries2017cutout`) to the crop and flip of Self-Aug
 # {cite:p}`de2022unlocking`, and all of them together, one drawn at random for each view. There are 16 views of each example in every row but the last: DP-MixSelf
 # {cite:p}`bao2023dpmix` has 18 mixtures on top.
 #
@@ -35,7 +35,7 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, report
+from dpmix import experiments, grids, paper, plots, report
 
 demo = scale == "demo"
 datasets = grids.many(dataset, ["digits"] if demo else ["cifar10", "cifar100"])
@@ -85,8 +85,8 @@ glue("table4_n", int(measured["n"].min()), display=False)
 glue("table4_epochs", f"{runs['epochs'].iloc[0]:g}", display=False)
 report.side_by_side(published, measured, columns=("dataset",))
 
-# %% tags=["hide-input"]
-report.bar_plot(
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of test accuracy for Self-Aug with each transformation and for DP-MixSelf, published above and measured below"}}
+plots.bar_plot(
     {
         f"{report.label(name)}, {source}": table[table["dataset"] == name]
         for source, table in (("published", published), ("measured here", measured))
@@ -159,7 +159,7 @@ Markdown(
 #
 # Here is what they do to one example, six views each:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six views of one training example under each transformation, a row a transformation"}}
 import torch
 
 from dpmix import data, views
@@ -187,7 +187,7 @@ for name in [crop, *[f"{crop}+{t}" for t in transforms]]:
             [""] * 6,
         )
     )
-report.picture_rows(sheet)
+plots.picture_rows(sheet)
 
 # %% [markdown]
 # *Six views of one training example under each transformation.*

@@ -36,7 +36,7 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import data, grids, paper, report, report_network
+from dpmix import data, grids, paper, plots, report, report_network
 
 grids.check_scale(scale, dataset)
 preset = grids.changed(
@@ -86,7 +86,7 @@ report_network.level(report_network.numbered(chosen[network]), data.load(preset.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy for Self-Aug with 16 to 36 views and DP-MixSelf, published above and measured below, a network from scratch and a frozen encoder"}}
 parts = {"published": report_network.numbered(published), "measured here": report_network.numbered(measured)}
-report.point_plot(parts, unit="test accuracy (%)")
+plots.point_plot(parts, unit="test accuracy (%)")
 
 # %% [markdown]
 # *Test accuracy by number of views, from scratch and on a frozen encoder, published above and measured below: means with bars of one standard deviation. Every panel has a scale of its own.*

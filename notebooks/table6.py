@@ -37,7 +37,7 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, report, views
+from dpmix import experiments, grids, paper, plots, report, views
 from dpmix.spec import RunSpec
 
 dataset = dataset or ("caltech256" if scale == "paper" else None)
@@ -113,7 +113,7 @@ report.side_by_side(published, measured)
 shown = {"published, Caltech-256": published}
 for e, part in measured.groupby("epsilon"):
     shown[f"measured, {report.label(preset.dataset)}, ε = {e:g}"] = part
-report.point_plot(shown, unit="test accuracy (%)")
+plots.point_plot(shown, unit="test accuracy (%)")
 
 # %% [markdown]
 # *A column an encoder (the demo's tiny encoders stand for the paper's), each panel with a scale of its own, bars of one standard deviation.*

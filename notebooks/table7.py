@@ -34,14 +34,14 @@ beside = None  # which rows of the published table to show; None: the data set's
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import fid, grids, paper, report
+from dpmix import fid, grids, grids_fid, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
 encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION,))
 asked = {"dataset": preset.dataset, "seeds": grids.many(seeds, preset.seeds), "examples": examples}
-found = grids.fid_of_methods(methods, encoders=encoders, **asked)
-report.provenance_note(found)
+found = grids_fid.fid_of_methods(methods, encoders=encoders, **asked)
+report.provenance_note(found, "distances")
 
 # %% [markdown]
 # Each training example gives its views once, as in one epoch, and all views of a method make one set. It is compared with the training images and with the test
@@ -88,7 +88,7 @@ for encoder, part in measured.groupby("encoder", sort=False):
     shown[f"here, {report.label(encoder)}" + (f", × {factor:,}" if factor > 1 else "")] = part
 titles = {"train": "to the training images", "test": "to the test images"}
 shown = {k: t.assign(reference=[titles[r] for r in t["reference"]]) for k, t in shown.items()}
-report.point_plot(shown, panel="reference", unit="Fréchet distance")
+plots.point_plot(shown, panel="reference", unit="Fréchet distance")
 
 # %% [markdown]
 # *Distance of a method's views to the training images (left) and to the test images (right): a row a source, each panel with a scale of its own, bars of one standard

@@ -28,19 +28,19 @@ beside = None  # which rows of the published table the figure shows; None: the d
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import fid, grids, paper, report
+from dpmix import fid, grids, grids_fid, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
 encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION, "vit-b-16"))
 names = [paper.ENCODERS.get(e, e) for e in encoders]
-found = grids.fid_of_sets(dataset=preset.dataset, encoders=names, seeds=grids.many(seeds, range(5)))
+found = grids_fid.fid_of_sets(dataset=preset.dataset, encoders=names, seeds=grids.many(seeds, range(5)))
 found["encoder"] = found["encoder"].replace(dict(zip(names, encoders, strict=True)))
 factor = 1 if fid.INCEPTION in encoders else 1000
 size, n = int(found["n"].iloc[0]), found["seed"].nunique()
 glue("table8_size", f"{size:,}", display=False)
 glue("table8_n", n, display=False)
-report.provenance_note(found)
+report.provenance_note(found, "distances")
 
 # %% [markdown]
 # The distance is biased: two small samples of *one* distribution are farther apart than two large ones. So the three comparisons here are
@@ -89,7 +89,7 @@ shown = {
     f"published, {report.label(beside)}": published[published["dataset"] == beside],
     f"measured, {report.label(preset.dataset)}{f', × {factor:,}' if factor > 1 else ''}": samples,
 }
-report.point_plot(shown, panel="encoder", line="pair", unit="Fréchet distance")
+plots.point_plot(shown, panel="encoder", line="pair", unit="Fréchet distance")
 
 # %% [markdown]
 # *A column a network, a row a source, each panel with a scale of its own; bars of one standard deviation over the samples.*

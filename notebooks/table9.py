@@ -41,7 +41,7 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, report, views
+from dpmix import experiments, grids, paper, plots, report, views
 
 demo = scale == "demo"
 dataset = dataset or ("digits" if demo else "caltech256")
@@ -82,7 +82,7 @@ report.provenance_note(runs)
 # %% [markdown]
 # ## Published beside measured
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Heatmaps of test accuracy over K_base and K_self, a row a K_diff, published beside measured"}}
 ks = ["k_base", "k_self", "k_diff"]
 chosen = experiments.choose_learning_rate(runs, ks)
 measured = report.summary(chosen, ks)
@@ -90,7 +90,7 @@ published = paper.table(9).merge(pd.DataFrame(grid), on=ks)
 glue("table9_n", int(measured["n"].min()), display=False)
 glue("table9_std", f"{measured['std'].mean():.1f}", display=False)
 panels = {"Caltech-256,\npublished": published, f"{report.label(dataset)},\nmeasured here": measured}
-report.grid_plot({title: table for title, table in panels.items() if len(table)})
+plots.grid_plot({title: table for title, table in panels.items() if len(table)})
 
 # %% [markdown]
 # *Test accuracy in percent, published (one number a cell, no deviation given) and measured (mean over {glue:text}`table9_n` seeds). Each column of panels has its own colours, the

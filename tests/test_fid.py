@@ -8,7 +8,7 @@ import torch
 from pytorch_fid import fid_score
 from pytorch_fid import inception as network
 
-from dpmix import data, fid, grids, models, views
+from dpmix import data, fid, grids, grids_fid, models, views
 from dpmix.spec import ComputeFlags
 
 
@@ -164,7 +164,7 @@ def test_inception_with_weights_from_a_file_is_pytorch_fids(tmp_path):
 def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatch):
     asked = dict(dataset="digits", encoders=["tiny-convnext"], seeds=[3], examples=40)
     compute = ComputeFlags(progress=False)
-    found = grids.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute)
+    found = grids_fid.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute)
     train = data.load("digits").train
     ids, encoder = torch.arange(40), models.encoder("tiny-convnext")
     recipe = grids.recipe("mix-diff", "digits").for_data(False)
@@ -176,13 +176,13 @@ def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatc
     assert want != pytest.approx(found["fid"].iloc[0], rel=1e-2)  # Self-Aug's is another
 
     monkeypatch.setattr(fid, "distance", lambda *_: pytest.fail("computed again"))
-    assert grids.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute).equals(found)
+    assert grids_fid.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute).equals(found)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        grids.fid_of_methods(["self-aug", "mix-diff"], **{**asked, "seeds": [4]}, compute=compute)
+        grids_fid.fid_of_methods(["self-aug", "mix-diff"], **{**asked, "seeds": [4]}, compute=compute)
 
 
 def test_the_samples_of_table_8_are_of_one_size():
-    found = grids.fid_of_sets(dataset="digits", encoders=["tiny-convnext"], seeds=[0, 1])
+    found = grids_fid.fid_of_sets(dataset="digits", encoders=["tiny-convnext"], seeds=[0, 1])
     assert set(found["n"]) == {360} and list(found["compared"].unique()) == ["test", "diffusion", "train"]
     splits = data.load("digits")
     whole = fid.between(splits.train.images, splits.test.images, models.encoder("tiny-convnext"))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dpmix import paper, report
+from dpmix import paper, plots, report
 
 
 def runs_of(values: dict[str, list[float]], epsilon=1.0, model="tiny-vit") -> pd.DataFrame:
@@ -126,7 +126,8 @@ def test_verdicts_follow_from_the_intervals(measured, published, verdict):
     if published:
         above = sum(p > 0 for p in published)
         assert f"ahead in {above} of {len(published)} cells, by {np.mean(published):+.1f} points" in text
-    assert f"over {len(measured)} cells; the interval lies above zero in {sum(low > 0 for low, _ in measured)}" in text
+    cells = "1 cell" if len(measured) == 1 else f"{len(measured)} cells"
+    assert f"over {cells}; the interval lies above zero in {sum(low > 0 for low, _ in measured)}" in text
 
 
 def test_published_gaps_are_differences_of_published_means():
@@ -170,10 +171,10 @@ def test_the_plot_shows_the_means(monkeypatch):
     runs = pd.concat([RUNS, RUNS.assign(epsilon=8.0, accuracy=RUNS["accuracy"] + 5)])
     published = paper.table(3).query("dataset == 'cifar10'")
     before = plt.get_fignums()
-    figure = report.accuracy_plot(runs, published)
+    figure = plots.accuracy_plot(runs, published)
     assert plt.get_fignums() == before, "closed: a notebook shows it once, as a value"
     titles = [ax.get_title() for ax in figure.axes]
     assert titles == ["ViT-B-16, published", "tiny ViT, measured here"]
     drawn = {tuple(line.get_ydata()) for line in figure.axes[1].get_lines() if len(line.get_ydata()) == 2}
     assert (81.0, 86.0) in drawn
-    assert len(report.accuracy_plot(runs).axes) == 1
+    assert len(plots.accuracy_plot(runs).axes) == 1
