@@ -35,23 +35,37 @@ class Store:
         self.folder = Path(folder)
 
     def get(self, name: str) -> Result | None:
-        """The stored result, or None; a damaged file is named in a warning and counts as absent."""
-        content = files.read_json(self.folder / f"{name}.json")
+        """The stored result, or None; a damaged or misplaced file is named in a warning and counts as absent."""
+        path = self._place(name, "json")
+        content = files.read_json(path)
+        if content is not None and content.get("key") != name:
+            warnings.warn(
+                f"{path}: holds the result {content.get('key')!r}; it is left out and made anew", stacklevel=2
+            )
+            return None
         return None if content is None else Result.from_json(content)
 
     def put(self, result: Result, tensors: dict[str, torch.Tensor]) -> None:
         """Weights first, so that a result that can be seen is complete."""
-        files.save_tensors(self.folder / f"{result.key}.safetensors", tensors, result.key)
-        files.write_json(self.folder / f"{result.key}.json", result.to_json())
+        files.save_tensors(self._place(result.key, "safetensors"), tensors, {"result": result.key})
+        files.write_json(self._place(result.key, "json"), result.to_json())
 
     def tensors(self, result: Result) -> dict[str, torch.Tensor]:
-        """The trained weights of a result. FileNotFoundError if they are gone."""
-        found = files.load_tensors(self.folder / f"{result.key}.safetensors", result.key)
+        """The trained weights of a result. FileNotFoundError if they are gone, ValueError if they are damaged."""
+        path = self._place(result.key, "safetensors")
+        try:
+            found = files.load_tensors(path, {"result": result.key}, name="weights")
+        except files.Damaged as damage:
+            raise ValueError(f"{damage}; then remove the JSON beside it too and run again") from damage
         if found is None:
-            raise FileNotFoundError(
-                f"{self.folder / result.key}.safetensors: absent; remove the JSON beside it and run again"
-            )
+            raise FileNotFoundError(f"{path}: absent; remove the JSON beside it and run again")
         return found[0]
+
+    def _place(self, name: str, suffix: str) -> Path:
+        """The file of a result. A name comes from a file too, so one that leads out of the folder is refused."""
+        plain = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
+        checks.require(plain, "key", name, "must be letters, digits, - and _")
+        return self.folder / f"{name}.{suffix}"
 
 
 def run(spec: RunSpec, *, compute: ComputeFlags | None = None, store: Store | None = None) -> Result:
@@ -162,6 +176,7 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
                       "to be published with seed=None", stacklevel=2)  # fmt: skip
     path = Path(path)
     tensors = (store or Store()).tensors(result)
+    counted = ["the number of training examples, from which the sampling rate and the number of steps follow"]
     spec = {k: v for k, v in asdict(result.spec).items() if k not in ("seed", "weights")}
     spec["dataset"] = spec["dataset"].partition(":")[0]  # not where the images lie
     card = {
@@ -173,13 +188,13 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
                       "public_population": result.population},
         "not_accounted_for": ["the choice of the learning rate and of other settings on the validation split",
                               "other models released from the same data: their budgets add up",
-                              "floating-point noise"],
+                              "floating-point noise", *(counted if result.spec.population is None else [])],
         "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
         "spec": spec,
         "class_names": result.provenance.get("classes"),
         "versions": result.provenance["versions"],
     }  # fmt: skip
     # Not result.key: it is a digest over the seed too, and seeds that people choose can be guessed.
-    files.save_tensors(path / "model.safetensors", tensors, files.digest(json.dumps(card, sort_keys=True)))
+    files.save_tensors(path / "model.safetensors", tensors, {"card": files.digest(json.dumps(card, sort_keys=True))})
     files.write_json(path / "privacy_card.json", card)
     return path

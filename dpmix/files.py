@@ -13,8 +13,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -97,51 +99,94 @@ def read_json(path: Path) -> dict | None:
     return None
 
 
+class Damaged(ValueError):
+    """A file of tensors that is truncated, altered, or none of ours."""
+
+
 def _previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:
-    return digest(about, *(safetensors.torch.save({k: v}) for k, v in sorted(tensors.items())))
+    parts: list[str | bytes] = [about]
+    for name, t in sorted(tensors.items()):
+        parts += [f"{name} {t.dtype} {tuple(t.shape)}", t.reshape(-1).view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], identity: str, meta: dict | None = None) -> None:
-    """A checkpoint: tensors, what they belong to (`identity`) and `meta` (JSON). The file before it is kept as `.previous`."""
+def save_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    spec: dict[str, Any],
+    meta: dict[str, Any] | None = None,
+    *,
+    keep: bool = False,
+) -> None:
+    """One safetensors file: tensors, what they belong to (`spec`), `meta`, and a sha256 over all of it.
+
+    `spec` and `meta` are JSON-able. With `keep`, as for checkpoints, the file before it stays as NAME.previous, if it is
+    whole: at every moment a whole one is on the disk.
+    """
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    about = json.dumps({"identity": identity, "meta": meta or {}}, sort_keys=True)
+    about = json.dumps({"spec": spec, "meta": meta or {}}, sort_keys=True)
     data = safetensors.torch.save(tensors, {"about": about, "sha256": _checksum(tensors, about)})
-    write(path, data, previous=_previous(path))
+    if keep:
+        try:
+            _read(path)
+        except (FileNotFoundError, Damaged):
+            keep = False
+    write(path, data, previous=_previous(path) if keep else None)
 
 
-def load_tensors(path: Path, identity: str) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and meta of a checkpoint, or None if there is none.
+def load_tensors(
+    path: Path, spec: dict[str, Any] | None = None, *, name: str = "checkpoint"
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and meta of the newest whole file, or None if there is none. Nothing is unpickled.
 
-    A damaged file is named in a warning and the previous one is used. A checkpoint of another run raises ValueError.
+    A damaged file is named in a warning and the one before it is used. Raises `Damaged` (a ValueError) where there are
+    files and none is whole, ValueError naming the differences where they belong to another `spec`. `name` is the
+    argument that errors speak of.
     """
+    reasons = []
     for candidate in (Path(path), _previous(Path(path))):
         try:
-            data = candidate.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
-            tensors = safetensors.torch.load(data)
-            if header["sha256"] != _checksum(tensors, header["about"]):
-                raise ValueError("checksum")
-            about = json.loads(header["about"])
+            tensors, about = _read(candidate)
         except FileNotFoundError:
             continue
-        except (SafetensorError, ValueError, KeyError, TypeError) as err:
-            warnings.warn(
-                f"{candidate}: damaged ({type(err).__name__}); the checkpoint before it is used", stacklevel=2
-            )
+        except Damaged as damage:
+            reasons.append(f"{name}={str(candidate)!r}: damaged ({damage})")
             continue
-        if about["identity"] != identity:
-            raise ValueError(
-                f"checkpoint={str(candidate)!r}: belongs to another run ({about['identity'][:60]} instead of "
-                f"{identity[:60]}); give another path or remove it"
-            )
+        if reasons:
+            warnings.warn(f"{reasons[0]}; going on from the one before it", stacklevel=2)
+        differs = "" if spec is None else differences(about["spec"], json.loads(json.dumps(spec)))
+        if differs:
+            said = f"belongs to another run ({differs}); give another path or remove it"
+            raise ValueError(f"{name}={str(candidate)!r}: {said}")
         return tensors, about["meta"]
+    if reasons:
+        raise Damaged(f"{reasons[0]}, and there is no whole one before it; remove it to start afresh")
     return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of one file; raises `Damaged` with the reason unless its checksum holds."""
+    data = Path(path).read_bytes()
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        tensors, about = safetensors.torch.load(data), header["about"]
+        if header["sha256"] == _checksum(tensors, about):
+            return tensors, json.loads(about)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"it cannot be read, {type(error).__name__}") from error
+    raise Damaged("its checksum does not match")
+
+
+def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """`"clip_norm: 1.0 there, 0.5 here; ..."`, empty where the two agree."""
+    keys = [k for k in sorted(made.keys() | wanted.keys()) if made.get(k) != wanted.get(k)]
+    return "; ".join(f"{k}: {made.get(k)!r} there, {wanted.get(k)!r} here" for k in keys)
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -136,14 +137,16 @@ def train_bank(
     biases = torch.zeros(len(heads), num_classes, device=device)
     if initial is not None:
         weights, biases = weights + initial[0].to(device), biases + initial[1].to(device)
-    identity = files.digest(
-        repr((tuple(heads), num_classes, expected_batch, sample_rate, steps, seed, n, encoder.name))
-    )
+    told = {
+        "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": encoder.name, "n": n,
+        "num_classes": num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
+        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16],
+    }  # fmt: skip
     run = (encoder.name, num_classes, expected_batch, sample_rate, steps)
     streams = [files.digest(repr((run, head))) for head in heads]
     state = _State(weights, biases)
     if checkpoint is not None:
-        state = _load(checkpoint, identity, state)
+        state = _load(checkpoint, told, state)
     saved = time.monotonic()
     bar = tqdm(total=steps, initial=state.step, desc=f"{len(heads)} heads, {union.views} views", disable=not progress)
     try:
@@ -179,11 +182,11 @@ def train_bank(
             _lap(state.seconds, "noise", tick)
             bar.update()
             if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                _save(checkpoint, identity, state)
+                _save(checkpoint, told, state)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if checkpoint is not None:
-            _save(checkpoint, identity, state)
+            _save(checkpoint, told, state)
         raise
     finally:
         bar.close()
@@ -214,13 +217,13 @@ def _add_noise(
             biases[r] += noise[:, dim]
 
 
-def _save(path: Path, identity: str, state: _State) -> None:
+def _save(path: Path, told: dict[str, Any], state: _State) -> None:
     meta = {"step": state.step, "views": state.views, "dropped": state.dropped, "seconds": state.seconds}
-    files.save_tensors(path, {"weights": state.weights, "biases": state.biases}, identity, meta)
+    files.save_tensors(path, {"weights": state.weights, "biases": state.biases}, told, meta, keep=True)
 
 
-def _load(path: Path, identity: str, fresh: _State) -> _State:
-    found = files.load_tensors(path, identity)
+def _load(path: Path, told: dict[str, Any], fresh: _State) -> _State:
+    found = files.load_tensors(path, told)
     if found is None:
         return fresh
     tensors, meta = found

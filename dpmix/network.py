@@ -23,9 +23,8 @@ from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpmix import checkpoint as checkpoints
+from dpmix import files, privacy, rng, views
 from dpmix import microbatch as micro
-from dpmix import privacy, rng, views
 from dpmix.checks import one_of, positive, require, whole
 from dpmix.clipping_network import Clipper, unflatten
 from dpmix.processes import add_up, agree_on_step, device_of, from_first, processes
@@ -145,7 +144,6 @@ def train(
         "public images": 0 if public is None else len(public.labels), "model": _layout(model), **(spec or {}),
         "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
     }  # fmt: skip
-    told = json.loads(json.dumps(told))
     apart = ("n", "image shape", "public images", "model", "seed (digest)", *(spec or {}))
     stream = json.dumps({k: v for k, v in told.items() if k not in apart}, sort_keys=True)
     compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
@@ -155,18 +153,18 @@ def train(
                    dict.fromkeys(COUNTERS, 0))  # fmt: skip
     diagnostics: list[tuple[int, Any]] = []
     path, seconds = None if checkpoint is None else Path(checkpoint), 0.0
-    found = checkpoints.load_latest(path) if path is not None and resume else None
+    found = files.load_tensors(path, told) if path is not None and resume else None
     if found is not None:
-        state, seconds, diagnostics = _restore(path, found, told, compute, device)
+        state, seconds, diagnostics = _restore(*found, compute, device)
     agree_on_step(state.step, world, device)
     start, began = state.step, time.monotonic()
 
     def keep() -> None:
         if path is not None and rank == 0:
             tensors = {"weights": state.weights, "velocity": state.velocity, "ema": state.ema}
-            meta = {"spec": told, "compute": compute, "step": state.step, "counters": state.counters,
+            meta = {"compute": compute, "step": state.step, "counters": state.counters,
                     "seconds": seconds + time.monotonic() - began, "diagnostics": diagnostics}  # fmt: skip
-            checkpoints.save(path, {k: t for k, t in tensors.items() if t is not None}, meta)
+            files.save_tensors(path, {k: t for k, t in tensors.items() if t is not None}, told, meta, keep=True)
 
     def clipped_sum(step: int) -> dict[str, int]:
         clipper.reset()
@@ -328,14 +326,9 @@ def _layout(model: nn.Module) -> str:
 
 
 def _restore(
-    path: Path | None, found: tuple[dict[str, Tensor], dict[str, Any]], told: dict[str, Any], compute: dict[str, Any],
-    device: torch.device,
-) -> tuple[_State, float, list[tuple[int, Any]]]:  # fmt: skip
-    tensors, meta = found
-    differs = checkpoints.differences(meta["spec"], told)
-    said = f"is of another run ({differs}); name another file, or set resume=False"
-    require(not differs, "checkpoint", str(path), said)
-    otherwise = checkpoints.differences(meta["compute"], compute)
+    tensors: dict[str, Tensor], meta: dict[str, Any], compute: dict[str, Any], device: torch.device
+) -> tuple[_State, float, list[tuple[int, Any]]]:
+    otherwise = files.differences(meta["compute"], compute)
     if otherwise:
         warnings.warn(f"resuming with other compute settings ({otherwise}): equal to rounding only", stacklevel=3)
     moved = {name: t.to(device) for name, t in tensors.items()}

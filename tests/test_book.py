@@ -147,12 +147,12 @@ def test_python_in_the_text_is_python(page):
 
 FLOORS = {
     0: "checks rng files paper image_cache data overlap wide_resnet tiny_encoders models clipping_network clipping microbatch "
-       "privacy checkpoint processes",
+       "privacy processes",
     1: "examples augmentations transforms glyphs synthesis fid standins",
     2: "views",
     3: "heads network",
-    4: "spec workers passes experiments audit_steps audit diagnostics grids jax_peer",
-    5: "report report_network report_diagnostics",
+    4: "spec workers passes experiments audit_steps audit diagnostics grids grids_fid jax_peer",
+    5: "report plots report_network report_diagnostics",
 }  # fmt: skip
 ORDER = [room for rooms in FLOORS.values() for room in rooms.split()]
 # `python -m dpmix.workers` is a program of its own, which experiments starts; it imports when it runs.

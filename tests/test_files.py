@@ -16,6 +16,7 @@ import torch
 from dpmix import files
 
 TENSORS = {"weights": torch.arange(6.0).reshape(2, 3), "biases": torch.tensor([0.1, 1e-40])}
+SPEC = {"clip_norm": 0.5, "recipe": (16, 18)}
 
 
 def same(found, tensors=TENSORS):
@@ -55,10 +56,10 @@ def test_damaged_json_is_named_and_counts_as_absent(damage, tmp_path):
 
 def test_tensors_round_trip_with_meta(tmp_path):
     path = tmp_path / "c"
-    files.save_tensors(path, TENSORS, "run 1", {"step": 3})
-    tensors, meta = files.load_tensors(path, "run 1")
+    files.save_tensors(path, TENSORS, SPEC, {"step": 3})
+    tensors, meta = files.load_tensors(path, SPEC)
     assert same(tensors) and meta == {"step": 3}
-    assert files.load_tensors(tmp_path / "absent", "run 1") is None
+    assert files.load_tensors(tmp_path / "absent", SPEC) is None
     files.remove_checkpoint(path)
     files.remove_checkpoint(path)
     assert names(tmp_path) == set()
@@ -66,8 +67,8 @@ def test_tensors_round_trip_with_meta(tmp_path):
 
 def two_checkpoints(tmp_path) -> Path:
     path = tmp_path / "c"
-    files.save_tensors(path, {k: t + 1 for k, t in TENSORS.items()}, "run", {"step": 1})
-    files.save_tensors(path, TENSORS, "run", {"step": 2})
+    files.save_tensors(path, {k: t + 1 for k, t in TENSORS.items()}, SPEC, {"step": 1}, keep=True)
+    files.save_tensors(path, TENSORS, SPEC, {"step": 2}, keep=True)
     return path
 
 
@@ -86,20 +87,59 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path)
     broken = DAMAGE[how](raw)
     assert broken != raw
     path.write_bytes(broken)
-    with pytest.warns(UserWarning, match=r"c: damaged .*; the checkpoint before it is used"):
-        tensors, meta = files.load_tensors(path, "run")
+    with pytest.warns(UserWarning, match=r"checkpoint='.*/c': damaged .*; going on from the one before it"):
+        tensors, meta = files.load_tensors(path, SPEC)
     assert meta == {"step": 1} and same(tensors, {k: t + 1 for k, t in TENSORS.items()})
     path.with_name("c.previous").write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged"):
-        assert files.load_tensors(path, "run") is None
+    with pytest.raises(files.Damaged, match=r"damaged \(.*\), and there is no whole one before it; remove it to start"):
+        files.load_tensors(path, SPEC)
+    assert path.read_bytes() == broken, "what may be no checkpoint at all is left alone"
 
 
-def test_the_checkpoint_of_another_run_is_refused(tmp_path):
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before_it(tmp_path, monkeypatch):
+    """A kill between the two renames once left the damaged file as the only one."""
     path = two_checkpoints(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"checkpoint='.*': belongs to another run \(run instead of mine\); give another path"
-    ):
-        files.load_tensors(path, "mine")
+    path.write_bytes(path.read_bytes()[:-4])
+    real, renames = Path.replace, []
+
+    def replace(self, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    files.save_tensors(path, TENSORS, SPEC, {"step": 3}, keep=True)
+    assert files.load_tensors(path, SPEC)[1] == {"step": 3}
+    with pytest.raises(KeyboardInterrupt):
+        files.save_tensors(path, TENSORS, SPEC, {"step": 4}, keep=True)
+    assert len(renames) == 2 and files.load_tensors(path, SPEC) is not None
+
+
+def test_the_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
+    path = two_checkpoints(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        files.load_tensors(path, {"clip_norm": 0.25, "recipe": (16, 18), "seed": 1})
+    assert str(caught.value) == (
+        f"checkpoint={str(path)!r}: belongs to another run (clip_norm: 0.5 there, 0.25 here; seed: None there, 1 here); "
+        "give another path or remove it"
+    )
+    assert files.load_tensors(path)[1] == {"step": 2}, "nothing is compared where nothing is asked"
+
+
+def test_only_checkpoints_keep_the_one_before(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for step in range(3):
+        files.save_tensors(path, TENSORS, SPEC, {"step": step})
+    assert names(tmp_path) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(3), torch.zeros(0, 2), torch.ones(2, 3, dtype=torch.bfloat16).T,
+                                    torch.tensor([True, False]), torch.arange(4, dtype=torch.int64)])  # fmt: skip
+def test_tensors_of_any_kind(tensor, tmp_path):
+    files.save_tensors(tmp_path / "c", {"x": tensor}, SPEC)
+    found = files.load_tensors(tmp_path / "c", SPEC)[0]["x"]
+    assert found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
 class Payload:
@@ -118,8 +158,8 @@ class Payload:
 def test_a_malicious_pickle_is_never_loaded(saved, tmp_path):
     target, path = tmp_path / "executed", tmp_path / "c"
     saved(Payload(target), path)
-    with pytest.warns(UserWarning, match="damaged"):
-        assert files.load_tensors(path, "run") is None
+    with pytest.raises(ValueError, match="damaged"):
+        files.load_tensors(path, SPEC)
     with pytest.warns(UserWarning, match="cannot be read"):
         assert files.read_json(path) is None
     assert not target.exists()
@@ -146,14 +186,14 @@ def test_no_room_leaves_what_was_there_and_says_what_to_do(number, said, tmp_pat
     files.write_json(tmp_path / "x.json", {"a": 1})
     full_disk(monkeypatch, number)
     for write in (
-        lambda: files.save_tensors(path, TENSORS, "run", {"step": 3}),
+        lambda: files.save_tensors(path, TENSORS, SPEC, {"step": 3}, keep=True),
         lambda: files.write_json(tmp_path / "x.json", {}),
     ):
         with pytest.raises(OSError, match=f"cannot write .*(c|x.json): {said}") as caught:
             write()
         assert caught.value.errno == number and "\n" not in str(caught.value)
     assert names(tmp_path) == {"c", "c.previous", "x.json"}, "no rubbish, and nothing moved"
-    assert files.load_tensors(path, "run")[1] == {"step": 2}
+    assert files.load_tensors(path, SPEC)[1] == {"step": 2}
     assert files.read_json(tmp_path / "x.json") == {"a": 1}
 
 
@@ -180,10 +220,10 @@ def test_a_real_limit_in_the_middle_of_a_write(tmp_path):
 
     def action():
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-        files.save_tensors(path, {"weights": torch.zeros(10_000)}, "run", {"step": 3})
+        files.save_tensors(path, {"weights": torch.zeros(10_000)}, SPEC, {"step": 3}, keep=True)
 
     assert "larger than is allowed" in in_child(action)
-    assert names(tmp_path) == {"c", "c.previous"} and files.load_tensors(path, "run")[1] == {"step": 2}
+    assert names(tmp_path) == {"c", "c.previous"} and files.load_tensors(path, SPEC)[1] == {"step": 2}
 
 
 def without_rights():
@@ -219,7 +259,7 @@ def test_a_folder_that_may_not_be_written(shared_folder):
 
     for write, name in (
         (lambda: files.write_json(folder / "x.json", {}), "x.json"),
-        (lambda: files.save_tensors(folder / "c", TENSORS, "run"), "c"),
+        (lambda: files.save_tensors(folder / "c", TENSORS, SPEC), "c"),
         (lambda: files.write_json(folder / "deeper" / "x.json", {}), "deeper/x.json"),
         (lambda: files.lock(folder / "locks" / "a").__enter__(), "locks/a"),
     ):
@@ -274,7 +314,7 @@ def test_a_lock_is_free_after_its_holder_died(tmp_path):
 def _write_often(path: Path, number: int) -> None:
     for step in range(60):
         files.save_tensors(
-            path, {"weights": torch.full((1000,), number + step / 100)}, "run", {"value": number + step / 100}
+            path, {"weights": torch.full((1000,), number + step / 100)}, SPEC, {"value": number + step / 100}, keep=True
         )
 
 
@@ -282,14 +322,14 @@ def test_writers_and_readers_at_once_see_whole_files(tmp_path, recwarn):
     """Two processes write one checkpoint, without a lock; a third reads. Once, one writer could miss the file that the
     other had just moved away."""
     path = tmp_path / "c"
-    files.save_tensors(path, {"weights": torch.full((1000,), 0.0)}, "run", {"value": 0.0})
+    files.save_tensors(path, {"weights": torch.full((1000,), 0.0)}, SPEC, {"value": 0.0})
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write_often, args=(path, n)) for n in (1, 2)]
     for w in writers:
         w.start()
     reads = 0
     while any(w.is_alive() for w in writers):
-        found = files.load_tensors(path, "run")
+        found = files.load_tensors(path, SPEC)
         if found is not None:  # between two renames only the one before may be there, or, with two writers, neither
             reads += 1
             assert (found[0]["weights"] == torch.tensor(found[1]["value"])).all()

@@ -312,14 +312,14 @@ def test_a_checkpoint_in_the_course_of_training(projection, private, tmp_path):
 
 
 @pytest.mark.parametrize("change", [dict(seed=9), dict(steps=6), dict(expected_batch=7), dict(sample_rate=0.21)])
-def test_the_checkpoint_of_another_run_is_refused(change, projection, private, tmp_path):
+def test_the_checkpoint_of_another_run_is_refused_by_what_differs(change, projection, private, tmp_path):
     about = {**RUN, "checkpoint": tmp_path / "bank", "checkpoint_seconds": 0.0}
     train_bank(projection, private.images, private.labels, BANK[:2], **about)
-    with pytest.raises(
-        ValueError, match=r"checkpoint='.*bank': belongs to another run .*give another path or remove it"
-    ):
+    differs = rf"{next(iter(change))}.* there, .* here"
+    said = rf"checkpoint='.*bank': belongs to another run \(.*{differs}.*give another path or remove it"
+    with pytest.raises(ValueError, match=said):
         train_bank(projection, private.images, private.labels, BANK[:2], **{**about, **change})
-    with pytest.raises(ValueError, match="belongs to another run"):
+    with pytest.raises(ValueError, match=r"belongs to another run \(heads: '2 \(digest"):
         train_bank(projection, private.images, private.labels, BANK[1::-1], **about)
 
 

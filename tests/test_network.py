@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpmix import checkpoint as checkpoints
-from dpmix import network, privacy, rng, views
+from dpmix import files, network, privacy, rng, views
 from dpmix.clipping_network import clipped_gradient_sum
 from dpmix.wide_resnet import wide_resnet
 
@@ -307,7 +306,7 @@ def test_a_signal_in_the_middle_of_a_step(tmp_path, monkeypatch):
 def test_a_finished_run_is_not_run_again(tmp_path):
     path = tmp_path / "run.safetensors"
     first = train(checkpoint=path)
-    assert checkpoints.load(path)[1]["step"] == 4
+    assert files.load_tensors(path)[1]["step"] == 4
     again = train(checkpoint=path)
     assert again.resumed_from == 4 and same(first.state, again.state)
     assert train(checkpoint=path, resume=False).resumed_from == 0
@@ -327,7 +326,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, said):
     path = tmp_path / "run.safetensors"
     train(checkpoint=path, spec={"data": "one"})
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"is of another run .*{said}"):
+    with pytest.raises(ValueError, match=f"belongs to another run .*{said}"):
         train(checkpoint=path, **({"spec": {"data": "one"}} | change))
     with pytest.raises(ValueError, match="model:"):
         train(small(), checkpoint=path, spec={"data": "one"})
@@ -353,7 +352,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage):
     else:
         path.write_bytes(whole[: {"truncated": len(whole) // 2, "empty": 0}[damage]])
     assert path.read_bytes() != whole
-    with pytest.warns(RuntimeWarning, match="going on from the previous one"):
+    with pytest.warns(UserWarning, match=r"damaged .*; going on from the one before it"):
         got = train(checkpoint=path, **FULL)
     assert got.resumed_from == 4 and same(got.state, train(**FULL).state)
 
@@ -361,11 +360,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage):
 def test_no_whole_checkpoint_at_all_is_said(tmp_path):
     path = tmp_path / "run.safetensors"
     path.write_bytes(b"not this")
-    with pytest.raises(ValueError, match="no whole previous one; remove the file"):
+    with pytest.raises(ValueError, match="no whole one before it; remove it to start afresh"):
         train(checkpoint=path)
     save_file({"weights": torch.zeros(3)}, path)  # whole, but not one of ours
-    with pytest.raises(ValueError, match="checksum"):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"damaged .it cannot be read, KeyError"):
         train(checkpoint=path)
+    assert path.read_bytes() == before, "somebody's weights are not written over"
 
 
 def test_nothing_is_left_lying_about(tmp_path):
@@ -396,24 +397,23 @@ def test_kill_minus_nine_at_any_moment(tmp_path):
         from pathlib import Path
         from safetensors.torch import save_file
         import test_network
-        from dpmix import checkpoint
+        from dpmix import files
         torch.set_num_threads(1)
         path, kills, inside = Path({str(tmp_path / "run.safetensors")!r}), 0, 0
         chance = random.Random(0)
         while True:
             child = os.fork()
             if child == 0:
-                real, plan = checkpoint.to_bytes, chance.choice(["time", "write", "rename", "rename"])
+                real, plan = files.write, chance.choice(["time", "write", "rename", "rename"])
                 at, calls = chance.randint(1, 2), []
                 def die(): os.kill(os.getpid(), signal.SIGKILL)
-                def half_written(*args, **kwargs):
+                def half_written(target, whole, **how):
                     calls.append(1)
-                    whole = real(*args, **kwargs)
                     if plan == "write" and len(calls) == at:
-                        path.with_name(path.name + ".writing").write_bytes(whole[: chance.randrange(len(whole))])
+                        target.with_name(f".{{target.name}}.x.tmp").write_bytes(whole[: chance.randrange(len(whole))])
                         die()
-                    return whole
-                checkpoint.to_bytes = half_written
+                    return real(target, whole, **how)
+                files.write = half_written
                 renames, rename = [], Path.replace
                 def replace(self, target):
                     renames.append(1)
