@@ -5,8 +5,9 @@ Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed spl
 
 import hashlib
 import json
+import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from .checks import one_of, require, whole
-from .image_cache import decode, duplicates, no_linked_folders, pixel_hash
+from .image_cache import Copies, decode, duplicates, no_linked_folders, pixel_hash
 from .rng import generator
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -26,6 +27,7 @@ PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the c
 ROOT = PROJECT / "data" / "datasets"
 CACHE = PROJECT / "data" / "cache"
 PUBLIC = PROJECT / "data" / "public"
+RESULTS = PROJECT / "data" / "results"
 PathLike = str | Path
 SPLIT_SEED = 0  # of every split that the authors of a data set did not fix; part of the data, not of a run
 
@@ -210,15 +212,20 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
     labels = [np.array(p.targets, dtype=np.int64) for p in parts]
     tensors = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(images, labels, strict=True)]
     sets = [ImageSet(x, y, tuple(parts[0].classes)) for x, y in tensors]
-    _report_copies(name, duplicates([pixel_hash(x) for part in images for x in part], len(images[0])))
+    n = len(images[0])
+    found = duplicates([pixel_hash(x) for part in images for x in part], n)
+    _report_copies(name, found, lambda i: f"training image {i}" if i < n else f"test image {i - n}")
     content = dict(train=images[0], test=images[1], train_labels=labels[0], test_labels=labels[1])
     return Splits(sets[0], sets[1], _digest(name=name, class_names=parts[0].classes, **content))
 
 
-def _report_copies(name: str, copies: tuple[int, int]) -> None:
-    if any(copies):
-        told = f"{copies[0]} training images repeat another, {copies[1]} test images are in the training set too"
-        warnings.warn(f"dataset={name!r}: exact copies: {told}", stacklevel=3)
+def _report_copies(name: str, copies: Copies, called: Callable[[int], str]) -> None:
+    """Counts and examples, for the owner of the data: computed without noise, so not for release."""
+    if copies.some:
+        told = f"{copies.train} training images repeat another, {copies.test} test images are in the training set too"
+        some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.some)
+        why = "the guarantee covers each copy alone, and test accuracy is too high; not for release"
+        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}", stacklevel=3)
 
 
 def load(
@@ -237,7 +244,8 @@ def load(
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
 
-    Raises FileNotFoundError for absent data, ValueError for data that do not fit; warns about exact copies.
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit; warns about exact copies, with some of
+    their names. Archives are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
     """
     if image_size is not None:
         whole("image_size", image_size, 1)
@@ -263,7 +271,7 @@ def load(
             if native:
                 return _load_cifar(name, root, download)
             listing = _list_known(name, root, download)
-        except (RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
+        except (RuntimeError, KeyError, ValueError, FileNotFoundError, tarfile.TarError) as error:
             why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
             raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error
         if len(listing.files) != known.images:
@@ -271,15 +279,20 @@ def load(
             warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=2)
     base, files, labels, n, class_names = listing
     images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, size=image_size)
-    _report_copies(name, copies)
+    _report_copies(name, copies, lambda i: files[i].relative_to(base).as_posix())
     train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
     facts = dict(files=[f.relative_to(base).as_posix() for f in files], labels=labels, train=n, content=content)
     return Splits(train, test, _digest(class_names=class_names, shape=list(images.shape[1:]), **facts))
 
 
 def folder_name(class_name: str) -> str:
-    """The folder of a class below `synthetic/NAME/`: slashes (SUN397's "a/abbey") become underscores."""
-    return class_name.replace("/", "_").replace("\\", "_")
+    """The folder of a class below `synthetic/NAME/`: slashes (SUN397's "a/abbey") become underscores.
+
+    ValueError for a name that is no folder inside another one.
+    """
+    name = class_name.replace("/", "_").replace("\\", "_")
+    require(name not in ("", ".", "..") and "\0" not in name, "class_names", class_name, "cannot name a folder")
+    return name
 
 
 def public_images(

@@ -5,8 +5,9 @@ each view once and trains every head of the bank on the views that are its own. 
 the same Poisson batches, its own learning rate, clip norm and noise multiplier, and noise of its own.
 
 Noise must be independent between heads: the difference of two heads with shared noise would be free of it. It is keyed
-by what the run is (head, encoder, batch size, rate, steps), so a head has the same noise alone and in a bank. A bank is
-a tuning tool; releasing r of its heads costs the composition of r mechanisms, not the budget of one.
+by what the run is (head, encoder, batch size, rate, steps, `stream`), so a head has the same noise alone and in a bank.
+A bank is a tuning tool: its heads share the Poisson batches, so releasing r of them costs as much as one mechanism at
+rate q with the noise multiplier (sum of 1 / sigma_r^2)^(-1/2), which can exceed r times the budget of one.
 """
 
 import time
@@ -58,7 +59,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class _State:
-    """All that a step changes. Replaced as one, never written to: an interrupt finds the old one or the new one."""
+    """All that a step changes. Replaced as one: an interrupt finds the old one or the new one (the clocks aside)."""
 
     weights: Tensor
     biases: Tensor
@@ -91,6 +92,8 @@ def train_bank(
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
+    stream: str = "",
+    spec: dict[str, Any] | None = None,
     progress: bool = True,
     observe: Observer | None = None,
 ) -> Bank:
@@ -100,7 +103,9 @@ def train_bank(
     Weights start at zero unless `initial` [num_classes, D], [num_classes] is given (it must not hold private data).
     `ids` names the examples for the keyed randomness (their places, by default). `physical_batch` bounds memory and
     never changes the sum beyond rounding. With `checkpoint` the state is saved every `checkpoint_seconds` and on
-    Ctrl-C, and a later call with the same arguments continues bit for bit. `observe(step, features, targets, weights,
+    Ctrl-C, and a later call with the same arguments continues bit for bit; one of another run is refused, and `spec`
+    (JSON-able) adds what the caller wants compared, such as a digest of the data. `stream` tells runs of one seed apart that the
+    arguments do not (other data, other initial weights): they must not share noise. `observe(step, features, targets, weights,
     biases)` sees each physical batch before the update: for non-private diagnostics.
 
     The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
@@ -109,6 +114,7 @@ def train_bank(
     checks.require(
         len(images) == n > 0, "images", len(images), f"must have as many examples as labels ({n}), and at least 1"
     )
+    as_float(images[:0])  # refuses what is neither bytes nor floats
     checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
     repeated = len(heads) - len(set(heads))
     checks.require(repeated == 0, "heads", repeated, "heads are given twice; they would share their noise")
@@ -140,9 +146,10 @@ def train_bank(
     told = {
         "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": encoder.name, "n": n,
         "num_classes": num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
-        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16],
+        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16], "stream (digest)": files.digest(stream)[:16],
+        **(spec or {}),
     }  # fmt: skip
-    run = (encoder.name, num_classes, expected_batch, sample_rate, steps)
+    run = (encoder.name, num_classes, expected_batch, sample_rate, steps, stream)
     streams = [files.digest(repr((run, head))) for head in heads]
     state = _State(weights, biases)
     if checkpoint is not None:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from .checks import require
 
 DEFAULT_SIZE = 224
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK = 1 << 26
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
 # Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
@@ -49,21 +49,34 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", _KNOWN)
 _VERIFIED: set[tuple[str, int, int]] = set()
 
 
+class Copies(NamedTuple):
+    """How many training images repeat an earlier one, how many test images equal a training image, and some of both as
+    pairs (copy, original) of places."""
+
+    train: int
+    test: int
+    some: list[tuple[int, int]]
+
+
 class Decoded(NamedTuple):
-    """Pixels of the files in their order, a sha256 over the files' bytes, and what `duplicates` counted."""
+    """Pixels of the files in their order, a sha256 over the files' bytes, and what `duplicates` found."""
 
     images: UInt8[Tensor, "n C H W"]
     content: str
-    copies: tuple[int, int]
+    copies: Copies
 
 
-def duplicates(hashes: Sequence[bytes | str], train: int) -> tuple[int, int]:
-    """Exact copies among the pixel hashes of `train` training images and the test images after them.
-
-    Returns how many training images repeat an earlier one, and how many test images equal a training image.
-    """
-    known = set(hashes[:train])
-    return train - len(known), sum(h in known for h in hashes[train:])
+def duplicates(hashes: Sequence[bytes | str], train: int) -> Copies:
+    """Exact copies among the pixel hashes of `train` training images and the test images after them."""
+    first: dict[bytes | str, int] = {}
+    within: list[tuple[int, int]] = []
+    across: list[tuple[int, int]] = []
+    for i, h in enumerate(hashes):
+        if h in first:
+            (within if i < train else across).append((i, first[h]))
+        elif i < train:
+            first[h] = i
+    return Copies(len(within), len(across), within[:2] + across[:2])
 
 
 def no_linked_folders(base: Path) -> None:
@@ -195,7 +208,9 @@ def _write(
                 return hashlib.sha256(data).hexdigest(), pixel_hash(pixels), ""
 
             decoded = _each(pool, one, len(files))
-            done = list(tqdm(decoded, f"decoding {label}", len(files), unit="image", delay=1, mininterval=0.5))
+            # Shares and times only: how many private images there are is nobody's business.
+            bar = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+            done = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
             bad = [f"{name!r} ({why[:80]})" for name, (*_, why) in zip(names, done, strict=True) if why]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             many = f"{len(bad)} of {len(files)} images cannot be decoded: {listed}; repair or remove them"
@@ -268,7 +283,8 @@ def _read(entry: Path, warn: bool = True) -> Decoded | None:
         if _checksum(images) != body["pixels"]:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
-    return Decoded(images, body["content"], tuple(body["copies"]))
+    train, test, some = body["copies"]
+    return Decoded(images, body["content"], Copies(train, test, [(copy, original) for copy, original in some]))
 
 
 def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,9 +114,9 @@ def encoder(
     - a module, with `image_size`, `channels`, `mean` and `std`; and `weights` unless it holds them already.
 
     `weights` names a local file for any of these (safetensors, or torch.save of tensors only), or is "random" for
-    open_clip and timm (a fixed initialisation, for tests). Nothing is downloaded. Raises ValueError for an unknown name
-    (with near matches) or weights that do not fit, FileNotFoundError for absent weights: what to fetch and where to
-    put it.
+    open_clip and timm (a fixed initialisation, for tests). A FILE.sha256 beside it is compared. Nothing is downloaded.
+    Raises ValueError for an unknown name (with near matches) or weights that do not fit, FileNotFoundError for absent
+    weights: what to fetch and where to put it.
     """
     if isinstance(name, nn.Module):
         if image_size is None or channels is None:
@@ -261,6 +262,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     said = f"weights={str(path)!r}"
     if not path.is_file():
         raise FileNotFoundError(f"{said}: no such file; give a .safetensors file or a torch.save of tensors")
+    _compare(path, said)
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -274,6 +276,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     good = len(state) > 0 and all(isinstance(v, Tensor) for v in state.values())
     require(good, "weights", str(path), "must hold a state_dict: names and tensors")
     return state
+
+
+def _compare(path: Path, said: str) -> None:
+    """Refuse a file whose sha256 is not the one that comes with it: in FILE.sha256, as `sha256sum` writes it, or as the
+    name of its blob in the Hugging Face cache."""
+    beside, blob = path.with_name(f"{path.name}.sha256"), path.resolve().name
+    wanted = beside.read_text()[:64] if beside.is_file() else blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+    if wanted is not None:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wanted:
+            raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
 
 
 def public_file(name: str, folder: Path = PUBLIC) -> Path:

@@ -85,6 +85,8 @@ def train(
     momentum: Number = 0.0,
     weight_decay: Number = 0.0,
     ema_decay: Number | None = None,
+    ids: Int64[Tensor, " n"] | None = None,
+    places: int | None = None,
     microbatch: int = 1,
     microbatch_mix: str = "none",
     physical_batch: int = 64,
@@ -96,6 +98,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = True,
+    stream: str = "",
     spec: dict[str, Any] | None = None,
     progress: bool = True,
     evaluate: Callable[[nn.Module, int], Any] | None = None,
@@ -110,6 +113,10 @@ def train(
     warm-up, min(ema_decay, (1 + t) / (10 + t)). No schedule.
     `microbatch` b > 1 is Eq. (2): a fixed keyed partition, Poisson sampling and `expected_batch` count *microbatches*,
     and the noise is scaled for 2 C (`microbatch`); `microbatch_mix`: "none", "add" or "replace".
+
+    `ids` names the examples for the keyed randomness and the partition (their rows, by default), below `places`, the public
+    number of places (by default, as many as there are examples); a place that is not among them is vacant. `stream`
+    tells runs of one seed apart that the arguments do not, such as runs on other data: they must not share noise.
 
     What does not change the result beyond rounding: `physical_batch` (examples at a time), `engine`, `autocast`,
     `channels_last`, `device`, number of processes.
@@ -133,22 +140,30 @@ def train(
     _check_model(model, images, num_classes)
     clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
     parameters, n = clipper.parameters, len(images)
-    table = micro.microbatch_partition(n, microbatch, seed=seed) if microbatch > 1 else torch.arange(n)[:, None]
+    names = torch.arange(n) if ids is None else ids
+    if microbatch > 1:
+        table = micro.microbatch_partition(n if places is None else places, microbatch, seed=seed, ids=names)
+    else:
+        table = torch.arange(n)[:, None]
+    others = {name: t.clone() for name, t in model.state_dict().items() if name not in parameters}
     deviation = noise_multiplier * clip_norm * micro.sensitivity(microbatch)
     told = {
         "recipe": asdict(recipe), "n": n, "image shape": list(images.shape[1:]), "num_classes": num_classes,
         "clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "learning_rate": learning_rate,
         "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps, "momentum": momentum,
         "weight_decay": weight_decay, "ema_decay": ema_decay,
-        "microbatch": microbatch, "microbatch_mix": microbatch_mix,
+        "microbatch": microbatch, "microbatch_mix": microbatch_mix, "places": places, "stream": stream,
         "public images": 0 if public is None else len(public.labels), "model": _layout(model), **(spec or {}),
         "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
     }  # fmt: skip
     apart = ("n", "image shape", "public images", "model", "seed (digest)", *(spec or {}))
-    stream = json.dumps({k: v for k, v in told.items() if k not in apart}, sort_keys=True)
+    own = json.dumps({k: v for k, v in told.items() if k not in apart}, sort_keys=True)
     compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
                "physical_batch": physical_batch, "channels_last": channels_last}  # fmt: skip
     flat = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in parameters.values()])
+    flat = from_first(flat.cpu(), world).to(
+        device
+    )  # processes that started from other weights would train other models
     state = _State(0, flat, torch.zeros_like(flat) if momentum else None, None if ema_decay is None else flat,
                    dict.fromkeys(COUNTERS, 0))  # fmt: skip
     diagnostics: list[tuple[int, Any]] = []
@@ -173,9 +188,10 @@ def train(
         for part in rows.split(max(1, physical_batch // microbatch)):
             if not len(part):
                 continue
-            ids, present = table[part].clamp(min=0), table[part] >= 0
+            places_of, present = table[part], table[part] >= 0
+            rows_of = places_of[present]
             made = views.make_views(
-                images[ids[present]].to(device), labels[ids[present]].to(device), ids[present], recipe,
+                images[rows_of].to(device), labels[rows_of].to(device), names[rows_of], recipe,
                 num_classes=num_classes, seed=seed, step=step, public=public,
             )  # fmt: skip
             if microbatch == 1:
@@ -193,7 +209,7 @@ def train(
         return add_up(clipper.total, seen, world)
 
     def updated(seen: dict[str, int]) -> _State:
-        noise = noise_of(parameters, deviation, seed=seed, step=state.step, stream=stream).to(clipper.total)
+        noise = noise_of(parameters, deviation, seed=seed, step=state.step, stream=own).to(clipper.total)
         gradient = (clipper.total + noise) / expected_batch
         velocity = None if state.velocity is None else state.velocity * momentum + gradient
         weights = state.weights - learning_rate * (gradient if velocity is None else velocity)
@@ -214,6 +230,8 @@ def train(
             _fill(parameters, state.weights)
             bar.update()
             done = state.step == steps
+            if state.step == start + 1:
+                _check_untrained(model, others)
             if delta is not None and not bar.disable and (done or state.step % max(1, steps // 20) == 0):
                 spent = privacy.epsilon_spent(
                     noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=state.step
@@ -238,6 +256,8 @@ def train(
     finally:
         bar.close()
         _fill(parameters, state.weights)
+    if evaluate is not None and rank == 0 and steps and (not diagnostics or diagnostics[-1][0] != steps):
+        diagnostics.append((steps, evaluate(model, steps)))  # the last piece was interrupted before it
     agree_on_step(state.step, world, device)  # nobody returns before the last checkpoint is on the disk
     last = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     averaged = None
@@ -277,6 +297,7 @@ def _check(given: dict[str, Any]) -> None:
     model, images, labels = given["model"], given["images"], given["labels"]
     said = f"must be as many as the images, {len(images)}, and some"
     require(len(images) == len(labels) > 0, "labels", len(labels), said)
+    views.transforms.as_float(images[:0])  # refuses what is neither bytes nor floats
     for name in ("physical_batch", "num_classes", "checkpoint_every", "microbatch"):
         whole(name, given[name], 1)
     for name in ("steps", "evaluate_every"):
@@ -313,6 +334,15 @@ def _check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
         raise ValueError(f"images: the model does not take images of shape {shape} ({said})") from None
     require(got == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {got}")
     check_no_mixing(model, probe)
+
+
+def _check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Refuse a model that has written to a buffer: what it keeps there is neither clipped nor noised."""
+    now = model.state_dict()
+    for name, t in before.items():
+        if not torch.equal(now[name], t):
+            said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
+            raise ValueError(f"model: {name!r} {said}")
 
 
 def _layout(model: nn.Module) -> str:

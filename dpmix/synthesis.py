@@ -267,7 +267,11 @@ def _claim(folder: Path, manifest: dict) -> None:
     """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path)."""
     path = folder / "manifest.json"
     if path.is_file():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            said = "its manifest.json is damaged, so how its images were made is not known; choose another folder"
+            raise ValueError(f"folder={str(folder)!r}: {said}") from error
         other = [k for k in manifest if k != "pipeline" and json.loads(json.dumps(manifest[k])) != found.get(k)]
         said = "; ".join(f"{k} {str(found.get(k))[:60]!r}, not {str(manifest[k])[:60]!r}" for k in other[:3])
         require(not other, "folder", str(folder), f"holds images of another run ({said}); choose another folder")

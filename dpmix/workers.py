@@ -49,7 +49,8 @@ def run(groups: Sequence[Sequence[RunSpec]], compute: ComputeFlags, store: Path,
                     "store": str(store.resolve()),
                 }
                 task["code"] = code_digest()
-                worker = subprocess.Popen([sys.executable, "-m", "dpmix.workers"], stdin=subprocess.PIPE,
+                # A process group of its own: Jupyter interrupts whole groups, and a second signal would cut the saving short.
+                worker = subprocess.Popen([sys.executable, "-m", "dpmix.workers"], stdin=subprocess.PIPE, process_group=0,
                                           stdout=subprocess.PIPE, text=True, env=environment)  # fmt: skip
                 running.append(worker)
                 assert worker.stdin is not None

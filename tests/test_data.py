@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -313,6 +314,44 @@ def test_an_incomplete_data_set_is_named(load, tmp_path):
         load("pets", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        ("../stolen", "outside the destination"),
+        ("{outside}/stolen", "Dataset not found"),  # absolute names are taken as relative ones
+        ("SUN397/link", "outside the destination"),
+    ],
+)
+def test_an_archive_that_leaves_its_folder_is_refused(load, tmp_path, monkeypatch, member, said):
+    """torchvision unpacks what is there already; its md5 is made to match, so that only the names are left to refuse."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    archive = root / "SUN397.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        about = tarfile.TarInfo(member.format(outside=outside))
+        if member.endswith("link"):
+            about.type, about.linkname = tarfile.SYMTYPE, "../../outside"
+        tar.addfile(about, io.BytesIO(b""))
+    monkeypatch.setattr(datasets.SUN397, "_DATASET_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match=rf"dataset='sun397': .*incomplete or damaged .*{said}") as caught:
+        load("sun397", root, download=True)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["outside", "root"] and not list(outside.iterdir())
+    assert not os.path.lexists(root / "SUN397" / "link")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a\0b"])
+def test_class_names_that_are_no_folder_are_refused(name, tmp_path):
+    assert data.folder_name("../../a") == ".._.._a" and data.folder_name("a\\b") == "a_b"
+    with pytest.raises(ValueError, match=r"class_names=.*cannot name a folder"):
+        data.folder_name(name)
+    like = ImageSet(**GOOD | dict(class_names=("a", name)))
+    save(tmp_path / "synthetic" / "pets" / "a" / "0.png", 1)
+    with pytest.raises(ValueError, match=r"class_names=.*cannot name a folder"):
+        data.public_images("pets", tmp_path, like=like, cache=tmp_path / "cache")
+
+
 # -------------------------------------------------------------------------------------------------------- image folders
 
 
@@ -408,8 +447,34 @@ def test_copies_within_and_across_are_reported(load, tmp_path):
     shutil.copy(base / "train" / "cat" / "000.png", base / "train" / "dog" / "same.png")
     Image.open(base / "train" / "cat" / "001.png").save(base / "test" / "cat" / "other.bmp")  # same pixels, other file
     for _ in range(2):  # fresh and from the cache
-        with pytest.warns(UserWarning, match="1 training images repeat another, 1 test images are in the"):
+        said = (
+            "1 training images repeat another, 1 test images are in the training set too .train/dog/same.png equals "
+            "train/cat/000.png, test/cat/other.bmp equals train/cat/001.png.; .* not for release"
+        )
+        with pytest.warns(UserWarning, match=said):
             load(f"folder:{base}")
+
+
+def test_copies_in_cifar_are_reported(load, tmp_path, monkeypatch):
+    make_equal_cifar(tmp_path, monkeypatch)
+    said = r"exact copies: 40 .* 10 test .*\(training image 10 equals training image 0, .*test image 0 equals training image 0"
+    with pytest.warns(UserWarning, match=said):
+        load("cifar10", tmp_path)
+
+
+def make_equal_cifar(root: Path, monkeypatch) -> None:
+    """Six batches that hold the same ten images."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Same(images))
+    make_cifar(root, datasets.CIFAR10, monkeypatch, 10, "labels")
+
+
+class Same:
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def integers(self, *args, **kwargs) -> np.ndarray:
+        return self.images
 
 
 def test_the_digest_follows_content_names_and_labels_but_not_the_place(load, tmp_path):
@@ -471,6 +536,30 @@ def halve(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.sprung),))
+
+
+def trap(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Trap(path.parent / "sprung")))
+
+
+def test_a_pickle_among_the_images_is_no_image(load, tmp_path):
+    base = make_folder(tmp_path / "set")
+    trap(base / "train" / "cat" / "000.png")
+    with pytest.raises(ValueError, match=r"1 of 12 images cannot be decoded: 'train/cat/000\.png' \(not an image\)"):
+        load(f"folder:{base}")
+    assert not (base / "train" / "cat" / "sprung").exists()
+    pickle.loads((base / "train" / "cat" / "000.png").read_bytes())
+    assert (base / "train" / "cat" / "sprung").exists(), "the trap works"
+
+
 @pytest.mark.parametrize(
     ("suffix", "damage", "said"),
     [
@@ -479,6 +568,8 @@ def halve(path: Path) -> None:
         (".json", halve, r"\.json: damaged cache entry \(not a whole record\); decoding again"),
         (".json", flip_byte, r"\.json: damaged cache entry \(not a whole record\); decoding again"),
         (".json", lambda path: path.write_text("[]"), r"\.json: damaged cache entry \(not a whole record\)"),
+        (".json", lambda path: trap(path), r"\.json: damaged cache entry \(not a whole record\)"),
+        (".u8", lambda path: trap(path), r"\.u8: damaged cache entry \(.* bytes instead of 5184\)"),
     ],
 )
 def test_a_damaged_entry_is_named_and_rebuilt(load, tmp_path, no_decoding, suffix, damage, said):
@@ -489,6 +580,7 @@ def test_a_damaged_entry_is_named_and_rebuilt(load, tmp_path, no_decoding, suffi
         assert torch.equal(load(f"folder:{base}").train.images, expected)
     no_decoding()
     assert torch.equal(load(f"folder:{base}").train.images, expected)
+    assert not (tmp_path / "cache" / "sprung").exists()
 
 
 def test_pixels_without_their_record_do_not_count(load, tmp_path):
@@ -543,6 +635,68 @@ def test_a_killed_decoding_leaves_nothing_that_is_read(load, tmp_path):
     assert sorted(p.suffix for p in cache.iterdir()) == [".json", ".u8"]
 
 
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from dpmix import data, image_cache
+base, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+chance = random.Random(seed)
+fast, replace = image_cache._pixels, Path.replace
+def slow(*args):
+    time.sleep(0.002)
+    return fast(*args)
+image_cache._pixels = slow
+
+def child(cache, dies_at=None):
+    pid = os.fork()
+    if pid:
+        return pid
+    renames = []
+    def dying(self, target):
+        renames.append(target)
+        if dies_at == len(renames) - 0.5: os.kill(os.getpid(), signal.SIGKILL)  # before the rename
+        done = replace(self, target)
+        if dies_at == len(renames): os.kill(os.getpid(), signal.SIGKILL)  # after it
+        return done
+    Path.replace = dying
+    try:
+        (folder / "digest").write_text(data.load("folder:" + base, cache=cache).digest)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+def end(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.monotonic()
+assert end(child(folder / "calm")) == 0
+took, calm, statuses = time.monotonic() - began, (folder / "digest").read_text(), []
+for n, moment in enumerate(["write"] * 6 + [0.5, 1, 1.5, 2]):
+    cache = folder / f"cache{n % 3}"  # some meet what others have left
+    pid = child(cache, None if moment == "write" else moment)
+    if moment == "write":
+        time.sleep(chance.uniform(0.05, 1) * took)
+        os.kill(pid, signal.SIGKILL)
+    statuses.append(end(pid))
+for n in range(3):
+    assert end(child(folder / f"cache{n}")) == 0 and (folder / "digest").read_text() == calm
+    left = sorted(p.name for p in (folder / f"cache{n}").iterdir())
+    assert left == sorted(p.name for p in (folder / "calm").iterdir()), left
+    for name in left:
+        same = (folder / f"cache{n}" / name).read_bytes() == (folder / "calm" / name).read_bytes()
+        assert same, name
+print(json.dumps(statuses))
+"""
+
+
+def test_decoding_killed_at_random_moments_and_around_each_rename(tmp_path):
+    base = make_folder(tmp_path / "set", train=40, test=20)
+    command = [sys.executable, "-W", "error", "-c", KILLS, str(base), str(tmp_path), "1"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout).count(-9) >= 3, "something was killed"
+
+
 def test_a_full_disk_and_a_cache_that_cannot_be_written(load, tmp_path, monkeypatch):
     base = make_folder(tmp_path / "set")
 
@@ -587,7 +741,7 @@ def synthetic(tmp_path, monkeypatch):
     return write
 
 
-def test_synthetic_digits_absent_altered_incomplete_or_pickled(synthetic):
+def test_synthetic_digits_absent_altered_incomplete_or_pickled(synthetic, tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebooks/public_standins"):
         data.public_images("digits")
     images = np.zeros((20, 1, 8, 8), np.uint8)
@@ -599,9 +753,13 @@ def test_synthetic_digits_absent_altered_incomplete_or_pickled(synthetic):
     synthetic(images=images, labels=np.arange(20) % 7)
     with pytest.raises(ValueError, match=r"3 classes have no synthetic images in .*: 7, 8, 9"):
         data.public_images("digits")
-    synthetic(images=np.array([object()]), labels=np.arange(1))
+    path = synthetic(images=np.array([Trap(tmp_path / "sprung")]), labels=np.arange(1))
     with pytest.raises(ValueError, match="allow_pickle"):
         data.public_images("digits")
+    assert not (tmp_path / "sprung").exists()
+    with np.load(path, allow_pickle=True) as arrays:
+        arrays["images"]
+    assert (tmp_path / "sprung").exists(), "the trap works"
 
 
 def test_public_images_in_folders_take_classes_and_shape_of_the_private(load, tmp_path):
