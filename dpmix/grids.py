@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dpmix import checks, data, experiments, paper, views
-from dpmix.spec import ComputeFlags, RunSpec
+from dpmix import checks, data, experiments, files, paper, views
+from dpmix.spec import ComputeFlags, Result, RunSpec
 
 SCALES = ("demo", "paper")
 # In the demo these stand for the paper's encoders; a page shows them beside each other.
@@ -115,6 +115,13 @@ def run_cells(cells: Sequence[Cell], *, compute: ComputeFlags | None = None) -> 
     return runs
 
 
+def reference(name: str) -> pd.DataFrame:
+    """Runs that came with the repository, `data/results/NAME/*.json`, as `experiments.frame`. They were made once, with the
+    code, on the machine and at the date that each states."""
+    found = [files.read_json(path) for path in sorted((data.RESULTS / name).glob("*.json"))]
+    return experiments.frame([Result.from_json(content) for content in found if content is not None])
+
+
 def check_scale(scale: str, dataset: str | None = None) -> None:
     """Stop at once where the data of a paper-scale run are not on disk; the message says what to put where."""
     p = preset(scale, dataset)
@@ -192,9 +199,9 @@ def network_cells(
     ]  # fmt: skip
 
 
-def network_compute(scale: str) -> ComputeFlags:
-    """How the networks are computed: a small one has so little to do for an example that examples go through it together."""
-    return ComputeFlags(engine="grouped", physical_batch=128) if scale == "demo" else ComputeFlags()
+def network_compute(dataset: str) -> ComputeFlags:
+    """How the networks are computed: one on digits has so little to do for an example that examples go through it together."""
+    return ComputeFlags(engine="grouped", physical_batch=128) if dataset == "digits" else ComputeFlags()
 
 
 # Table 1: what is printed, and the microbatch of each row. The paper gives one number for mixup in pairs.

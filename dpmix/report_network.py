@@ -9,7 +9,7 @@ from torch import nn
 
 from dpmix import experiments, grids, microbatch, paper, privacy, views
 from dpmix.experiments import RunSpec, mechanism
-from dpmix.report import label, summary
+from dpmix.report import label, spread, summary
 
 
 def settings(p: grids.NetworkPreset) -> pd.DataFrame:
@@ -144,6 +144,26 @@ def chosen(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Networks as they are (one learning rate), and heads at the learning rate that validation chose for each condition."""
     network = runs["model"].str.startswith("wrn")
     return pd.concat([runs[network], experiments.choose_learning_rate(runs[~network], by)], ignore_index=True)
+
+
+def as_run(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs that came with the repository: what each condition was, and its test accuracy."""
+    columns = ["model", "epsilon", "k_base", "k_self", "batch_size", "epochs", "T", "sigma", "learning_rate"]
+    table = summary(runs, columns)
+    named = {
+        (r.k_base > 1, r.k_self > 0): name
+        for name, r in views.METHODS.items()
+        if name in ("dp-sgd", "self-aug", "mix-self")
+    }
+    found = {
+        "method": [label(named[b > 1, s > 0]) for b, s in zip(table["k_base"], table["k_self"], strict=True)],
+        "network": [label(m) for m in table["model"]], "ε": [f"{e:g}" for e in table["epsilon"]],
+        "views": [f"{b} + {s}" if s else f"{b}" for b, s in zip(table["k_base"], table["k_self"], strict=True)],
+        "B": table["batch_size"], "epochs": [f"{e:g}" for e in table["epochs"]], "T": table["T"],
+        "σ": [f"{s:.3f}" for s in table["sigma"]], "learning rate": [f"{r:g}" for r in table["learning_rate"]],
+        "test accuracy": [spread(m, s) for m, s in zip(table["mean"], table["std"], strict=True)], "n": table["n"],
+    }  # fmt: skip
+    return pd.DataFrame(found).set_index("method").rename_axis(None)
 
 
 def numbered(table: pd.DataFrame) -> pd.DataFrame:

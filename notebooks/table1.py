@@ -61,7 +61,7 @@ report_network.settings(preset)
 # coarse grid: pairs have noise four times as large beside their signal, and did best with shorter steps. A finer search may move each row by some points.
 
 # %% tags=["remove-stderr"]
-runs = grids.run_cells(cells, compute=grids.network_compute(scale))
+runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
 report.provenance_note(runs)
 
 # %% [markdown]

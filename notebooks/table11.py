@@ -97,7 +97,9 @@ report.side_by_side(published, measured, rows=("framework", "method"))
 # PyTorch share the batches and the views of a seed; the rest of their difference is noise.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy of Self-Aug and DP-MixSelf, published in JAX above, measured in JAX and in PyTorch below, one panel an epsilon"}}
-parts = {"published, JAX": published} | {f"here, {name}": part for name, part in measured.groupby("framework", sort=False)}
+parts = {"published, JAX": published} | {
+    f"here, {name}": part for name, part in measured.groupby("framework", sort=False)
+}
 shown = {name: part.assign(budget=[f"ε = {e:g}" for e in part["epsilon"]]) for name, part in parts.items()}
 plots.point_plot(shown, panel="budget", unit="test accuracy (%)")
 

@@ -61,7 +61,7 @@ report_network.settings(preset)
 # The network has one learning rate for all rows, from a trial with another seed ({doc}`table2`). That of the linear layer is chosen for each row on a validation split, as in {doc}`table3`.
 
 # %% tags=["remove-stderr"]
-runs = grids.run_cells(cells, compute=grids.network_compute(scale))
+runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
 report.provenance_note(runs)
 
 # %% [markdown]
