@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 CODE := $(wildcard dpmix/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*.json)
 
-.PHONY: book test lint lab env notebooks standins clean
+.PHONY: book browse test lint lab env notebooks standins clean
 
 book: $(READY)
 	@mkdir -p book/_build
@@ -17,6 +17,10 @@ book: $(READY)
 	mv book/_build/code.new book/_build/code
 	$(BIN)/jupyter-book build -W --keep-going book/
 	@echo "$(CURDIR)/book/_build/html/index.html"
+
+browse: $(READY)  ## open every page of the built book in a headless Chromium
+	@test -f book/_build/html/index.html || { echo "book/_build/html/index.html: absent; run make book first"; exit 1; }
+	$(BIN)/python tests/browser.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
