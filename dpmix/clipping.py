@@ -78,6 +78,9 @@ def clipped_head_sums(
         lengths = gram_delta.diagonal(dim1=-2, dim2=-1) * gram_z.diagonal(dim1=-2, dim2=-1)
         error = lengths.clamp_(min=0).sqrt().sum(dim=-1).square()
         error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5
+        # Logit gradients so small that their squares vanish can meet features that are large.
+        reach = (gram_z.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * w.abs()).sum(dim=-1).square()
+        error += reach * (torch.finfo(weights.dtype).tiny * num_classes)
         finite = (squared + error).isfinite()
         if not finite.all():  # zero times infinity is no number: take the example out of both factors
             delta = delta.masked_fill(~finite[:, None, :, None], 0.0)

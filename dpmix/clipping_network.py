@@ -116,6 +116,7 @@ class Clipper:
         self.engine = engine
         self.unfold = self.device.type != "cpu" if unfold is None else unfold  # measured: see benchmarks/network.py
         self._own: Tensor | None = None
+        self.unprobed = self.engine == "grouped"
 
     def reset(self) -> None:
         """Start a new sum."""
@@ -196,7 +197,19 @@ class Clipper:
                 logits = self.model(x)
             # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
             torch.autograd.grad(_loss(logits, targets.flatten(0, 1), weights.flatten()), x)
+        reached = self._reached(images[:1, :1], targets[:1, :1]) if self.unprobed else {}
+        for name, p in reached.items():
+            if id(p) not in each:
+                said = "is used without calling its layer, so engine='grouped' does not see its gradient; take 'loop' or 'vmap'"
+                raise ValueError(f"model: {name!r} {said}")
+        self.unprobed = False
         return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
+
+    def _reached(self, images: Tensor, targets: Tensor) -> dict[str, nn.Parameter]:
+        """The parameters that the loss of one view depends on, by plain autograd."""
+        loss = _loss(self.model(self._format(images.flatten(0, 1))), targets.flatten(0, 1), targets.new_ones(1))
+        grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return {n: p for (n, p), g in zip(self.parameters.items(), grads, strict=True) if g is not None}
 
     def _clip_and_add(self, each: dict[str, Tensor], b: int) -> Tensor:
         """`each`: per-example gradients [b, numel]; emptied here, a layer at a time."""

@@ -16,13 +16,23 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dpmix import checks, data, files, passes, rng, workers
+from dpmix import checks, data, files, microbatch, passes, rng, workers
 from dpmix.processes import from_first, processes
-from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
+from dpmix.spec import (
+    ComputeFlags,
+    Mechanism,
+    NonPrivateDiagnostics,
+    Result,
+    RunSpec,
+    code_digest,
+    key,
+    keys,
+    mechanism,
+)
 
 __all__ = [
     "ComputeFlags", "Mechanism", "NonPrivateDiagnostics", "Result", "RunSpec", "Store", "choose_learning_rate",
-    "code_digest", "frame", "key", "mechanism", "release", "run", "run_all",
+    "code_digest", "frame", "key", "keys", "mechanism", "release", "run", "run_all",
 ]  # fmt: skip
 
 STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  # where results are kept
@@ -89,7 +99,8 @@ def run_all(
         frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
     )
     specs = from_first([replace(s, seed=rng.fresh_seed()) if s.seed is None else s for s in specs], world)
-    names = [key(s) for s in specs]
+    names = keys(specs)
+    name_of = dict(zip(specs, names, strict=True))
     found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
     found = from_first(found, world)
     groups: dict[RunSpec, list[RunSpec]] = {}
@@ -108,10 +119,10 @@ def run_all(
         groups = {}
     for shared, group in groups.items():
         with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
-            group = from_first([s for s in group if store.get(key(s)) is None], world)
+            group = from_first([s for s in group if store.get(name_of[s]) is None], world)
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
             # A checkpoint belongs to the heads that it was made for, so it is named after them.
-            checkpoint = store.folder / f"{files.digest(key(shared), *map(key, group))[:32]}.checkpoint"
+            checkpoint = store.folder / f"{files.digest(key(shared), *map(name_of.__getitem__, group))[:32]}.checkpoint"
             for result, tensors in compute_pass(group, material[shared], compute, checkpoint) if group else ():
                 if rank == 0:
                     store.put(result, tensors)
@@ -167,30 +178,39 @@ def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
     """Write what may leave the house: the weights of one run and its privacy card. Nothing of `NonPrivateDiagnostics`.
 
-    The seed is withheld. Raises ValueError for a run without noise.
+    The seed is withheld. Raises ValueError for a run that carries no guarantee: without noise, with a seed that can be
+    guessed, or with private images in the place of public ones.
     """
     if result.noise_multiplier == 0:
         raise ValueError("result.noise_multiplier=0: a run without noise carries no guarantee and is not released")
-    if result.spec.seed is not None and result.spec.seed < 2**64:
-        warnings.warn(f"seed={result.spec.seed}: can be guessed, and whoever has it can subtract the noise; train what is "
-                      "to be published with seed=None", stacklevel=2)  # fmt: skip
+    spec = result.spec
+    said = "can be guessed, and whoever has it can subtract the noise; train what is to be published with seed=None"
+    checks.require(spec.seed is None or spec.seed >= 2**64, "seed", spec.seed, said)
+    said = "mixes in the other half of the private images unprotected: an experiment (Table 10), not to be released"
+    checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, said)
     path = Path(path)
     tensors = (store or Store()).tensors(result)
     counted = ["the number of training examples, from which the sampling rate and the number of steps follow"]
-    spec = {k: v for k, v in asdict(result.spec).items() if k not in ("seed", "weights")}
-    spec["dataset"] = spec["dataset"].partition(":")[0]  # not where the images lie
+    about = {k: v for k, v in asdict(spec).items() if k not in ("seed", "weights")}
+    about["dataset"] = spec.dataset.partition(":")[0]  # not where the images lie
+    unit = "example" if spec.microbatch == 1 else f"microbatch of {spec.microbatch} in a fixed partition of public size"
+    sensitivity = microbatch.sensitivity(spec.microbatch)
     card = {
-        "guarantee": {"epsilon": result.epsilon, "delta": result.spec.delta, "calibrated_by": result.spec.accountant},
-        "adjacency": "add or remove one example (replacing one example: twice the sensitivity)",
-        "sampling": f"Poisson, every example joins a step with probability {result.sample_rate:.6g}",
-        "mechanism": {"noise_multiplier": result.noise_multiplier, "clip_norm": result.spec.clip_norm,
+        "guarantee": {"epsilon": result.epsilon, "delta": spec.delta, "calibrated_by": spec.accountant},
+        "adjacency": "add or remove one example (replacing one example: twice the sensitivity)"
+        if spec.microbatch == 1 else "one place of the partition is vacated or filled",
+        "sampling": f"Poisson, every {unit} joins a step with probability {result.sample_rate:.6g}",
+        "mechanism": {"noise_multiplier": result.noise_multiplier, "clip_norm": spec.clip_norm,
+                      "sensitivity": sensitivity * spec.clip_norm,
+                      "noise_standard_deviation": result.noise_multiplier * sensitivity * spec.clip_norm,
                       "sample_rate": result.sample_rate, "steps": result.steps, "divisor": result.divisor,
                       "public_population": result.population},
         "not_accounted_for": ["the choice of the learning rate and of other settings on the validation split",
-                              "other models released from the same data: their budgets add up",
-                              "floating-point noise", *(counted if result.spec.population is None else [])],
+                              "other models released from the same data: their budgets add up if their seeds differ; models of "
+                              "one seed share the sampling and may cost more than the sum",
+                              "floating-point noise", *(counted if spec.population is None else [])],
         "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
-        "spec": spec,
+        "spec": about,
         "class_names": result.provenance.get("classes"),
         "versions": result.provenance["versions"],
     }  # fmt: skip

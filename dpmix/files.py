@@ -52,6 +52,15 @@ def _explained(path: Path) -> Iterator[None]:
         raise
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)  # can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # records of runs hold seeds: who keeps others out of new files keeps them out of these
+
+
 def write(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     """Write `data` to `path`, atomically; what was there is kept as `previous`, if that is given.
 
@@ -68,7 +77,7 @@ def write(path: Path, data: bytes, *, previous: Path | None = None) -> None:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_UMASK)
             if previous is not None:
                 with contextlib.suppress(FileNotFoundError):  # absent, or another process has just moved it
                     path.replace(previous)

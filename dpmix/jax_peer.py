@@ -98,7 +98,7 @@ def _torch(array: Any) -> Tensor:
 
 def train_bank(
     material: passes.Material, bank: Sequence[heads.Head], m: Mechanism, *, batch_size: int, seed: int,
-    compute: ComputeFlags,
+    compute: ComputeFlags, stream: str = "",
 ) -> heads.Bank:  # fmt: skip
     """Algorithm 1 for every head, as `heads.train_bank`: the same batches, views and features, clipped and noised in JAX.
 
@@ -121,8 +121,10 @@ def train_bank(
     }
     # Scaled below, since the heads differ in sigma and C. Its own key is not used: each head has one, in its state.
     privatizer = lib.noise.gaussian_privatizer(stddev=1.0, prng_key=0)
+    own = files.digest(repr((stream, encoder.name, m, batch_size)))
     words = [
-        rng.generator(seed, "noise-jax", files.digest(repr(h))).integers(2**32, size=2, dtype="uint32") for h in bank
+        rng.generator(seed, "noise-jax", own, files.digest(repr(h))).integers(2**32, size=2, dtype="uint32")
+        for h in bank
     ]
     keys = jax.random.wrap_key_data(np.array(words))
     fresh = jax.vmap(lambda key, p: (key, privatizer.init(p)[1]))(keys, params)
@@ -210,9 +212,18 @@ def _compute(
         mechanisms.append(m)
     bank_heads = [heads.Head(recipe=s.recipe.for_data(train.flip), learning_rate=s.learning_rate, clip_norm=s.clip_norm,
                              noise_multiplier=m.noise_multiplier) for s, m in zip(group, mechanisms, strict=True)]  # fmt: skip
+    seed = group[0].seed
+    assert seed is not None
+    seed = passes.public_seed(seed) if group[0].train_on == "synthetic" else seed
     start = time.perf_counter()
     bank = train_bank(
-        material, bank_heads, mechanisms[0], batch_size=group[0].batch_size, seed=group[0].seed, compute=compute
+        material,
+        bank_heads,
+        mechanisms[0],
+        batch_size=group[0].batch_size,
+        seed=seed,
+        compute=compute,
+        stream=passes.stream(group[0]),
     )
     test, validation = (
         heads.accuracy(bank, heads.encode(encoder, s.images, compute.where()), s.labels).tolist() if len(s) else None

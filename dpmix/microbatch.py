@@ -33,17 +33,25 @@ def sensitivity(size: int) -> float:
     return 1.0 if size == 1 else 2.0
 
 
-def microbatch_partition(n: int, size: int, *, seed: int) -> Int64[Tensor, "m size"]:
+def microbatch_partition(
+    n: int, size: int, *, seed: int, ids: Int64[Tensor, " b"] | None = None
+) -> Int64[Tensor, "m size"]:
     """A keyed, fixed partition of the places 0..n-1 into m = ceil(n / size) microbatches.
 
     n is public: the number of places. Where size does not divide n, the last row ends in -1, places that are vacant;
-    averages are over the members that are there. Removing example i turns its entry into -1 and changes no other row.
+    averages are over the members that are there. `ids` are the places that are taken (all, by default): the table then
+    holds their positions in `ids`, and -1 at every other place. Vacating a place changes one row and no other.
     """
     whole("n", n, 1)
     whole("size", size, 1)
     rows = -(-n // size)
     table = torch.full((rows * size,), -1, dtype=torch.int64)
-    table[:n] = torch.from_numpy(rng.generator(seed, "microbatches").permutation(n))
+    taken = torch.arange(n) if ids is None else ids
+    inside = len(taken) <= n and (not len(taken) or 0 <= int(taken.min()) <= int(taken.max()) < n)
+    require(inside, "ids", len(taken), f"must be places in 0..{n - 1}, each once")
+    position = torch.full((n,), -1, dtype=torch.int64)
+    position[taken] = torch.arange(len(taken))
+    table[:n] = position[torch.from_numpy(rng.generator(seed, "microbatches").permutation(n))]
     return table.view(rows, size)
 
 

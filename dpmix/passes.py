@@ -136,12 +136,13 @@ def compute_heads(
     common: dict[str, Any] = dict(num_classes=train.num_classes, physical_batch=physical, device=device,
                                   progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
     initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
+    seed = public_seed(shared.seed) if shared.train_on == "synthetic" else shared.seed
     # Two specs may come to the same head (an epsilon given as 1 and as 1.0, say): it is trained once.
     unique = list(dict.fromkeys(bank_heads))
     bank = heads.train_bank(
         encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
-        sample_rate=mechanisms[0].sample_rate, seed=shared.seed, public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, **common,
+        sample_rate=mechanisms[0].sample_rate, seed=seed, public=material.public, initial=initial,
+        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec={"data": material.digest}, **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
     for name, images in (("validation", material.validation), ("test", material.test)):
@@ -159,6 +160,19 @@ def compute_heads(
         yield result(spec, m, scores["test"][r], diagnostics, timing, material, device), tensors
 
 
+def public_seed(seed: int) -> int:
+    """The seed of training on public images without noise. Its coins must not be those of the private steps: weights that
+    tell which places joined a public batch would tell who joins the private one, and Poisson sampling would hide nobody."""
+    return int(rng.generator(seed, "public training").integers(2**63))
+
+
+def stream(spec: RunSpec) -> str:
+    """What keeps the noise of runs with one seed apart, beyond the arguments of training: the part of the spec that says
+    what is trained on which data, by name. Never the data themselves: neighbours must have the same noise."""
+    names = ("dataset", "model", "weights", "train_on", "public", "pretrain_epochs", "validation", "population")
+    return repr([(name, getattr(spec, name)) for name in names])
+
+
 def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """A head trained on the synthetic images by plain SGD (Table 6): no private image, no noise, no clipping."""
     public, encoder = material.synthetic, material.encoder
@@ -168,7 +182,7 @@ def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tu
     recipe = views.METHODS["self-aug"].for_data(public.flip)
     plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
     bank = heads.train_bank(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
-                            sample_rate=batch / len(public), seed=shared.seed, **common)  # fmt: skip
+                            sample_rate=batch / len(public), seed=public_seed(shared.seed), **common)  # fmt: skip
     return bank.weights[0], bank.biases[0]
 
 
@@ -187,12 +201,13 @@ def compute_network(
         model, train.images, train.labels, recipe=recipe, num_classes=train.num_classes, clip_norm=spec.clip_norm,
         noise_multiplier=m.noise_multiplier, learning_rate=spec.learning_rate,
         expected_batch=spec.batch_size / spec.microbatch, sample_rate=m.sample_rate, steps=m.steps, seed=spec.seed,
+        ids=material.ids, places=material.n, stream=stream(spec),
         public=material.public, momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
         microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
         autocast=torch.bfloat16 if compute.dtype == "bfloat16" else None, device=device,
         delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
         checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
-        spec={"data": material.digest, "model": spec.model},
+        spec={"data": material.digest, "network": spec.model},
     )  # fmt: skip
     model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
     scores = [
@@ -216,7 +231,7 @@ def result(
     """The record of a finished run, with epsilon by every accountant and where it came from."""
     return Result(
         spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
-        noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=float(spec.batch_size),
+        noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=spec.batch_size / spec.microbatch,
         population=m.population, diagnostics=diagnostics, timing=timing,
         provenance=provenance(device, material.digest) | {"classes": list(material.train.class_names)},
     )  # fmt: skip

@@ -134,13 +134,15 @@ def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps:
     def refine(by: str, start: float) -> float:
         """Secants from a point within the budget: three evaluations as a rule, where a bracket takes eight."""
         x, f = start, excess(start, by)
-        step = f / 1.2  # epsilon falls by about 1.2 % for 1 % more noise
+        step = max(-0.15, f / 1.2)  # epsilon falls by about 1.2 % for 1 % more noise
         for _ in range(6 if f <= 0 else 0):
             at = excess(x + step, by)
             if -1e-4 <= at <= 0:
                 return x + step
             slope = (at - f) / step if step else -1.0
-            x, f, step = x + step, at, -(at + 5e-5) / slope  # aim a little inside the budget
+            if not -10 < slope < -0.1:  # far from a power law: near epsilon = 0, say
+                break
+            x, f, step = x + step, at, min(0.15, max(-0.15, -(at + 5e-5) / slope))  # aim a little inside the budget
         return search(by, start - 0.15, start)
 
     log_sigma = search("rdp", 0.0, 0.4)

@@ -69,7 +69,7 @@ def paired(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[st
         )
         if better not in wide or worse not in wide:
             continue
-        for condition, gap in (wide[better] - wide[worse]).dropna().groupby(level=list(by), sort=False):
+        for condition, gap in (wide[better] - wide[worse]).dropna().groupby(level=list(by), sort=False, dropna=False):
             n, mean, std = len(gap), gap.mean(), gap.std()
             half = stats.t.ppf((1 + level) / 2, n - 1) * std / n**0.5 if n > 1 else np.nan
             names = condition if isinstance(condition, tuple) else (condition,)

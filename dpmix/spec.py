@@ -5,17 +5,17 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dpmix import checks, data, files, models, privacy, views
+from dpmix import checks, data, files, microbatch, models, privacy, views
 
 TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
 PUBLIC = ("synthetic", "synthetic-half", "half-2")
-MICROBATCH_MIXES = ("none", "add", "replace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,10 @@ class RunSpec:
         if self.seed is not None:
             checks.whole("seed", self.seed)
         for name, options in (("accountant", privacy.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
-                              ("microbatch_mix", MICROBATCH_MIXES)):  # fmt: skip
+                              ("microbatch_mix", microbatch.MIXES)):  # fmt: skip
             checks.one_of(name, getattr(self, name), options)
+        said = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
+        checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, said)
         checks.require(0 <= self.validation < 1, "validation", self.validation, "must be a share in [0, 1)")
         checks.require(self.pretrain_epochs >= 0, "pretrain_epochs", self.pretrain_epochs, "must not be negative")
         checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
@@ -225,8 +227,29 @@ def code_digest() -> str:
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
 
 
+def _files_of(dataset: str) -> str:
+    """A digest over names, sizes and times of the files of an image folder; nothing for a data set that is fixed."""
+    if not dataset.startswith("folder:"):
+        return ""
+    base = Path(dataset.removeprefix("folder:")).expanduser()
+    found = sorted(p for part in ("train", "test", "synthetic") for p in (base / part).rglob("*") if p.is_file())
+    states = ((p, p.stat()) for p in found)
+    return files.digest(*(f"{p.relative_to(base).as_posix()} {s.st_size} {s.st_mtime_ns}" for p, s in states))
+
+
+def keys(specs: Sequence[RunSpec]) -> list[str]:
+    """`key` of each; an image folder is looked through once for all."""
+    folders = {dataset: _files_of(dataset) for dataset in dict.fromkeys(s.dataset for s in specs)}
+    return [_key(spec, folders[spec.dataset]) for spec in specs]
+
+
 def key(spec: RunSpec) -> str:
-    """The name of a result in the store: it covers the spec, the code and the encoder's weights file."""
+    """The name of a result in the store: it covers the spec, the code, the encoder's weights file and, of an image
+    folder, which files it holds (names, sizes, times)."""
+    return keys([spec])[0]
+
+
+def _key(spec: RunSpec, folder: str) -> str:
     weights = spec.weights or ""
     if weights not in ("", "random"):
         if not Path(weights).is_file():
@@ -234,4 +257,4 @@ def key(spec: RunSpec) -> str:
                 f"weights={weights!r}: no such file; give a .safetensors file or a torch.save of tensors"
             )
         weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights)[:32]
+    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights, folder)[:32]

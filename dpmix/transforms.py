@@ -25,7 +25,7 @@ class Transform:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Pixels as floats in 0..1: uint8 is divided by 255, floats pass unchanged (float32 unless they are float64)."""
+    """Pixels as floats in 0..1: uint8 is divided by 255, floats pass unchanged."""
     return (
         images.float() / 255
         if images.dtype == torch.uint8

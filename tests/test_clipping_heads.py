@@ -166,3 +166,18 @@ def test_a_view_that_is_not_finite_touches_only_the_heads_that_average_it():
     sums, clean = clipped_head_sums(features, *args[1:]), clipped_head_sums(*args)
     assert (~sums.norms.isfinite()).sum(0).tolist() == [0, 0, 1]
     torch.testing.assert_close(sums.weights[:2], clean.weights[:2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [1e-2, 1e-4, 1e-6])
+def test_logit_gradients_whose_squares_vanish_are_clipped_too(clip):
+    """A confident head and huge features: delta^2 is below the smallest float32, delta * z is not."""
+    z = torch.full((1, 1, 4), 1e17)
+    targets = torch.tensor([[[1.0, 0.0]]])
+    worst = 0.0
+    for bias in torch.linspace(20, 60, 81):
+        biases = torch.tensor([[float(bias), 0.0]])
+        sums = clipped_head_sums(
+            z, targets, torch.zeros(1, 2, 4), biases, torch.tensor([clip]), torch.ones(1, 1)
+        )
+        worst = max(worst, float(sums.weights.double().norm()))
+    assert 0 < worst <= clip * (1 + 1e-5)

@@ -427,3 +427,21 @@ def test_a_microbatch_of_one_is_per_example_clipping():
     got = microbatch_sum(model, images[:, None], targets[:, None], torch.ones(5, 1, dtype=torch.bool), 0.4)
     want = clipped_gradient_sum(model, images, targets, 0.4)
     assert all(torch.allclose(g, want.grads[n]) for n, g in got.grads.items())
+
+
+def test_a_weight_used_past_its_layer_is_refused_where_its_gradient_would_be_lost():
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(2, 2), nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(nn.functional.linear(x.mean((2, 3)), self.first.weight)))
+
+    images, targets = batch(dtype=torch.float32)
+    model = Past()
+    assert clipped_gradient_sum(model, images, targets, 1.0, "loop").grads["first.weight"].abs().sum() > 0
+    with pytest.raises(ValueError, match=r"'first\.weight' is used without calling its layer"):
+        clipped_gradient_sum(model, images, targets, 1.0, "grouped")
+    model.first.requires_grad_(False)
+    clipped_gradient_sum(model, images, targets, 1.0, "grouped")

@@ -63,6 +63,7 @@ BAD = [
     (dict(dataset="digit"), "dataset='digit': unknown; did you mean 'digits'"),
     (dict(dataset="cifar-10"), "did you mean 'cifar10'"), (dict(train_on="half"), "did you mean 'half-"),
     (dict(public="synthetics"), "did you mean 'synthetic'"),
+    (dict(public="half-2"), "public='half-2': would mix private images in unprotected; it goes with train_on='half-1' only"),
     (dict(recipe="mix-self"), "recipe='mix-self': must be a views.Recipe"), (dict(model="resnet"), "model='resnet': unknown; "),
     (dict(momentum=1.0, model="wrn-16-4"), "momentum=1.0"), (dict(ema_decay=1.0, model="wrn-16-4"), "ema_decay=1.0"),
     (dict(weight_decay=-0.1, model="wrn-16-4"), "weight_decay=-0.1"), (dict(pretrain_epochs=-1.0), "pretrain_epochs=-1.0"),
@@ -238,7 +239,8 @@ def test_weights_that_are_gone_or_of_another_run_are_refused(shared, tmp_path):
 def test_every_field_of_a_spec_changes_the_key(tmp_path):
     other = dict(
         recipe=replace(TINY, k_base=3), epsilon=4.0, learning_rate=5.0, dataset="cifar10", model="tiny-vit", train_on="half-1",
-        public="half-2", pretrain_epochs=1.0, validation=0.1, delta=1e-6, accountant="prv", population=1000, clip_norm=0.5,
+        public="synthetic-half", pretrain_epochs=1.0, validation=0.1, delta=1e-6, accountant="prv", population=1000,
+        clip_norm=0.5,
         batch_size=128, epochs=3.0, seed=1, weights="random",
     )  # fmt: skip
     wrn = replace(SPEC, model="wrn-10-1")
@@ -452,5 +454,79 @@ def test_what_must_not_be_released(shared, tmp_path):
     with pytest.raises(ValueError, match="a run without noise carries no guarantee"):
         experiments.release(replace(r, noise_multiplier=0.0), tmp_path / "a", store=store)
     assert not (tmp_path / "a").exists()
-    with pytest.warns(UserWarning, match="seed=0: can be guessed, and whoever has it can subtract the noise"):
+    with pytest.raises(ValueError, match="seed=0: can be guessed, and whoever has it can subtract the noise"):
         experiments.release(r, tmp_path / "b", store=store)
+    half = replace(r.spec, seed=2**70, train_on="half-1", public="half-2", recipe=views.METHODS["mix-diff"])
+    with pytest.raises(ValueError, match="public='half-2': mixes in the other half of the private images unprotected"):
+        experiments.release(replace(r, spec=half), tmp_path / "c", store=store)
+    assert not any((tmp_path / name).exists() for name in "bc")
+
+
+def test_the_card_of_microbatches_says_what_their_noise_is(store, tmp_path):
+    pairs = RunSpec(recipe=TINY, epsilon=8.0, learning_rate=1.0, model="wrn-10-1", epochs=0.1, batch_size=64, microbatch=2,
+                    validation=0.0, seed=None)  # fmt: skip
+    r = run(pairs, compute=COMPUTE, store=store)
+    assert r.divisor == 32, "microbatches"
+    card = files.read_json(experiments.release(r, tmp_path / "out", store=store) / "privacy_card.json")
+    assert (
+        card["mechanism"]["sensitivity"] == 2.0
+        and "microbatch of 2" in card["sampling"]
+        and "place" in card["adjacency"]
+    )
+    assert card["mechanism"]["noise_standard_deviation"] == 2 * r.noise_multiplier
+
+
+# What runs of one seed must not share.
+
+
+def test_public_training_does_not_tell_who_joins_a_private_step(monkeypatch, store):
+    seen = []
+    real = privacy.poisson_batch
+
+    def spy(n, sample_rate, *, seed, step):
+        seen.append((n, seed, step, set(real(n, sample_rate, seed=seed, step=step).tolist())))
+        return real(n, sample_rate, seed=seed, step=step)
+
+    monkeypatch.setattr(privacy, "poisson_batch", spy)
+    run(replace(SPEC, pretrain_epochs=0.5, epochs=0.5), compute=COMPUTE, store=store)
+    (_, public, *_), (_, private, *_) = seen[0], seen[-1]
+    assert public != private == SPEC.seed
+    batches = [{step: ids for _, s, step, ids in seen if s == seed} for seed in (public, private)]
+    for step in batches[0].keys() & batches[1].keys():
+        assert not {i for i in batches[0][step] if i < 1000} <= batches[1][step]
+    # one seed for both would have made the smaller one a part of the larger one
+    assert set(real(1000, 0.1, seed=0, step=0).tolist()) <= set(real(1200, 0.1, seed=0, step=0).tolist())
+
+
+def test_runs_on_other_data_do_not_share_their_noise(monkeypatch, store):
+    specs = [
+        replace(SPEC, batch_size=100, epochs=0.5, epsilon=0.5, population=570, train_on=part)
+        for part in ("half-1", "half-2")
+    ]
+    one, other = (store.tensors(r)["weight"] for r in run_all(specs, compute=COMPUTE, store=store))
+    apart = float((one - other).std() / one.std())
+    assert apart > 1, "independent noise: about 1.4"
+    monkeypatch.setattr(passes, "stream", lambda spec: "")
+    again = Store(store.folder / "shared")
+    one, other = (again.tensors(r)["weight"] for r in run_all(specs, compute=COMPUTE, store=again))
+    assert float((one - other).std() / one.std()) < 0.5, "the test can tell"
+
+
+def test_a_folder_that_changed_is_another_run(tmp_path, store):
+    for part, count in (("train", 20), ("test", 4)):
+        for c in ("a", "b"):
+            (tmp_path / "photos" / part / c).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([i, c == "a", part == "test"]).integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / part / c / f"{i}.png")
+    spec = replace(SPEC, dataset=f"folder:{tmp_path / 'photos'}", batch_size=8, epochs=0.3, delta=1e-3)
+    compute = replace(COMPUTE, cache=str(tmp_path / "cache"))
+    first = experiments.key(spec)
+    run(spec, compute=compute, store=store)
+    assert experiments.key(spec) == first
+    pixels = np.random.default_rng(99).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "train" / "a" / "new.png")
+    assert experiments.key(spec) != first
+    passes._load.cache_clear()
+    assert run(spec, compute=compute, store=store).diagnostics.train_examples + 0 > 0
+    assert len(list(store.folder.glob("*.json"))) == 2

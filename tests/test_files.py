@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -338,3 +340,9 @@ def test_writers_and_readers_at_once_see_whole_files(tmp_path, recwarn):
         assert w.exitcode == 0
     assert reads > 0 and not [w for w in recwarn if "damaged" in str(w.message)]
     assert names(tmp_path) == {"c", "c.previous"}
+
+
+def test_records_are_as_closed_as_the_umask_asks(tmp_path):
+    script = "import os, pathlib, sys; os.umask(0o077); from dpmix import files; files.write_json(pathlib.Path(sys.argv[1]), {})"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.json")], check=True)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600

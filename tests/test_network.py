@@ -532,3 +532,80 @@ def test_a_gpu_that_is_not_there(there):
     else:
         with pytest.raises(ValueError, match="there is no GPU"):
             train(device="cuda")
+
+
+# Places, streams, buffers.
+
+
+def test_vacating_a_place_changes_one_microbatch():
+    ids = torch.arange(201)
+    whole = network.micro.microbatch_partition(201, 2, seed=3, ids=ids)
+    less_ids = ids[ids != 8]
+    less = network.micro.microbatch_partition(201, 2, seed=3, ids=less_ids)
+    named = [
+        [{int(t[i]) if i >= 0 else None for i in row} for row in table] for table, t in ((whole, ids), (less, less_ids))
+    ]
+    changed = [(a, b) for a, b in zip(*named, strict=True) if a != b]
+    assert len(changed) == 1 and 8 in changed[0][0] and changed[0][1] == changed[0][0] - {8} | {None}
+    renumbered = network.micro.microbatch_partition(200, 2, seed=3)
+    assert sum(set(a.tolist()) != set(b.tolist()) for a, b in zip(whole, renumbered, strict=False)) > 50, (
+        "not so without places"
+    )
+    with pytest.raises(ValueError, match="ids=1: must be places in 0..200"):
+        network.micro.microbatch_partition(201, 2, seed=3, ids=torch.tensor([201]))
+
+
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_names_and_places_are_those_of_the_examples(microbatch):
+    images, labels = data()
+    ids = torch.arange(12) * 2
+    about = dict(noise_multiplier=0.0, sample_rate=1.0, steps=1, microbatch=microbatch, places=24)
+    order = torch.tensor([5, 3, 11, 0, 1, 2, 4, 6, 7, 8, 9, 10])
+    one = train(ids=ids, **about)
+    other = train(data=(images[order], labels[order]), ids=ids[order], **about)
+    for name in one.state:
+        torch.testing.assert_close(one.state[name], other.state[name])
+    unnamed = train(data=(images[order], labels[order]), **about)
+    assert any(not torch.allclose(one.state[name], unnamed.state[name]) for name in one.state), "the order would tell"
+
+
+def test_streams_keep_noise_apart(noises):
+    train(steps=1)
+    train(steps=1, stream="other data")
+    train(steps=1)
+    first, second, third = (torch.cat([t.reshape(-1) for t in drawn.values()]) for drawn in noises)
+    assert torch.equal(first, third) and abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.5
+
+
+class Remembers(nn.Module):
+    """Keeps the largest pixel that it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny()
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        self.largest = torch.maximum(self.largest, x.detach().max() * 2)
+        return self.inner(x)
+
+
+def test_a_buffer_that_follows_the_images_is_refused():
+    with pytest.raises(ValueError, match="model: 'largest' changes while private images pass"):
+        train(Remembers(), sample_rate=1.0)
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
+    asked = []
+
+    def evaluate(model, step):
+        asked.append(step)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    about = dict(checkpoint=tmp_path / "run", evaluate=evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        train(**about)
+    done = train(**about)
+    assert done.resumed_from == 4 and done.diagnostics == [(4, 1.0)]

@@ -30,13 +30,13 @@ def test_another_source_is_told_apart():
     assert cells(made_from(a)) != cells(made_from(b))
 
 
-def papermill(tmp_path: Path, *parameters: str) -> subprocess.CompletedProcess:
+def papermill(tmp_path: Path, *parameters: str, notebook: str = "table3") -> subprocess.CompletedProcess:
     environment = {**os.environ, "DPMIX_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",
         "papermill",
-        str(FOLDER / "table3.ipynb"),
+        str(FOLDER / f"{notebook}.ipynb"),
         str(tmp_path / "out.ipynb"),
         *parameters,
     ]
@@ -51,6 +51,11 @@ def test_table3_runs_through_papermill_with_tiny_parameters(tmp_path):
     shown = str([o.get("data", {}) for c in out.cells for o in c.get("outputs", [])])
     assert "measured here" in shown and "DP-MixDiff" in shown and "image/png" in shown
     assert len(list((tmp_path / "store").glob("*.json"))) == 5 * 2 * 2
+
+
+def test_the_page_of_the_standins_reads_their_records(tmp_path):
+    done = papermill(tmp_path, notebook="public_standins")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_paper_scale_without_the_files_stops_at_once_and_says_what_to_put_where(tmp_path):

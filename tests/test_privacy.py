@@ -252,3 +252,12 @@ def test_the_ends_of_sampling():
     for n, q in ((-1, 0.5), (5, 0.0), (5, 1.1)):
         with pytest.raises(ValueError, match=r"n=-1|sample_rate="):
             poisson_batch(n, q, seed=0, step=0)
+
+
+@pytest.mark.parametrize("by", ["prv", "pld"])
+def test_budgets_that_delta_alone_nearly_covers(by):
+    about = dict(delta=1e-3, sample_rate=0.01, steps=10)
+    sigma = privacy.noise_multiplier(epsilon=0.001, accountant=by, **about)
+    assert privacy.epsilon_spent(noise_multiplier=sigma, accountant=by, **about) <= 0.001 and 0 < sigma < 50
+    with pytest.raises(ValueError, match=r"epsilon=0\.05: the (prv|pld) accountant did not reach this budget in"):
+        privacy.noise_multiplier(epsilon=0.05, delta=0.05, sample_rate=0.01, steps=10, accountant=by)

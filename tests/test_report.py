@@ -178,3 +178,9 @@ def test_the_plot_shows_the_means(monkeypatch):
     drawn = {tuple(line.get_ydata()) for line in figure.axes[1].get_lines() if len(line.get_ydata()) == 2}
     assert (81.0, 86.0) in drawn
     assert len(plots.accuracy_plot(runs).axes) == 1
+
+
+def test_runs_without_noise_are_paired_too():
+    runs = pd.DataFrame({"method": ["a", "b"] * 4, "seed": [0, 0, 1, 1] * 2, "model": "m", "accuracy": range(8),
+                         "epsilon": [1.0] * 4 + [None] * 4})  # fmt: skip
+    assert len(report.paired(runs, [("b", "a")])) == 2
