@@ -98,7 +98,7 @@ def run_all(
     checks.require(
         frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
     )
-    specs = from_first([replace(s, seed=rng.fresh_seed()) if s.seed is None else s for s in specs], world)
+    asked, specs = specs, from_first(_with_seeds(specs, store) if rank == 0 else None, world)
     names = keys(specs)
     name_of = dict(zip(specs, names, strict=True))
     found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
@@ -129,7 +129,31 @@ def run_all(
             if rank == 0:
                 files.remove_checkpoint(checkpoint)
             from_first(None, world)  # nobody looks for the result before it is stored
-    return [found.get(name) or _must(store.get(name), name) for name in names]
+    results = [found.get(name) or _must(store.get(name), name) for name in names]
+    for path in {_seeds_of(spec, store) for spec in asked if spec.seed is None} if rank == 0 else ():
+        path.unlink(missing_ok=True)
+    return results
+
+
+def _seeds_of(spec: RunSpec, store: Store) -> Path:
+    return store.folder / "seeds" / f"{key(spec)}.json"
+
+
+def _with_seeds(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
+    """A fresh seed for each spec without one; kept beside the results until they are there, so that a run that was cut
+    off goes on with the seed that it had."""
+    found, taken = [], dict[RunSpec, int]()
+    for spec in specs:
+        if spec.seed is None:
+            path, number = _seeds_of(spec, store), taken.get(spec, 0)
+            seeds = (files.read_json(path) or {"seeds": []})["seeds"]
+            if number == len(seeds):
+                seeds.append(rng.fresh_seed())
+                files.write_json(path, {"seeds": seeds})
+            taken[spec] = number + 1
+            spec = replace(spec, seed=seeds[number])
+        found.append(spec)
+    return found
 
 
 def _must(result: Result | None, name: str) -> Result:

@@ -500,5 +500,5 @@ def test_a_seed_that_can_be_guessed_gives_the_noise_away(tmp_path):
     assert int(np.argmin(left)) == 7 and sorted(left)[1] > 5 * left[7]
     store = experiments.Store(tmp_path / "store")
     result = experiments.run(tiny_spec(seed=7), compute=ComputeFlags(progress=False), store=store)
-    with pytest.warns(UserWarning, match="seed=7: can be guessed"):
+    with pytest.raises(ValueError, match="seed=7: can be guessed"):
         experiments.release(result, tmp_path / "out", store=store)

@@ -176,8 +176,6 @@ def test_logit_gradients_whose_squares_vanish_are_clipped_too(clip):
     worst = 0.0
     for bias in torch.linspace(20, 60, 81):
         biases = torch.tensor([[float(bias), 0.0]])
-        sums = clipped_head_sums(
-            z, targets, torch.zeros(1, 2, 4), biases, torch.tensor([clip]), torch.ones(1, 1)
-        )
+        sums = clipped_head_sums(z, targets, torch.zeros(1, 2, 4), biases, torch.tensor([clip]), torch.ones(1, 1))
         worst = max(worst, float(sums.weights.double().norm()))
     assert 0 < worst <= clip * (1 + 1e-5)

@@ -530,3 +530,22 @@ def test_a_folder_that_changed_is_another_run(tmp_path, store):
     passes._load.cache_clear()
     assert run(spec, compute=compute, store=store).diagnostics.train_examples + 0 > 0
     assert len(list(store.folder.glob("*.json"))) == 2
+
+
+def test_a_run_with_a_fresh_seed_that_was_cut_off_goes_on_with_it(monkeypatch, store):
+    spec, real, steps = replace(SPEC, seed=None, epochs=4.0), heads._add_noise, []
+
+    def cut_off(*args):
+        steps.append(args[-1])
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(heads, "_add_noise", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, compute=COMPUTE, store=store)
+    one = run(spec, compute=COMPUTE, store=store)
+    assert steps[3:6] == [3, 3, 4], "continued where it was"
+    assert not list((store.folder / "seeds").iterdir()) and not list(store.folder.glob("*.checkpoint*"))
+    two, three = run_all([spec, spec], compute=COMPUTE, store=store)
+    assert len({r.spec.seed for r in (one, two, three)}) == 3 and min(r.spec.seed for r in (one, two)) >= 2**64
