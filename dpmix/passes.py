@@ -84,7 +84,9 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     if not shared.from_scratch:
         dtype = getattr(torch, compute.dtype)
         encoder = models.encoder(shared.model, shared.weights).to(compute.where(), dtype)
-        image_size = encoder.image_size if shared.dataset in SCALED else None
+        # Of a folder too: a size that one image can change would be a constant taken from private data.
+        scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
+        image_size = encoder.image_size if scaled else None
     splits = _load(shared.dataset, compute.root, image_size, compute.cache)
     whole = splits.train
     if encoder is not None:
