@@ -7,16 +7,19 @@ The processes that are killed are forked from one that has imported everything a
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dpmix import experiments, files, heads, privacy, views
+from dpmix import experiments, files, heads, models, network, privacy, transforms, views
 from dpmix.experiments import ComputeFlags, RunSpec, Store, run, run_all
+from dpmix.wide_resnet import wide_resnet
 
 PROGRAM = r"""
 import json, os, random, signal, sys, time, traceback, warnings
@@ -25,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from dpmix import experiments, heads, passes, spec, views
+from dpmix import experiments, files, heads, passes, spec, views
 
 RECIPE = views.Recipe(k_base=2, k_self=1, transform="crop")
 SPECS = [experiments.RunSpec(recipe=RECIPE, epsilon=8.0, learning_rate=rate, epochs=4.0, batch_size=128, population=1150)
@@ -184,6 +187,196 @@ def test_the_comparison_can_fail(faults, tmp_path):
         same_as_undisturbed(tmp_path, "other")
 
 
+# Passes side by side, each in a process of its own.
+
+SIDE_BY_SIDE = (
+    PROGRAM.partition("passes._epsilons(")[0]
+    + r"""
+import psutil
+SPECS = [replace(s, seed=seed, epochs=12.0, epsilon=None) for s in SPECS[:2] for seed in (0, 1)]
+COMPUTE = replace(COMPUTE, workers=2)
+
+
+def begin(folder):
+    "run_all in a process group of its own, as a notebook's kernel has, once both workers have saved a checkpoint."
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.setpgid(0, 0)
+        os.dup2(write, 2)
+        os.close(read)
+        try:
+            experiments.run_all(SPECS, compute=COMPUTE, store=experiments.Store(BASE / folder))
+            os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except RuntimeError as error:
+            os.write(2, f"said: {error}".encode())
+            os._exit(3)
+        finally:
+            os._exit(1)
+    os.close(write)
+    return pid, read
+
+
+def both_at_work(pid, folder):
+    while len(checkpoints(folder)) < 2 and not os.waitpid(pid, os.WNOHANG)[0]:
+        time.sleep(0.002)
+
+
+def done(pid, read):
+    status = end(pid)
+    with os.fdopen(read) as pipe:
+        return status, pipe.read()
+
+
+experiments.run_all(SPECS, compute=replace(COMPUTE, workers=1), store=experiments.Store(BASE / "calm"))
+pid, read = begin("pair")
+both_at_work(pid, "pair")
+os.killpg(pid, signal.SIGINT)
+told = {"interrupted": done(pid, read)[0]}
+told["steps"] = [files.load_tensors(path)[1]["step"] for path in checkpoints("pair")]
+pid, read = begin("pair")
+time.sleep(0.2)
+while not psutil.Process(pid).children():
+    time.sleep(0.01)
+psutil.Process(pid).children()[0].kill()
+told["killed"] = done(pid, read)
+told["again"] = done(*begin("pair"))[0]
+print(json.dumps(told))
+"""
+)
+
+
+def test_workers_that_are_interrupted_or_killed(tmp_path):
+    """Ctrl-C reaches the whole process group, as Jupyter sends it: each worker saves its checkpoint once, whole."""
+    command = [sys.executable, "-c", SIDE_BY_SIDE, str(tmp_path), "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["interrupted"] == 130 and len(told["steps"]) == 2 and min(told["steps"]) > 0
+    status, said = told["killed"]
+    assert status == 3 and "said: a worker died (exit status -9); run again, it will go on" in said
+    assert told["again"] == 0
+    same_as_undisturbed(tmp_path, "pair")
+
+
+# A disk that is full and one that may not be written: real ones where a mount can be made, else limits of the process.
+
+DISKS = r"""
+import ctypes, errno, json, os, resource, sys, warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpmix import data, experiments, files, views
+
+BASE, disk = Path(sys.argv[1]), Path(sys.argv[1]) / "disk"
+disk.mkdir()
+libc = ctypes.CDLL(None, use_errno=True)
+NEW_MOUNTS, NEW_USER, PRIVATE, READ_ONLY, REMOUNT = 0x20000, 0x10000000, 0x44000, 1, 32
+
+
+def mount(flags):
+    return libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", flags, b"size=512k") == 0
+
+
+mounts = (libc.unshare(NEW_MOUNTS) == 0 or libc.unshare(NEW_MOUNTS | NEW_USER) == 0)
+mounts = mounts and libc.mount(b"none", b"/", None, PRIVATE, None) == 0 and mount(0)
+
+
+def fill():
+    if not mounts:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        return
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+def free():
+    if mounts:
+        (disk / "filler").unlink()
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def close():
+    if mounts:
+        assert mount(REMOUNT | READ_ONLY)
+    else:
+        for folder in (disk, *(p for p in disk.rglob("*") if p.is_dir())):
+            folder.chmod(0o555)
+
+
+def said(action):
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+photos = BASE / "photos"
+for part in ("train", "test"):
+    for c in ("a", "b"):
+        (photos / part / c).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng([ord(c), i, part == "test"]).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(photos / part / c / f"{i}.png")
+
+store = experiments.Store(disk / "runs")
+spec = experiments.RunSpec(recipe=views.Recipe(k_base=1, transform="none"), epsilon=None, learning_rate=4.0, epochs=0.5,
+                           batch_size=256)
+compute = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu")
+run = lambda rate: experiments.run(replace(spec, learning_rate=rate), compute=compute, store=store)
+decode = lambda: data.load(f"folder:{photos}", cache=disk / "cache")
+
+first = run(4.0)
+before = {p.name: p.read_bytes() for p in store.folder.iterdir() if p.is_file()}
+intact = lambda: before == {p.name: p.read_bytes() for p in store.folder.iterdir() if p.is_file()}
+told = {"mounts": mounts}
+fill()
+told["full"] = said(lambda: run(2.0)), intact(), run(4.0) == first
+told["full cache"] = said(decode), sorted(p.name for p in (disk / "cache").glob("*"))
+free()
+second = run(2.0)
+before = {p.name: p.read_bytes() for p in store.folder.iterdir() if p.is_file()}
+decode()
+close()
+told["closed"] = said(lambda: run(1.0)), intact(), [run(4.0), run(2.0)] == [first, second]
+told["read"] = said(decode)
+(photos / "train" / "a" / "0.png").unlink()
+told["closed cache"] = said(decode)
+print(json.dumps(told))
+"""
+
+
+def test_a_disk_that_is_full_and_one_that_may_not_be_written(tmp_path):
+    command = [sys.executable, "-c", DISKS, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    line, intact, readable = told["full"]
+    assert "cannot write" in line and line.endswith("and run again, what is stored is intact"), line
+    assert intact and readable
+    line, left = told["full cache"]
+    assert "cannot be written (" in line and "; free space or name another folder" in line and left == []
+    line, intact, readable = told["closed"]
+    assert "cannot write" in line and "choose a folder that can be written" in line and "DPMIX_STORE" in line
+    assert intact and readable and told["read"] == "", "what is there can be read"
+    assert "cannot be written (" in told["closed cache"]
+    if told["mounts"]:
+        assert "the disk is full" in told["full"][0] and "read-only" in told["closed"][0]
+
+
 # In one process.
 
 TINY = RunSpec(
@@ -241,6 +434,140 @@ def test_a_store_that_may_not_be_written_is_refused_before_training_and_can_be_r
     ) as caught:
         run(replace(TINY, learning_rate=2.0), compute=COMPUTE, store=store)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "a pickle", "another result"])
+def test_a_damaged_result_is_made_anew(damage, tmp_path):
+    store = Store(tmp_path)
+    first, other = run_all([TINY, replace(TINY, learning_rate=2.0)], compute=COMPUTE, store=store)
+    path = tmp_path / f"{first.key}.json"
+    whole = path.read_bytes()
+    middle = whole.index(b'"test_accuracy": 0.') + len(b'"test_accuracy": 0.')
+    path.write_bytes({
+        "truncated": whole[: len(whole) // 2], "a bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "a pickle": pickle.dumps(Trap(tmp_path / "sprung")), "another result": (tmp_path / f"{other.key}.json").read_bytes(),
+    }[damage])  # fmt: skip
+    with pytest.warns(UserWarning, match=rf"{first.key}\.json: .*; it is left out and made anew"):
+        again = run(TINY, compute=COMPUTE, store=store)
+    assert not (tmp_path / "sprung").exists()
+    assert again.test_accuracy == first.test_accuracy and store.get(first.key) == again
+    assert store.get(other.key) == other
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.sprung),))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "a pickle"])
+def test_damaged_weights_of_a_result_are_refused_and_can_be_made_anew(damage, tmp_path):
+    store = Store(tmp_path)
+    first = run(TINY, compute=COMPUTE, store=store)
+    weights = store.tensors(first)
+    path = tmp_path / f"{first.key}.safetensors"
+    whole = path.read_bytes()
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    path.write_bytes({"truncated": whole[:-4], "a bit": whole[:-1] + bytes([whole[-1] ^ 1]), "a pickle": trap}[damage])
+    with pytest.raises(ValueError, match=r"weights='.*': damaged .* then remove the JSON beside it too and run again"):
+        store.tensors(first)
+    with pytest.raises(ValueError, match="damaged"):
+        experiments.release(replace(first, noise_multiplier=1.0, spec=replace(first.spec, seed=2**70)), tmp_path / "out",
+                            store=store)  # fmt: skip
+    assert not (tmp_path / "out").exists() and not (tmp_path / "sprung").exists()
+    for part in (path, tmp_path / f"{first.key}.json"):
+        part.unlink()
+    again = store.tensors(run(TINY, compute=COMPUTE, store=store))
+    assert all(torch.equal(again[k], t) for k, t in weights.items())
+
+
+def test_a_checkpoint_that_is_no_checkpoint_is_refused_and_never_unpickled(tmp_path):
+    path = tmp_path / "bank"
+    path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4)
+    head = heads.Head(recipe=views.Recipe(k_base=1, transform="none"), learning_rate=1.0, noise_multiplier=1.0)
+    encoder = models.Encoder(lambda x: x.flatten(1), 8, 64, (1,), "pixels")
+    about = dict(num_classes=4, expected_batch=2, steps=1, seed=0, progress=False)
+    with pytest.raises(ValueError, match=r"checkpoint='.*bank': damaged .*; remove it to start afresh"):
+        heads.train_bank(encoder, images, labels, [head], checkpoint=path, **about)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    with pytest.raises(ValueError, match=r"checkpoint='.*bank': damaged .*; remove it to start afresh"):
+        network.train(model, images, labels, recipe=head.recipe, clip_norm=1, noise_multiplier=1, learning_rate=1,
+                      sample_rate=0.5, checkpoint=path, **about)  # fmt: skip
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+# Pixels and labels.
+
+FAULTY = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "huge": 1e30, "black": 0.0}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", transforms.TRANSFORMS)
+def test_pixels_that_are_no_numbers_stay_with_their_image(name, channels):
+    """No transformation stops at them, whichever it is; the views of the other images do not change."""
+    images = torch.from_numpy(np.random.default_rng(0).random((len(FAULTY) + 2, channels, 9, 9))).float()
+    recipe = views.Recipe(k_base=3, k_self=2, transform=name)
+    labels, ids = torch.arange(len(images)) % 3, torch.arange(len(images))
+    about = dict(num_classes=3, seed=0, step=0)
+    clean = views.make_views(images, labels, ids, recipe, **about)
+    faulty = images.clone()
+    for i, value in enumerate(FAULTY.values()):
+        faulty[i, :, 2:5, 4] = value
+    faulty[len(FAULTY) - 1] = 0  # all black
+    made = views.make_views(faulty, labels, ids, recipe, **about)
+    assert torch.equal(made.images[len(FAULTY) :], clean.images[len(FAULTY) :])
+    assert torch.equal(made.targets, clean.targets)
+    assert made.images[len(FAULTY) - 1].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+def test_pixels_that_are_no_numbers_leave_a_network_finite(engine):
+    """Dropped, where the gradient is no number, and counted; no error, and nobody else's gradient changes."""
+    images = torch.from_numpy(np.random.default_rng(0).random((8, 1, 8, 8))).float()
+    for i, value in enumerate(FAULTY.values()):
+        images[i, 0, 2:5, 4] = value
+    images[len(FAULTY) - 1] = 0
+    labels = torch.arange(8) % 3
+    recipe = views.Recipe(k_base=2, k_self=1, transform="crop")
+    about = dict(recipe=recipe, num_classes=3, clip_norm=0.5, noise_multiplier=0.0, learning_rate=0.1, expected_batch=4,
+                 sample_rate=1.0, steps=2, seed=0, engine=engine, progress=False)  # fmt: skip
+    trained = network.train(wide_resnet(10, 1, 3, channels=1, seed=0), images, labels, **about)
+    assert all(t.isfinite().all() for t in trained.state.values())
+    assert trained.counters["non_finite"] >= 2 * 3, "three images, two steps"
+
+
+def test_a_class_that_nobody_has_is_trained_and_tested_all_the_same():
+    """Neither training nor evaluation may depend on whether the last example of a class is there."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8))
+    labels = torch.arange(12) % 2  # of three classes
+    encoder = models.Encoder(lambda x: x.flatten(1), 8, 64, (1,), "pixels")
+    head = heads.Head(recipe=views.Recipe(k_base=2, transform="crop"), learning_rate=1.0, noise_multiplier=1.0)
+    bank = heads.train_bank(
+        encoder, images, labels, [head], num_classes=3, expected_batch=6, steps=3, seed=0, progress=False
+    )
+    assert bank.weights.shape == (1, 3, 64) and bank.weights.isfinite().all()
+    found = heads.accuracy(bank, heads.encode(encoder, images), 2 - labels)  # classes 1 and 2: none of class 0
+    assert 0 <= float(found[0]) <= 1
+    trained = network.train(wide_resnet(10, 1, 3, channels=1, seed=0), images, labels, recipe=head.recipe, num_classes=3,
+                            clip_norm=1, noise_multiplier=1, learning_rate=1, expected_batch=6, sample_rate=0.5, steps=2,
+                            seed=0, progress=False)  # fmt: skip
+    assert all(t.isfinite().all() for t in trained.state.values())
+
+
+def test_pixels_of_another_type_are_refused_before_training(monkeypatch):
+    monkeypatch.setattr(views, "make_views", lambda *a, **k: pytest.fail("work began"))
+    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.int32), torch.arange(4) % 3
+    with pytest.raises(ValueError, match=r"images\.dtype=torch\.int32: must be uint8"):
+        network.train(wide_resnet(10, 1, 3, channels=1, seed=0), images, labels, recipe=views.Recipe(k_base=1),
+                      num_classes=3, clip_norm=1, noise_multiplier=1, learning_rate=1, expected_batch=2, sample_rate=0.5,
+                      steps=1, seed=0, progress=False)  # fmt: skip
 
 
 def test_a_killed_pass_does_not_block_a_smaller_one(tmp_path, monkeypatch):

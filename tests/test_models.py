@@ -1,5 +1,6 @@
 """Encoders: what they take and give, whose pixels a feature depends on, weights files, and what bad input gets."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -260,6 +261,52 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, name):
     control = (tmp_path / name).rename(tmp_path / "control.pt")
     torch.load(control, weights_only=False)  # it does run where it is trusted
     assert (tmp_path / "exploited").exists()
+
+
+def test_weights_are_compared_with_the_checksum_that_comes_with_them(tmp_path):
+    """FILE.sha256 as `sha256sum` writes it, or the name of the blob in the Hugging Face cache; one bit is enough."""
+    path = tmp_path / "mine.safetensors"
+    save_file(Small().state_dict(), path)
+    whole = path.read_bytes()
+    digest = hashlib.sha256(whole).hexdigest()
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    (blobs / digest).write_bytes(whole)
+    linked = tmp_path / "model.safetensors"
+    linked.symlink_to(blobs / digest)
+    path.with_name("mine.safetensors.sha256").write_text(f"{digest}  mine.safetensors\n")
+    for good in (path, linked):
+        models.encoder(Small(), good, image_size=6, channels=2)
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-8], b""):
+        path.write_bytes(damaged)
+        (blobs / digest).write_bytes(damaged)
+        for bad in (path, linked):
+            with pytest.raises(
+                ValueError, match=r"weights=.*damaged, its sha256 is not the recorded .*again"
+            ) as caught:
+                models.encoder(Small(), bad, image_size=6, channels=2)
+            assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_truncated_weights_without_a_checksum_are_refused_too(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(Small().state_dict(), path)
+    whole = path.read_bytes()
+    for length in (0, 7, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"weights=.*(not a readable file of tensors|refused, damaged)"):
+            models.encoder(Small(), path, image_size=6, channels=2)
+
+
+def test_a_pixel_that_is_no_number_stays_with_its_image():
+    encoder = models.encoder("tiny-convnext")
+    images = torch.rand(6, 1, 8, 8)
+    clean = encoder.features(images)
+    images[1, 0, 2, 2], images[3, 0, 0, 0], images[4, 0, 7, 7] = torch.nan, torch.inf, 1e30
+    found = encoder.features(images)
+    torch.testing.assert_close(found[[0, 2, 5]], clean[[0, 2, 5]])
+    assert encoder.features(torch.zeros(2, 1, 8, 8)).isfinite().all()
 
 
 def test_bad_weights_are_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """Public synthetic images: a text-to-image pipeline with random weights, killed and resumed; class names as words."""
 
 import json
+import shutil
 import signal
 import string
 import subprocess
@@ -148,6 +149,88 @@ def test_killed_in_the_middle_and_resumed(pipeline, tmp_path):
     pictures = {n: b for n, b in contents(folder).items() if not n.endswith(".tmp")}
     assert pictures == contents(straight)
     assert all(pictures[n] == b for n, b in early.items() if not n.endswith(".tmp"))
+
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from diffusers import DiffusionPipeline
+from dpmix import synthesis
+torch.set_num_threads(1)
+folder, chance = Path(sys.argv[2]), random.Random(1)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+asked = dict(class_names=["cat", "dog"], n_per_class=12, seed=1, steps=2, batch_size=2, progress=False)
+
+def child(name):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        synthesis.generate(pipe, folder=folder / name, **asked)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+def end(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.monotonic()
+assert end(child("calm")) == 0
+took, statuses, counts = time.monotonic() - began, [], []
+made = lambda: len(list((folder / "killed").rglob("*.png")))
+for _ in range(6):
+    pid, wanted = child("killed"), made() + chance.randint(0, 2)
+    while made() < wanted:
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 1) * took / 24)
+    os.kill(pid, signal.SIGKILL)
+    statuses.append(end(pid))
+    counts.append(made())
+assert end(child("killed")) == 0
+read = lambda name: {str(p.relative_to(folder / name)): p.read_bytes() for p in (folder / name).rglob("*")
+                     if p.is_file() and p.suffix != ".tmp"}
+assert read("killed") == read("calm")
+print(json.dumps([statuses, counts]))
+"""
+
+
+def test_killed_at_random_moments_again_and_again(pipeline, tmp_path):
+    command = [sys.executable, "-c", KILLS, str(pipeline), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    statuses, counts = json.loads(run.stdout.splitlines()[-1])
+    assert statuses.count(-9) >= 3 and counts == sorted(counts), "kills fell into the work, and nothing was lost"
+
+
+def test_class_names_stay_in_their_folder(pipeline, tmp_path):
+    for name in ("..", ".", ""):
+        with pytest.raises(ValueError, match=r"class_names=.*cannot name a folder"):
+            generate(str(pipeline), tmp_path / "out", class_names=["a", name])
+    assert not (tmp_path / "out").exists()
+    folder = generate(str(pipeline), tmp_path / "out", class_names=["../../up", "/etc"], n_per_class=1)
+    assert sorted(contents(folder)) == [".._.._up/00000.png", "_etc/00000.png", "manifest.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_damaged_is_named(pipeline, made, tmp_path):
+    folder = Path(shutil.copytree(made, tmp_path / "synthetic" / "pets"))
+    picture = folder / "AnnualCrop" / "00001.png"
+    whole = picture.read_bytes()
+    like = data.ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), tuple(CLASSES))
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+        picture.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"1 of 9 images cannot be decoded: 'AnnualCrop/00001\.png'"):
+            data.public_images("pets", tmp_path, like=like, cache=tmp_path / "cache")
+    picture.unlink()
+    generate(str(pipeline), folder)
+    assert contents(folder) == contents(made)
+    for damaged in ("", "[1, 2]", "{"):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(
+            ValueError, match=r"folder='.*pets': (its manifest\.json is damaged|holds images of another)"
+        ):
+            generate(str(pipeline), folder)
 
 
 @pytest.mark.parametrize(
