@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from dpmix import files, privacy, rng, views
 from dpmix import microbatch as micro
-from dpmix.checks import one_of, positive, require, whole
+from dpmix.checks import require
 from dpmix.clipping_network import Clipper, unflatten
+from dpmix.network_checks import check_arguments, check_model, check_untrained, layout
 from dpmix.processes import add_up, agree_on_step, device_of, from_first, processes
-from dpmix.wide_resnet import check_no_mixing
 
 Number = int | float
 COUNTERS = ("examples", "views", "non_finite", "clipped")
@@ -130,14 +130,14 @@ def train(
 
     Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
     """
-    _check(locals())
+    check_arguments(locals())
     rank, world = processes(device)
     device = device_of(device)
     if seed is None:
         require(checkpoint is None, "seed", None, "a run with checkpoints must be given its seed, to go on with it")
         seed = from_first(rng.fresh_seed(), world)
     model.to(device)
-    _check_model(model, images, num_classes)
+    check_model(model, images, num_classes)
     clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
     parameters, n = clipper.parameters, len(images)
     names = torch.arange(n) if ids is None else ids
@@ -153,7 +153,7 @@ def train(
         "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps, "momentum": momentum,
         "weight_decay": weight_decay, "ema_decay": ema_decay,
         "microbatch": microbatch, "microbatch_mix": microbatch_mix, "places": places, "stream": stream,
-        "public images": 0 if public is None else len(public.labels), "model": _layout(model), **(spec or {}),
+        "public images": 0 if public is None else len(public.labels), "model": layout(model), **(spec or {}),
         "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
     }  # fmt: skip
     apart = ("n", "image shape", "public images", "model", "seed (digest)", *(spec or {}))
@@ -231,7 +231,7 @@ def train(
             bar.update()
             done = state.step == steps
             if state.step == start + 1:
-                _check_untrained(model, others)
+                check_untrained(model, others)
             if delta is not None and not bar.disable and (done or state.step % max(1, steps // 20) == 0):
                 spent = privacy.epsilon_spent(
                     noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=state.step
@@ -291,68 +291,6 @@ def accuracy(
         pixels = views.transforms.as_float(x.to(device))
         hits += int((model(pixels).argmax(1) == y.to(device)).sum())
     return hits / len(labels) if len(labels) else float("nan")
-
-
-def _check(given: dict[str, Any]) -> None:
-    model, images, labels = given["model"], given["images"], given["labels"]
-    said = f"must be as many as the images, {len(images)}, and some"
-    require(len(images) == len(labels) > 0, "labels", len(labels), said)
-    views.transforms.as_float(images[:0])  # refuses what is neither bytes nor floats
-    for name in ("physical_batch", "num_classes", "checkpoint_every", "microbatch"):
-        whole(name, given[name], 1)
-    for name in ("steps", "evaluate_every"):
-        whole(name, given[name])
-    for name in ("clip_norm", "learning_rate", "expected_batch"):
-        positive(name, float(given[name]))
-    for name in ("noise_multiplier", "weight_decay"):
-        require(given[name] >= 0, name, given[name], "must not be negative")
-    require(0 < given["sample_rate"] <= 1, "sample_rate", given["sample_rate"], "must lie in (0, 1]")
-    for name in ("momentum", "ema_decay"):
-        require(given[name] is None or 0 <= given[name] < 1, name, given[name], "must lie in [0, 1)")
-    low, high = int(labels.min()), int(labels.max())
-    allowed = low >= 0 and high < given["num_classes"]
-    require(allowed, "num_classes", given["num_classes"], f"the labels go from {low} to {high}")
-    one_of("microbatch_mix", given["microbatch_mix"], micro.MIXES)
-    mixes = given["microbatch_mix"] != "none"
-    require(not mixes or given["microbatch"] == 2, "microbatch", given["microbatch"], "must be 2 to mix the pair")
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
-            kind = type(layer).__name__
-            raise ValueError(f"model: layer {name!r} is {kind}(p={layer.p}), whose draws are not keyed; set p=0")
-
-
-def _check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Run the model on three images of pure noise: it must take them, answer with logits and not mix them."""
-    like = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
-    probe = torch.from_numpy(rng.generator(0, "probe").random((3, *images.shape[1:]))).to(like)
-    check_no_mixing(model)
-    try:
-        with torch.no_grad():
-            got = tuple(model(probe).shape)
-    except RuntimeError as error:
-        shape, said = tuple(images.shape[1:]), str(error).splitlines()[0]
-        raise ValueError(f"images: the model does not take images of shape {shape} ({said})") from None
-    require(got == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {got}")
-    check_no_mixing(model, probe)
-
-
-def _check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Refuse a model that has written to a buffer: what it keeps there is neither clipped nor noised."""
-    now = model.state_dict()
-    for name, t in before.items():
-        if not torch.equal(now[name], t):
-            said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
-            raise ValueError(f"model: {name!r} {said}")
-
-
-def _layout(model: nn.Module) -> str:
-    """Names, shapes and dtypes of all tensors, and the values of those that are not trained."""
-    digest, trained = hashlib.sha256(), {n for n, p in model.named_parameters() if p.requires_grad}
-    for name, t in model.state_dict().items():
-        digest.update(repr((name, tuple(t.shape), str(t.dtype), name in trained)).encode())
-        if name not in trained:
-            digest.update(t.detach().cpu().double().numpy().tobytes())
-    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 
 def _restore(

@@ -54,7 +54,9 @@ table = pd.DataFrame(
         "made by": {name: record["function"].removeprefix("dpmix.") for name, record in records.items()},
         "steps": {name: record["steps"] for name, record in records.items()},
         "seconds": {name: round(record["seconds"]) for name, record in records.items()},
-        "processor seconds": {name: f"{record.get('cpu_seconds', float('nan')):.0f}" for name, record in records.items()},
+        "processor seconds": {
+            name: f"{record.get('cpu_seconds', float('nan')):.0f}" for name, record in records.items()
+        },
         "kB": {name: round(record["bytes"] / 1000) for name, record in records.items()},
         "sha256": {name: record["sha256"][:12] for name, record in records.items()},
     }

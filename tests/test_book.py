@@ -150,7 +150,7 @@ FLOORS = {
        "privacy processes",
     1: "examples augmentations transforms glyphs synthesis fid standins",
     2: "views",
-    3: "heads network",
+    3: "heads network_checks network",
     4: "spec workers passes experiments audit_steps audit diagnostics grids grids_fid jax_peer",
     5: "report plots report_network report_diagnostics",
 }  # fmt: skip

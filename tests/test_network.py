@@ -551,7 +551,7 @@ def test_vacating_a_place_changes_one_microbatch():
     assert sum(set(a.tolist()) != set(b.tolist()) for a, b in zip(whole, renumbered, strict=False)) > 50, (
         "not so without places"
     )
-    with pytest.raises(ValueError, match="ids=1: must be places in 0..200"):
+    with pytest.raises(ValueError, match=r"ids=1: must be places in 0..200"):
         network.micro.microbatch_partition(201, 2, seed=3, ids=torch.tensor([201]))
 
 
