@@ -63,31 +63,33 @@ def clipped_head_sums(
     sums, bias_sums, norms = torch.zeros_like(weights), torch.zeros_like(biases), weights.new_zeros(b, heads)
     groups, member = torch.unique(view_weights, dim=0, return_inverse=True)
     for g, row in enumerate(groups):
-        views, own = row.nonzero()[:, 0], (member == g).nonzero()[:, 0]
+        views, members = row.nonzero()[:, 0], int((member == g).sum())
+        own = slice(None) if members == heads else (member == g).nonzero()[:, 0]  # a slice is not copied
         z, y = (features, targets) if len(views) == k else (features[:, views], targets[:, views])
         w = row[views].to(weights.dtype)
         flat = z.reshape(b * len(views), dim)
         # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
         logits = torch.addmm(biases[own].reshape(-1), flat, weights[own].reshape(-1, dim).T)
-        delta = logits.view(b, len(views), len(own), num_classes).softmax(dim=-1).sub_(y[:, :, None])
+        delta = logits.view(b, len(views), members, num_classes).softmax(dim=-1).sub_(y[:, :, None])
         per_head = delta.transpose(1, 2)
-        gram_delta = per_head @ per_head.transpose(-1, -2) * torch.outer(w, w)
-        gram_z = (z @ z.transpose(-1, -2)).add_(1.0)[:, None]
-        squared = (gram_delta * gram_z).sum(dim=(-1, -2)).clamp_(min=0)
+        gram_delta = per_head @ per_head.transpose(-1, -2)
+        gram_z = (z @ z.transpose(-1, -2)).add_(1.0).mul_(torch.outer(w, w))
+        # A matrix times a vector for each example: the Gram matrices of all heads are read once.
+        squared = (gram_delta.flatten(2) @ gram_z.flatten(1)[..., None])[..., 0].clamp_(min=0)
         # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
-        lengths = gram_delta.diagonal(dim1=-2, dim2=-1) * gram_z.diagonal(dim1=-2, dim2=-1)
-        error = lengths.clamp_(min=0).sqrt().sum(dim=-1).square()
-        error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes) ** 0.5
+        lengths = gram_z.diagonal(dim1=-2, dim2=-1)[:, None]
+        error = (gram_delta.diagonal(dim1=-2, dim2=-1) * lengths).clamp_(min=0).sqrt().sum(dim=-1).square()
+        error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes, len(views) ** 2) ** 0.5
         # Logit gradients so small that their squares vanish can meet features that are large.
-        reach = (gram_z.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * w.abs()).sum(dim=-1).square()
+        reach = lengths.clamp(min=0).sqrt().sum(dim=-1).square()
         error += reach * (torch.finfo(weights.dtype).tiny * num_classes)
         finite = (squared + error).isfinite()
         if not finite.all():  # zero times infinity is no number: take the example out of both factors
             delta = delta.masked_fill(~finite[:, None, :, None], 0.0)
             flat = flat.masked_fill(~flat.isfinite(), 0.0)
         scale = (clip_norms[own].to(weights.dtype) / (squared + error).sqrt()).clamp(max=1.0).masked_fill(~finite, 0.0)
-        columns = delta.mul_(scale[:, None, :, None] * w[:, None, None]).view(b * len(views), len(own) * num_classes)
-        sums[own] = (columns.T @ flat).view(len(own), num_classes, dim)
-        bias_sums[own] = columns.sum(dim=0).view(len(own), num_classes)
+        columns = delta.mul_(scale[:, None, :, None] * w[:, None, None]).view(b * len(views), members * num_classes)
+        sums[own] = (columns.T @ flat).view(members, num_classes, dim)
+        bias_sums[own] = columns.sum(dim=0).view(members, num_classes)
         norms[:, own] = squared.sqrt().masked_fill(~finite, torch.nan)
     return HeadSums(sums, bias_sums, norms)
