@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 
 from dpmix.data import ImageSet
 from dpmix.models import Encoder
+
+# A shell ignores Ctrl-C for what it starts in the background; the tests that send it, and what they start, must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before dpmix.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
 os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
