@@ -161,9 +161,8 @@ def train(
     compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
                "physical_batch": physical_batch, "channels_last": channels_last}  # fmt: skip
     flat = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in parameters.values()])
-    flat = from_first(flat.cpu(), world).to(
-        device
-    )  # processes that started from other weights would train other models
+    # Processes that started from other weights would train other models.
+    flat = from_first(flat.cpu(), world).to(device)
     state = _State(0, flat, torch.zeros_like(flat) if momentum else None, None if ema_decay is None else flat,
                    dict.fromkeys(COUNTERS, 0))  # fmt: skip
     diagnostics: list[tuple[int, Any]] = []
@@ -188,10 +187,10 @@ def train(
         for part in rows.split(max(1, physical_batch // microbatch)):
             if not len(part):
                 continue
-            places_of, present = table[part], table[part] >= 0
-            rows_of = places_of[present]
+            present = table[part] >= 0
+            taken = table[part][present]
             made = views.make_views(
-                images[rows_of].to(device), labels[rows_of].to(device), names[rows_of], recipe,
+                images[taken].to(device), labels[taken].to(device), names[taken], recipe,
                 num_classes=num_classes, seed=seed, step=step, public=public,
             )  # fmt: skip
             if microbatch == 1:
@@ -230,7 +229,7 @@ def train(
             _fill(parameters, state.weights)
             bar.update()
             done = state.step == steps
-            if state.step == start + 1:
+            if state.step == start + 1 or done:
                 check_untrained(model, others)
             if delta is not None and not bar.disable and (done or state.step % max(1, steps // 20) == 0):
                 spent = privacy.epsilon_spent(
