@@ -149,7 +149,7 @@ def chosen(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 def as_run(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs that came with the repository: what each condition was, and its test accuracy."""
     columns = ["model", "epsilon", "k_base", "k_self", "batch_size", "epochs", "T", "sigma", "learning_rate"]
-    table = summary(runs, columns)
+    table = summary(runs, columns).sort_values(columns)  # files are named by their keys: their order says nothing
     named = {
         (r.k_base > 1, r.k_self > 0): name
         for name, r in views.METHODS.items()
