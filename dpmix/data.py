@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision import datasets
 
 from .checks import one_of, require, whole
 from .image_cache import Copies, decode, duplicates, no_linked_folders, pixel_hash
@@ -121,6 +119,8 @@ def _digest(**parts: object) -> str:
 
 def _load_digits() -> Splits:
     """The 1,797 handwritten digits of scikit-learn, 0..16 scaled to 0..255: 1,437 for training, 360 for testing."""
+    from sklearn.datasets import load_digits  # here and below: imports that take seconds, and not everyone needs them
+
     raw = load_digits()
     images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = raw.target.astype(np.int64)
@@ -163,6 +163,8 @@ class _Listing(NamedTuple):
 
 def _list_folder(base: Path) -> _Listing:
     """`base/train/CLASS/*` and `base/test/CLASS/*` through torchvision's ImageFolder, with the same classes in both."""
+    from torchvision import datasets
+
     for part in ("train", "test"):
         if not (base / part).is_dir():
             raise FileNotFoundError(f"dataset='folder:{base}': no folder {base / part}; wanted are {part}/CLASS/IMAGE")
@@ -181,6 +183,8 @@ def _list_folder(base: Path) -> _Listing:
 
 def _list_known(name: str, root: Path, download: bool) -> _Listing:
     """The files of one of the paper's data sets, found by torchvision's class for it."""
+    from torchvision import datasets
+
     if name == "pets":
         parts = [datasets.OxfordIIITPet(root, split, download=download) for split in ("trainval", "test")]
         files, labels = [f for p in parts for f in p._images], np.array([c for p in parts for c in p._labels])
@@ -206,6 +210,8 @@ def _list_known(name: str, root: Path, download: bool) -> _Listing:
 
 def _load_cifar(name: str, root: Path, download: bool) -> Splits:
     """Official batches. They are pickles: torchvision opens them only after their md5 sums match the published ones."""
+    from torchvision import datasets
+
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     parts = [kind(root, train=train, download=download) for train in (True, False)]
     images = [np.ascontiguousarray(p.data.transpose(0, 3, 1, 2)) for p in parts]
@@ -321,6 +327,8 @@ def public_images(
             f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.synthesis.generate, "
             "or choose a method without them (k_diff=0)"
         )
+    from torchvision import datasets
+
     no_linked_folders(base)
     found = datasets.ImageFolder(base, allow_empty=True)
     class_names = like.class_names if like else tuple(found.classes)

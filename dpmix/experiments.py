@@ -103,26 +103,31 @@ def run_all(
     name_of = dict(zip(specs, names, strict=True))
     found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
     found = from_first(found, world)
-    groups: dict[RunSpec, list[RunSpec]] = {}
-    for name, spec in zip(names, specs, strict=True):
-        group = groups.setdefault(passes.pass_of(spec), [])
-        if name not in found and spec not in group:
-            group.append(spec)
-    groups = {shared: group for shared, group in groups.items() if group}
-    material = {shared: passes.prepare(shared, group, compute) for shared, group in groups.items()}
-    for shared, group in groups.items():
+    wanted: dict[RunSpec, list[RunSpec]] = {}
+    for spec in name_of:
+        wanted.setdefault(passes.pass_of(spec), []).append(spec)
+    wanted = {shared: group for shared, group in wanted.items() if any(name_of[s] not in found for s in group)}
+
+    def left(shared: RunSpec) -> tuple[list[RunSpec], Path]:
+        """The runs to compute, and their checkpoint: it belongs to the heads that it was made for. What was cut off while
+        it stored results goes on with all its heads, because with fewer of them sums are rounded differently."""
+        lacks = [s for s in wanted[shared] if store.get(name_of[s]) is None]
+        places = [store.folder / f"{files.digest(key(shared), *map(name_of.__getitem__, group))[:32]}.checkpoint"
+                  for group in (wanted[shared], lacks)]  # fmt: skip
+        return (wanted[shared], places[0]) if lacks and places[0].exists() else (lacks, places[1])
+
+    material = {shared: passes.prepare(shared, left(shared)[0], compute) for shared in wanted}
+    for shared, group in wanted.items():
         for spec in group:
             mechanism(spec, material[shared].n)
-    many = workers.count(compute, len(groups)) if world == 1 else 1
+    many = workers.count(compute, len(wanted)) if world == 1 else 1
     if many > 1:
-        workers.run(list(groups.values()), compute, store.folder, many)
-        groups = {}
-    for shared, group in groups.items():
+        workers.run(list(wanted.values()), compute, store.folder, many)
+        wanted = {}
+    for shared in wanted:
         with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
-            group = from_first([s for s in group if store.get(name_of[s]) is None], world)
+            group, checkpoint = from_first(left(shared) if rank == 0 else None, world)
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
-            # A checkpoint belongs to the heads that it was made for, so it is named after them.
-            checkpoint = store.folder / f"{files.digest(key(shared), *map(name_of.__getitem__, group))[:32]}.checkpoint"
             for result, tensors in compute_pass(group, material[shared], compute, checkpoint) if group else ():
                 if rank == 0:
                     store.put(result, tensors)

@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 import torch
-import torchvision
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from .checks import require
@@ -125,7 +123,7 @@ def decode(
     _inside(base, files)
     names = [f.relative_to(base).as_posix() for f in files]
     stats = [f.stat() for f in files]
-    facts = [_FORMAT, torchvision.__version__, PIL.__version__, size, channels, train, len(files)]
+    facts = [_FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, train, len(files)]
     key = hashlib.sha256(
         json.dumps([facts, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]).encode()
     )
@@ -164,6 +162,9 @@ def _pixels(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
         require(opened.mode in _GREY + _COLOUR, "mode", opened.mode, "not 8 bits a channel")
         image = opened.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
+        from torchvision.transforms import InterpolationMode  # two seconds, and not everyone needs it
+        from torchvision.transforms import functional as F
+
         w, h = image.size
         cover = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
         image = F.center_crop(F.resize(image, list(cover), InterpolationMode.BICUBIC), [height, width])

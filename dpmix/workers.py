@@ -1,7 +1,8 @@
 """Floor 4: passes side by side, a process each. `experiments.run_all` starts `python -m dpmix.workers` and feeds it.
 
-Small encoders gain little from a second thread and all from a second process. A worker takes specs as JSON on its
-standard input and writes to the store, as any other process would; what it has to say besides is one line of JSON.
+Small encoders gain little from a second thread and all from a second process. A worker takes the specs of one pass after
+another, each a line of JSON on its standard input, and writes to the store, as any other process would; it answers each
+with a line of JSON.
 """
 
 import json
@@ -9,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,69 +30,101 @@ def count(compute: ComputeFlags, passes: int) -> int:
 
 
 def run(groups: Sequence[Sequence[RunSpec]], compute: ComputeFlags, store: Path, workers: int) -> None:
-    """Compute every group of specs in a worker of its own, `workers` at a time, and wait for all of them.
+    """Compute every group of specs in one of `workers` processes, and wait for all of them.
 
     An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised
-    here as RuntimeError with its own words; the others finish.
+    here as RuntimeError with its own words; the other groups are finished, by a new worker where one died.
     """
-    cores = os.cpu_count() or 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}
-    alone = asdict(replace(compute, workers=1, progress=False))
-    waiting = list(groups)
+    waiting, errors = iter([[asdict(s) for s in group] for group in groups]), list[str]()
+    shared = {"compute": asdict(replace(compute, workers=1, progress=False)), "store": str(store.resolve())}
+    threads = max(1, (os.cpu_count() or 1) // workers)
     running: list[subprocess.Popen[str]] = []
-    errors: list[str] = []
-    bar = tqdm(total=len(groups), desc=f"passes, {workers} at a time", disable=not compute.progress)
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                task: dict[str, Any] = {
-                    "specs": [asdict(s) for s in waiting.pop(0)],
-                    "compute": alone,
-                    "store": str(store.resolve()),
-                }
-                task["code"] = code_digest()
-                # A process group of its own: Jupyter interrupts whole groups, and a second signal would cut the saving short.
-                worker = subprocess.Popen([sys.executable, "-m", "dpmix.workers"], stdin=subprocess.PIPE, process_group=0,
-                                          stdout=subprocess.PIPE, text=True, env=environment)  # fmt: skip
-                running.append(worker)
-                assert worker.stdin is not None
-                worker.stdin.write(json.dumps(task))
-                worker.stdin.close()
-            time.sleep(0.1)
-            for worker in [w for w in running if w.poll() is not None]:
-                running.remove(worker)
-                assert worker.stdout is not None
-                said = worker.stdout.read().strip()
-                if worker.returncode:
-                    errors.append(said or f"a worker died (exit status {worker.returncode}); run again, it will go on")
+    change = threading.Lock()  # of `waiting`, `running` and the bar
+    interrupted = threading.Event()
+
+    def lane() -> None:
+        worker = None
+        while True:
+            with change:
+                specs = None if interrupted.is_set() else next(waiting, None)
+                if specs is None:
+                    break
+                if worker is None:
+                    running.append(worker := _start(threads))
+            said = _ask(worker, shared | {"specs": specs, "code": code_digest()})
+            with change:
+                if said is None:
+                    errors.append(f"a worker died (exit status {worker.wait()}); run again, it will go on")
+                    worker = None
+                elif said:
+                    errors.append(said)
                 bar.update()
-    except BaseException:
-        for worker in running:
-            worker.send_signal(signal.SIGINT)
-        for worker in running:
-            worker.wait()
-        raise
-    finally:
-        bar.close()
+        if worker is not None:
+            assert worker.stdin is not None
+            worker.stdin.close()
+
+    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(workers)]
+    with tqdm(total=len(groups), desc=f"passes, {workers} at a time", disable=not compute.progress) as bar:
+        try:
+            for thread in lanes:
+                thread.start()
+            for thread in lanes:
+                thread.join()
+        except BaseException:
+            with change:
+                interrupted.set()
+            for worker in running:
+                worker.send_signal(signal.SIGINT)
+            raise
+        finally:
+            for worker in running:
+                worker.wait()
     if errors:
         raise RuntimeError("; ".join(dict.fromkeys(errors)))
 
 
+def _start(threads: int) -> subprocess.Popen[str]:
+    # A process group of its own: Jupyter interrupts whole groups, and a second signal would cut the saving short.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen([sys.executable, "-m", "dpmix.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            process_group=0, text=True, env=environment)  # fmt: skip
+
+
+def _ask(worker: subprocess.Popen[str], task: dict[str, Any]) -> str | None:
+    """Give a task, wait for the answer: what went wrong, "" if nothing did, None if the worker died over it."""
+    assert worker.stdin is not None and worker.stdout is not None
+    try:
+        worker.stdin.write(json.dumps(task) + "\n")
+        worker.stdin.flush()
+        answer = worker.stdout.readline()
+        return json.loads(answer) if answer.endswith("\n") else None
+    except BrokenPipeError:
+        return None
+
+
 def main() -> None:
+    """Take tasks, a line each, until there are none; answer each with a line."""
     from dpmix import experiments
 
-    task = json.load(sys.stdin)
-    specs = [RunSpec.from_json(s) for s in task["specs"]]
-    if task["code"] != code_digest():
-        print("dpmix: its source changed while it ran; restart Python and run again")
-        sys.exit(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
     try:
-        experiments.run_all(specs, compute=ComputeFlags(**task["compute"]), store=experiments.Store(task["store"]))
+        for line in sys.stdin:
+            task = json.loads(line)
+            said = ""
+            if task["code"] != code_digest():
+                said = "dpmix: its source changed while it ran; restart Python and run again"
+            else:
+                try:
+                    specs = [RunSpec.from_json(s) for s in task["specs"]]
+                    store = experiments.Store(task["store"])
+                    experiments.run_all(specs, compute=ComputeFlags(**task["compute"]), store=store)
+                except Exception as error:
+                    traceback.print_exc()
+                    said = f"{type(error).__name__}: {error}"
+            print(json.dumps(said), file=answers, flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}")
-        raise
 
 
 if __name__ == "__main__":

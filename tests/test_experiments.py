@@ -312,6 +312,35 @@ def test_heads_of_one_pass_are_trained_together_and_equal_those_alone(shared, st
     assert not list(store.folder.glob("*.checkpoint*")), "a finished pass leaves no checkpoint"
 
 
+def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store, monkeypatch):
+    calm, results = shared
+    specs = [SPEC, replace(SPEC, learning_rate=1.0)]
+    often = replace(COMPUTE, checkpoint_seconds=0.0)
+    put, trained, train_bank = Store.put, [], heads.train_bank
+
+    def cut(self, result, tensors):
+        if list(self.folder.glob("*.json")):
+            raise KeyboardInterrupt
+        put(self, result, tensors)
+
+    def train(*args, **kwargs):
+        trained.append(kwargs["checkpoint"])
+        return train_bank(*args, **kwargs)
+
+    monkeypatch.setattr(heads, "train_bank", train)
+    monkeypatch.setattr(Store, "put", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(specs, compute=often, store=store)
+    assert len(list(store.folder.glob("*.json"))) == 1
+    monkeypatch.setattr(Store, "put", put)
+    again = run_all(specs, compute=often, store=store)
+    assert len(trained) == 2 and trained[0] == trained[1], "the same checkpoint, so the same heads"
+    for ours, theirs in zip(again, results, strict=True):
+        for part, tensor in calm.tensors(theirs).items():
+            assert torch.equal(store.tensors(ours)[part], tensor)
+    assert not list(store.folder.glob("*.checkpoint"))
+
+
 def test_a_result_says_how_it_came_about(shared):
     _, (r, _) = shared
     m = spec.mechanism(SPEC, 1437)
