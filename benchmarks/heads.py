@@ -1,16 +1,18 @@
 """Speed and memory of the clipped head gradient and of the bank. Medians of one run, as a table and as JSON.
 
-    python benchmarks/heads.py [--out benchmarks/results/heads.json] [--repeats 15]
+    python benchmarks/heads.py [--out benchmarks/results/heads.json] [--repeats 45]
 
 1. One clipped gradient, B = 64 examples, K = 34 views, D = 512 features, 257 classes, float32: ours against a plain
    gradient of the same batch (autograd, no clipping), against per-example gradients formed by einsum, and against
-   Opacus' GradSampleModule on the B * K views. Peers take turns, so that a slow moment of the machine hits all alike.
+   Opacus' GradSampleModule on the B * K views. Peers take turns in a random order, so that a slow moment of
+   the machine, or the memory that one of them leaves behind, hits all alike.
 2. A bank of 64 heads against one head, for a whole pass with `tiny-vit` on the digits.
 """
 
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -74,12 +76,13 @@ def one_gradient(repeats: int) -> dict[str, float]:
     """Median seconds of each contender; Opacus takes part in every third round, being slow."""
     calls = contenders()
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for turn in range(repeats):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
             if name == "opacus" and turn % 3:
                 continue
             start = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:] or t) for name, t in times.items()}
 
@@ -108,9 +111,9 @@ def bank_pass(repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "heads.json")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=45)
     args = parser.parse_args()
-    gradient, bank = one_gradient(args.repeats), bank_pass(max(3, args.repeats // 5))
+    gradient, bank = one_gradient(args.repeats), bank_pass(max(3, args.repeats // 9))
     ratios = {
         "ours / plain gradient (goal: at most 1.2)": gradient["ours"] / gradient["plain"],
         "einsum / ours (goal: at least 2.5)": gradient["einsum"] / gradient["ours"],

@@ -43,7 +43,7 @@ def clipped_head_sums(
 
     Head r averages the views with the weights view_weights[r] (rows sum to one) and clips weight and bias together to
     clip_norms[r]. With delta_k the logit gradient of view k, z_k its features and w its weight, the averaged gradient is
-    G = sum_k w_k delta_k (z_k, 1)^T. Its norm comes from two Gram matrices (ghost norm; Li et al. 2022, Bu et al. 2022),
+    G = sum_k w_k delta_k (z_k, 1)^T. Its norm comes from the Gram matrix of the views (ghost norm; Li et al. 2022, Bu et al. 2022),
     ``|G|^2 = sum_kl w_k w_l (delta_k . delta_l) (z_k . z_l + 1)``, and the clipped sum is one matrix product per group of
     heads that share their views: no per-example gradient is ever stored, and memory is b * K * R * num_classes.
 
@@ -71,17 +71,16 @@ def clipped_head_sums(
         # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
         logits = torch.addmm(biases[own].reshape(-1), flat, weights[own].reshape(-1, dim).T)
         delta = logits.view(b, len(views), members, num_classes).softmax(dim=-1).sub_(y[:, :, None])
-        per_head = delta.transpose(1, 2)
-        gram_delta = per_head @ per_head.transpose(-1, -2)
-        gram_z = (z @ z.transpose(-1, -2)).add_(1.0).mul_(torch.outer(w, w))
-        # A matrix times a vector for each example: the Gram matrices of all heads are read once.
-        squared = (gram_delta.flatten(2) @ gram_z.flatten(1)[..., None])[..., 0].clamp_(min=0)
+        gram = (z @ z.transpose(-1, -2)).add_(1.0).mul_(torch.outer(w, w))
+        # |G|^2 = sum_k delta_k . (sum_l gram_kl delta_l): one matrix product an example, whatever the number of heads.
+        across = (gram @ delta.flatten(2)).view_as(delta).mul_(delta)
+        squared = across.sum(dim=(1, 3)).clamp_(min=0)
         # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
-        lengths = gram_z.diagonal(dim1=-2, dim2=-1)[:, None]
-        error = (gram_delta.diagonal(dim1=-2, dim2=-1) * lengths).clamp_(min=0).sqrt().sum(dim=-1).square()
+        lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()[..., None]
+        error = (torch.linalg.vector_norm(delta, dim=-1) * lengths).sum(dim=1).square()
         error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes, len(views) ** 2) ** 0.5
         # Logit gradients so small that their squares vanish can meet features that are large.
-        reach = lengths.clamp(min=0).sqrt().sum(dim=-1).square()
+        reach = lengths.sum(dim=1).square()
         error += reach * (torch.finfo(weights.dtype).tiny * num_classes)
         finite = (squared + error).isfinite()
         if not finite.all():  # zero times infinity is no number: take the example out of both factors
