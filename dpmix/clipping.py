@@ -43,7 +43,7 @@ def clipped_head_sums(
 
     Head r averages the views with the weights view_weights[r] (rows sum to one) and clips weight and bias together to
     clip_norms[r]. With delta_k the logit gradient of view k, z_k its features and w its weight, the averaged gradient is
-    G = sum_k w_k delta_k (z_k, 1)^T. Its norm comes from the Gram matrix of the views (ghost norm; Li et al. 2022, Bu et al. 2022),
+    G = sum_k w_k delta_k (z_k, 1)^T. Its norm comes from the views' Gram matrix (ghost norm; Li et al. 2022, Bu et al. 2022),
     ``|G|^2 = sum_kl w_k w_l (delta_k . delta_l) (z_k . z_l + 1)``, and the clipped sum is one matrix product per group of
     heads that share their views: no per-example gradient is ever stored, and memory is b * K * R * num_classes.
 
