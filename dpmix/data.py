@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .checks import one_of, require, whole
 from .image_cache import Copies, decode, duplicates, no_linked_folders, pixel_hash
-from .rng import generator
+from .layouts import KNOWN, list_folder, list_known, stratified_split
 
 _HERE = Path(__file__).resolve().parents[1]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -27,7 +26,6 @@ CACHE = PROJECT / "data" / "cache"
 PUBLIC = PROJECT / "data" / "public"
 RESULTS = PROJECT / "data" / "results"
 PathLike = str | Path
-SPLIT_SEED = 0  # of every split that the authors of a data set did not fix; part of the data, not of a run
 
 
 @dataclass(frozen=True)
@@ -89,24 +87,6 @@ class Splits:
         require(ours == theirs, "test.images", list(theirs), f"must have the shape of train.images, {list(ours)}")
 
 
-def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of training and test set, ascending: n_train = floor((1 - test_fraction)·n), each class in proportion.
-
-    Keyed by `(SPLIT_SEED, "split", name, class)`. What rounding leaves goes to the classes with the largest remainder.
-    """
-    counts = np.bincount(labels)
-    test_total = len(labels) - int(len(labels) * (1 - test_fraction) + 1e-9)
-    quota = counts * test_total / len(labels)
-    take = np.floor(quota).astype(int)
-    take[np.argsort(take - quota, kind="stable")[: test_total - take.sum()]] += 1
-    test = [
-        generator(SPLIT_SEED, "split", name, c).permutation(np.flatnonzero(labels == c))[: take[c]]
-        for c in range(len(counts))
-    ]
-    chosen = np.sort(np.concatenate(test))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
 def _digest(**parts: object) -> str:
     """sha256 over named parts: arrays by content, everything else as JSON."""
     total = hashlib.sha256()
@@ -131,81 +111,7 @@ def _load_digits() -> Splits:
     )
 
 
-class _Known(NamedTuple):
-    """A data set of the paper: title, its project's page, its folder below `root`, how many images are published."""
-
-    title: str
-    page: str
-    folder: str
-    images: int
-
-
-KNOWN = {
-    "cifar10": _Known("CIFAR-10", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-10-batches-py", 60_000),
-    "cifar100": _Known("CIFAR-100", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-100-python", 60_000),
-    "eurosat": _Known("EuroSAT (RGB)", "github.com/phelber/EuroSAT", "eurosat/2750", 27_000),
-    "caltech256": _Known("Caltech-256", "data.caltech.edu/records/20087", "caltech256/256_ObjectCategories", 30_607),
-    "sun397": _Known("SUN397", "vision.princeton.edu/projects/2010/SUN", "SUN397", 108_754),
-    "pets": _Known("Oxford-IIIT Pet", "www.robots.ox.ac.uk/~vgg/data/pets", "oxford-iiit-pet", 7_349),
-}
 NAMES = ("digits", *KNOWN, "folder:PATH")
-
-
-class _Listing(NamedTuple):
-    """Image files inside `base`: the first `train` of them are for training, the others for testing."""
-
-    base: Path
-    files: list[Path]
-    labels: np.ndarray
-    train: int
-    class_names: tuple[str, ...]
-
-
-def _list_folder(base: Path) -> _Listing:
-    """`base/train/CLASS/*` and `base/test/CLASS/*` through torchvision's ImageFolder, with the same classes in both."""
-    from torchvision import datasets
-
-    for part in ("train", "test"):
-        if not (base / part).is_dir():
-            raise FileNotFoundError(f"dataset='folder:{base}': no folder {base / part}; wanted are {part}/CLASS/IMAGE")
-    no_linked_folders(base)
-    train, test = (datasets.ImageFolder(base / part, allow_empty=True) for part in ("train", "test"))
-    for part, ours, theirs in (("train", train, test), ("test", test, train)):
-        lost = sorted(set(theirs.classes) - set(ours.classes))
-        require(not lost, "dataset", f"folder:{base}", f"{part}/ lacks the class folders {', '.join(lost)}")
-    for part, found in (("train", train), ("test", test)):
-        empty = [f"{part}/{c}" for i, c in enumerate(found.classes) if i not in set(found.targets)]
-        require(not empty, "dataset", f"folder:{base}", f"no images in {', '.join(empty)}")
-    samples = train.samples + test.samples
-    files, labels = [Path(f) for f, _ in samples], np.array([c for _, c in samples], dtype=np.int64)
-    return _Listing(base, files, labels, len(train), tuple(train.classes))
-
-
-def _list_known(name: str, root: Path, download: bool) -> _Listing:
-    """The files of one of the paper's data sets, found by torchvision's class for it."""
-    from torchvision import datasets
-
-    if name == "pets":
-        parts = [datasets.OxfordIIITPet(root, split, download=download) for split in ("trainval", "test")]
-        files, labels = [f for p in parts for f in p._images], np.array([c for p in parts for c in p._labels])
-        return _Listing(root / KNOWN[name].folder, files, labels, len(parts[0]), tuple(parts[0].classes))
-    if name == "eurosat":
-        found: Any = datasets.EuroSAT(root, download=download)
-        pairs, classes = [(Path(f), c) for f, c in found.samples], found.classes
-    elif name == "caltech256":
-        found = datasets.Caltech256(str(root), download=download)
-        numbered = zip(found.y, found.index, strict=True)
-        folder, classes = root / KNOWN[name].folder, found.categories
-        pairs = [(folder / classes[c] / f"{c + 1:03d}_{i:04d}.jpg", c) for c, i in numbered]
-    else:
-        found = datasets.SUN397(root, download=download)
-        pairs, classes = list(zip(found._image_files, found._labels, strict=True)), found.classes
-    pairs.sort(key=lambda pair: (pair[1], pair[0].as_posix()))
-    labels = np.array([c for _, c in pairs], dtype=np.int64)
-    train, test = stratified_split(labels, name)
-    order = np.concatenate([train, test])
-    files = [pairs[i][0] for i in order]
-    return _Listing(root / KNOWN[name].folder, files, labels[order], len(train), tuple(classes))
 
 
 def _load_cifar(name: str, root: Path, download: bool) -> Splits:
@@ -257,7 +163,7 @@ def load(
         whole("image_size", image_size, 1)
     root = Path(root).expanduser()
     if name.startswith("folder:"):
-        listing = _list_folder(Path(name.removeprefix("folder:")).expanduser())
+        listing = list_folder(Path(name.removeprefix("folder:")).expanduser())
     else:
         one_of("dataset", name, NAMES)
         native = {"digits": 8, "cifar10": 32, "cifar100": 32}.get(name)
@@ -276,7 +182,7 @@ def load(
         try:
             if native:
                 return _load_cifar(name, root, download)
-            listing = _list_known(name, root, download)
+            listing = list_known(name, root, download)
         except (RuntimeError, KeyError, ValueError, FileNotFoundError, tarfile.TarError) as error:
             why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
             raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error

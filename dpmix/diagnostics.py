@@ -119,9 +119,7 @@ def _bank(specs: Sequence[RunSpec], compute: ComputeFlags) -> tuple[passes.Mater
     checks.require(together, "specs", [s.model for s in specs], said)
     material = passes.prepare(shared, specs, compute)
     found = [mechanism(s, material.n) for s in specs]
-    bank = [heads.Head(recipe=s.recipe.for_data(material.train.flip), learning_rate=s.learning_rate, clip_norm=s.clip_norm,
-                       noise_multiplier=m.noise_multiplier) for s, m in zip(specs, found, strict=True)]  # fmt: skip
-    return material, bank, found[0]
+    return material, passes.heads_of(specs, found, material), found[0]
 
 
 def _train(
@@ -129,10 +127,9 @@ def _train(
     compute: ComputeFlags, observe: heads.Observer | None = None,
 ) -> heads.Bank:  # fmt: skip
     train = material.train
-    assert spec.seed is not None
     return heads.train_bank(
         _encoder(material), train.images, train.labels, bank, num_classes=train.num_classes,
-        expected_batch=spec.batch_size, steps=steps, sample_rate=m.sample_rate, seed=spec.seed, public=material.public,
-        ids=material.ids, physical_batch=compute.physical_batch or 128, device=compute.where(),
-        progress=compute.progress, observe=observe,
+        expected_batch=spec.batch_size, steps=steps, sample_rate=m.sample_rate, seed=passes.training_seed(spec),
+        stream=passes.stream(spec), public=material.public, ids=material.ids, observe=observe,
+        physical_batch=compute.physical_batch or 128, device=compute.where(), progress=compute.progress,
     )  # fmt: skip

@@ -210,18 +210,13 @@ def _compute(
                                                  batch_size=spec.batch_size, steps=m.steps)  # fmt: skip
             m = m._replace(noise_multiplier=sigmas[asked])
         mechanisms.append(m)
-    bank_heads = [heads.Head(recipe=s.recipe.for_data(train.flip), learning_rate=s.learning_rate, clip_norm=s.clip_norm,
-                             noise_multiplier=m.noise_multiplier) for s, m in zip(group, mechanisms, strict=True)]  # fmt: skip
-    seed = group[0].seed
-    assert seed is not None
-    seed = passes.public_seed(seed) if group[0].train_on == "synthetic" else seed
     start = time.perf_counter()
     bank = train_bank(
         material,
-        bank_heads,
+        passes.heads_of(group, mechanisms, material),
         mechanisms[0],
         batch_size=group[0].batch_size,
-        seed=seed,
+        seed=passes.training_seed(group[0]),
         compute=compute,
         stream=passes.stream(group[0]),
     )

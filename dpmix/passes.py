@@ -126,24 +126,18 @@ def compute_heads(
     assert encoder is not None and shared.seed is not None
     device = compute.where()
     train = material.train
-    bank_heads, mechanisms = [], []
-    for spec in group:
-        m = mechanism(spec, material.n)
-        mechanisms.append(m)
-        recipe = spec.recipe.for_data(train.flip)
-        bank_heads.append(heads.Head(recipe=recipe, learning_rate=spec.learning_rate, clip_norm=spec.clip_norm,
-                                     noise_multiplier=m.noise_multiplier))  # fmt: skip
+    mechanisms = [mechanism(spec, material.n) for spec in group]
+    bank_heads = heads_of(group, mechanisms, material)
     start = time.perf_counter()
     physical = compute.physical_batch or 128
     common: dict[str, Any] = dict(num_classes=train.num_classes, physical_batch=physical, device=device,
                                   progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
     initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
-    seed = public_seed(shared.seed) if shared.train_on == "synthetic" else shared.seed
     # Two specs may come to the same head (an epsilon given as 1 and as 1.0, say): it is trained once.
     unique = list(dict.fromkeys(bank_heads))
     bank = heads.train_bank(
         encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
-        sample_rate=mechanisms[0].sample_rate, seed=seed, public=material.public, initial=initial,
+        sample_rate=mechanisms[0].sample_rate, seed=training_seed(shared), public=material.public, initial=initial,
         ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec={"data": material.digest}, **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
@@ -162,10 +156,26 @@ def compute_heads(
         yield result(spec, m, scores["test"][r], diagnostics, timing, material, device), tensors
 
 
-def public_seed(seed: int) -> int:
+def heads_of(specs: Sequence[RunSpec], mechanisms: Sequence[Mechanism], material: Material) -> list[heads.Head]:
+    """The head of each spec, with the noise of its mechanism."""
+    flip = material.train.flip
+    return [
+        heads.Head(recipe=s.recipe.for_data(flip), learning_rate=s.learning_rate, clip_norm=s.clip_norm,
+                   noise_multiplier=m.noise_multiplier)
+        for s, m in zip(specs, mechanisms, strict=True)
+    ]  # fmt: skip
+
+
+def _public_seed(seed: int) -> int:
     """The seed of training on public images without noise. Its coins must not be those of the private steps: weights that
     tell which places joined a public batch would tell who joins the private one, and Poisson sampling would hide nobody."""
     return int(rng.generator(seed, "public training").integers(2**63))
+
+
+def training_seed(spec: RunSpec) -> int:
+    """The seed of a spec's own steps, be its training set private or synthetic."""
+    assert spec.seed is not None
+    return _public_seed(spec.seed) if spec.train_on == "synthetic" else spec.seed
 
 
 def stream(spec: RunSpec) -> str:
@@ -184,7 +194,7 @@ def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tu
     recipe = views.METHODS["self-aug"].for_data(public.flip)
     plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
     bank = heads.train_bank(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
-                            sample_rate=batch / len(public), seed=public_seed(shared.seed), **common)  # fmt: skip
+                            sample_rate=batch / len(public), seed=_public_seed(shared.seed), **common)  # fmt: skip
     return bank.weights[0], bank.biases[0]
 
 

@@ -146,8 +146,8 @@ def test_python_in_the_text_is_python(page):
 # Floors: a room imports from rooms before it in this list, which are on its own floor (helpers) or below it.
 
 FLOORS = {
-    0: "checks rng files paper image_cache data overlap wide_resnet tiny_encoders models clipping_network clipping microbatch "
-       "privacy processes",
+    0: "checks rng files paper image_cache layouts data overlap wide_resnet tiny_encoders models layer_gradients "
+       "clipping_network clipping microbatch privacy processes",
     1: "examples augmentations transforms glyphs synthesis fid standins",
     2: "views",
     3: "heads network_checks network",
