@@ -156,8 +156,13 @@ class Union:
         for part in self.parts:
             draws = _Draws(ids, seed, step, part)
             if part.kind == "base":
-                uniforms = draws.uniform(transforms.TRANSFORMS[part.key[0]].draws(shape)).to(images.device)
-                pixels = transforms.apply(part.key[0], images, uniforms)
+                # What is added to a crop draws from a stream of its own: with it or without, the crop is the same.
+                crop = part.key[0].partition("+")[0]
+                drawn, all_of_it = (transforms.TRANSFORMS[name].draws(shape) for name in (crop, part.key[0]))
+                uniforms = _Draws(ids, seed, step, replace(part, key=(crop,))).uniform(drawn)
+                if all_of_it > drawn:
+                    uniforms = torch.cat([uniforms, draws.uniform(all_of_it - drawn)], dim=-1)
+                pixels = transforms.apply(part.key[0], images, uniforms.to(images.device))
                 made["base", *part.key] = pixels, eye[labels][:, None].expand(-1, part.count, -1)
             elif part.kind == "public":
                 assert public is not None

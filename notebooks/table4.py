@@ -61,7 +61,7 @@ cells = [
 f"{len(cells)} runs: every data set × transformation × learning rate × seed"
 
 # %% [markdown]
-# All rows of a seed train in one pass, on the same random batches. Each transformation has its own crops.
+# All rows of a seed train in one pass, on the same random batches and the same crops; what is added to a crop is drawn apart.
 
 # %%
 runs = grids.run_cells(cells)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpmix import views
+from dpmix import augmentations, views
 from dpmix.views import METHODS, Recipe, make_union, make_views
 
 RECIPES = {
@@ -135,6 +135,17 @@ def test_a_smaller_k_takes_the_first_of_a_larger_one(small, large):
     places = [start + i for start, count in parts for i in range(count)]
     assert torch.equal(few.images, many.images[:, places])
     assert torch.equal(few.targets, many.targets[:, places])
+
+
+def test_what_is_added_to_a_crop_leaves_the_crop_as_it_was():
+    """The rows of Table 4 differ by the transformation alone: Sobel, which draws nothing, and cutout, which keeps the rest."""
+    plain, sobel, cutout = (made(Recipe(k_base=3, transform="crop" + t), *batch()) for t in ("", "+sobel", "+cutout"))
+    edges = augmentations.sobel(plain.images.flatten(0, 1), torch.zeros(18, 0)).view_as(plain.images)
+    assert torch.equal(sobel.images, edges)
+    kept = (cutout.images == plain.images).double().mean(dim=(2, 3, 4))
+    assert kept.min() > 0.5 and kept.max() < 1
+    boxes = cutout.images != plain.images
+    assert not torch.equal(boxes[:, 0], boxes[:, 1]), "a place for each view"
 
 
 def test_whole_and_broken_numbers_mean_one_recipe():
