@@ -102,7 +102,7 @@ def train_bank(
     The divisor of the noisy sum is `expected_batch`, exactly; a step with an empty batch adds noise all the same.
     Weights start at zero unless `initial` [num_classes, D], [num_classes] is given (it must not hold private data).
     `ids` names the examples for the keyed randomness (their places, by default). `physical_batch` bounds memory and
-    never changes the sum beyond rounding. With `checkpoint` the state is saved every `checkpoint_seconds` and on
+    never changes the sum beyond rounding. With `checkpoint` the state is saved every `checkpoint_seconds`, at the end and on
     Ctrl-C, and a later call with the same arguments continues bit for bit; one of another run is refused, and `spec`
     (JSON-able) adds what the caller wants compared, such as a digest of the data. `stream` tells runs of one seed apart that the
     arguments do not (other data, other initial weights): they must not share noise. `observe(step, features, targets, weights,
@@ -188,7 +188,8 @@ def train_bank(
             )  # fmt: skip
             _lap(state.seconds, "noise", tick)
             bar.update()
-            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
+            due = state.step == steps or time.monotonic() - saved > checkpoint_seconds
+            if checkpoint is not None and due:
                 _save(checkpoint, told, state)
                 saved = time.monotonic()
     except KeyboardInterrupt:

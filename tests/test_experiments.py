@@ -315,7 +315,6 @@ def test_heads_of_one_pass_are_trained_together_and_equal_those_alone(shared, st
 def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store, monkeypatch):
     calm, results = shared
     specs = [SPEC, replace(SPEC, learning_rate=1.0)]
-    often = replace(COMPUTE, checkpoint_seconds=0.0)
     put, trained, train_bank = Store.put, [], heads.train_bank
 
     def cut(self, result, tensors):
@@ -330,10 +329,10 @@ def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store
     monkeypatch.setattr(heads, "train_bank", train)
     monkeypatch.setattr(Store, "put", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_all(specs, compute=often, store=store)
+        run_all(specs, compute=COMPUTE, store=store)
     assert len(list(store.folder.glob("*.json"))) == 1
     monkeypatch.setattr(Store, "put", put)
-    again = run_all(specs, compute=often, store=store)
+    again = run_all(specs, compute=COMPUTE, store=store)
     assert len(trained) == 2 and trained[0] == trained[1], "the same checkpoint, so the same heads"
     for ours, theirs in zip(again, results, strict=True):
         for part, tensor in calm.tensors(theirs).items():
