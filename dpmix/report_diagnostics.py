@@ -1,5 +1,6 @@
 """Floor 5: what the notebooks show of the inside of runs: running times, and gradients before clipping and noise."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from dpmix import grids, paper
+from dpmix import data, grids, paper
 from dpmix.plots import PALETTE
 from dpmix.report import label, spread
 
@@ -201,3 +202,51 @@ def timing_note(timed: pd.DataFrame, dataset: str, model: str, steps: int, about
         f"*{label(model)} on {label(dataset)}, {steps} steps of each pass, {repeats} repeats, on {about['date'][:16]} UTC "
         f"on {about['device']}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*"
     )
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    """What `python benchmarks/NAME.py` wrote when it was last run for the repository, on a machine of the authors."""
+    return json.loads((data.PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def head_ratios(measured: dict[str, Any]) -> pd.DataFrame:
+    """The ratios of `benchmarks/heads.py` beside their goals."""
+    rows = {}
+    for name, ratio in measured["ratios"].items():
+        what, _, goal = name.rstrip(")").partition(" (goal: ")
+        rows[what] = {"measured": f"{ratio:.2f}", "goal": goal}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def network_ratios(measured: dict[str, Any]) -> pd.DataFrame:
+    """The rows of `benchmarks/network.py`: the time of a clipped gradient and step, as a multiple of plain SGD's."""
+    rows = [
+        {
+            "convolutions": r["convolutions"], "gradient": r["row"],
+            "memory layout": "channels last" if r["channels_last"] else "contiguous",
+            "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["failed"],
+            "views/s": f"{r['views_per_second']:,.0f}" if "seconds" in r else "–",
+            "÷ plain SGD": f"{r['times_plain']:.2f}" if "seconds" in r else "–",
+        }
+        for r in measured["rows"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows).set_index(["convolutions", "gradient"])
+
+
+def soak_figures(measured: dict[str, Any]) -> pd.DataFrame:
+    """The figures of `benchmarks/soak.py`, one a row."""
+    storm, calm, found = measured["disturbed"], measured["undisturbed"], measured["results"]
+    thirds = storm["MiB, largest process, median by third"]
+    figures = {
+        "runs asked for": found["asked"],
+        "kills without warning": storm["kills"],
+        "starts": storm["starts"],
+        "results present": found["present"],
+        "results equal to the undisturbed": found["equal"],
+        "weights equal, bit for bit": found["equal weights, bit for bit"],
+        "minutes, disturbed and undisturbed": f"{storm['seconds'] / 60:.1f} and {calm['seconds'] / 60:.1f}",
+        "memory of the largest process, by thirds of the time": ", ".join(f"{m:.0f} MiB" for m in thirds),
+        "memory gained by a pass, undisturbed": f"{calm['MiB gained a pass, once warm']:.2f} MiB",
+        "checkpoints and temporary files left": f"{found['checkpoints left']} and {found['temporary files left']}",
+    }
+    return pd.DataFrame({"": {k: str(v) for k, v in figures.items()}})

@@ -102,6 +102,32 @@ bank
 # %% [markdown]
 # One pass trains {glue:text}`table13_heads` heads and takes the time of a {glue:text}`table13_factor`th of what they take one by one.
 #
+# ## The gradient by itself
+#
+# Two benchmarks leave everything else out. Their figures came with the repository; `python benchmarks/heads.py` and `python benchmarks/network.py` take them anew.
+#
+# The clipped gradient of a linear head on 64 examples of 34 views, 512 features and 257 classes, against the plain gradient of the same batch, per-example gradients by `einsum`,
+# and Opacus on all views; and a whole pass with 64 heads against one with a single head:
+
+# %% tags=["hide-input"]
+inside.head_ratios(inside.benchmark("heads"))
+
+# %% [markdown]
+# A whole network, where the views of an example share one backward pass. The limit is plain SGD on the same images:
+
+# %% tags=["hide-input"]
+networks = inside.benchmark("network")
+about = networks["about"]
+glue(
+    "table13_network",
+    f"{about['model']}, {about['side']} pixels, {about['device']} with {about['threads']} threads, torch {about['torch']}",
+    display=False,
+)
+inside.network_ratios(networks)
+
+# %% [markdown]
+# *{glue:text}`table13_network`. Medians over rounds in which all rows take turns.*
+#
 # ## Run it again
 #
 # ```console

@@ -143,6 +143,36 @@ def test_python_in_the_text_is_python(page):
         ast.parse(textwrap.dedent(block))
 
 
+def names_unknown_to_rooms(source: str) -> list[str]:
+    """`room.name` in a notebook, imported from dpmix, where the room has no such name."""
+    tree, rooms, unknown = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpmix":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if node.module == "dpmix":
+                    rooms[alias.asname or alias.name] = importlib.import_module(f"dpmix.{alias.name}")
+                elif not hasattr(module, alias.name):
+                    unknown.append(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
+            room = rooms[node.value.id]
+            unknown += [] if hasattr(room, node.attr) else [f"{room.__name__}.{node.attr}"]
+    return unknown
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebooks_use_names_that_exist(page):
+    """A page that runs for minutes before it finds out is too late."""
+    assert names_unknown_to_rooms(page.read_text()) == []
+
+
+def test_a_name_that_moved_away_is_seen():
+    assert names_unknown_to_rooms("from dpmix import report\nreport.PALETTE") == ["dpmix.report.PALETTE"]
+    assert names_unknown_to_rooms("from dpmix import plots as p\np.PALETTE, p.nothing") == ["dpmix.plots.nothing"]
+    assert names_unknown_to_rooms("from dpmix.spec import ComputeFlags, Nobody") == ["dpmix.spec.Nobody"]
+
+
 # Floors: a room imports from rooms before it in this list, which are on its own floor (helpers) or below it.
 
 FLOORS = {
