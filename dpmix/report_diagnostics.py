@@ -239,7 +239,7 @@ def soak_figures(measured: dict[str, Any]) -> pd.DataFrame:
     thirds = storm["MiB, largest process, median by third"]
     figures = {
         "runs asked for": found["asked"],
-        "kills without warning": storm["kills"],
+        "kills without warning": " and ".join(f"{n} of a {who}" for who, n in storm["kills"].items()),
         "starts": storm["starts"],
         "results present": found["present"],
         "results equal to the undisturbed": found["equal"],
