@@ -47,12 +47,21 @@ def block(
     return wide.fillna("–")
 
 
-def side_by_side(published: pd.DataFrame, measured: pd.DataFrame, **layout: Any) -> pd.DataFrame:
-    """The published block and the measured one, one above the other in the rows' first level."""
-    parts = {"published": block(published, **layout), "measured here": block(measured, **layout)}
-    if list(parts["published"].columns) == list(parts["measured here"].columns):
-        return pd.concat(parts)
-    return pd.concat(parts, axis=1).fillna("–")
+def side_by_side(
+    published: pd.DataFrame, measured: pd.DataFrame, *, rows: Sequence[str] = ("method",),
+    columns: Sequence[str] = ("model", "epsilon"),
+) -> pd.DataFrame:  # fmt: skip
+    """The published block and the measured one, one above the other in the rows' first level, so that a narrow page shows
+    both. Networks that differ become rows; blocks that differ in their only level of columns stand next to each other."""
+    if len(columns) > 1 and set(published[columns[0]]) != set(measured[columns[0]]):
+        rows, columns = (columns[0], *rows), columns[1:]
+    parts = {"published": published, "measured here": measured}
+    blocks = {name: block(part, rows, columns) for name, part in parts.items()}
+    if len(columns) > 1 or columns[0] == "epsilon":
+        for table in blocks.values():
+            table.columns = pd.Index(table.columns.tolist())
+        return pd.concat(blocks).fillna("–")
+    return pd.concat(blocks, axis=1).fillna("–")
 
 
 def paired(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[str] = ("model", "epsilon"),
@@ -79,17 +88,17 @@ def paired(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[st
 
 
 def show_paired(differences: pd.DataFrame) -> pd.DataFrame:
-    """`paired` for reading: one row a comparison, "difference [low, high]" in the cells."""
+    """`paired` for reading: a row a model and comparison, a column an epsilon, "difference [low, high]" in the cells."""
     cells = [f"{d:+.1f} [{lo:+.1f}, {hi:+.1f}]" for d, lo, hi in differences[["difference", "low", "high"]].to_numpy()]
     names = [f"{label(a)} − {label(b)}" for a, b in zip(differences["better"], differences["worse"], strict=True)]
     table = differences.assign(mean=cells, comparison=names)
     table["model"] = [label(m) for m in table["model"]]
     table["epsilon"] = [f"ε = {e:g}" for e in table["epsilon"]]
-    wide = table.pivot(index="comparison", columns=["model", "epsilon"], values="mean")
-    order = table[["model", "epsilon"]].drop_duplicates()
-    wide = wide.reindex(index=dict.fromkeys(names), columns=pd.MultiIndex.from_frame(order))
-    wide.index.name, wide.columns.names = None, [None, None]
-    return wide
+    wide = table.pivot(index=["model", "comparison"], columns="epsilon", values="mean")
+    order = table[["model", "comparison"]].drop_duplicates()
+    wide = wide.reindex(index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(table["epsilon"])))
+    wide.index.names, wide.columns.name = [None, None], None
+    return wide.fillna("–")
 
 
 def published_gaps(

@@ -89,7 +89,7 @@ glue("table1_dataset", report.label(preset.dataset), display=False)
 report.side_by_side(published, measured)
 
 # %% [markdown]
-# Left CIFAR-10 from the paper, right {glue:text}`table1_dataset` here, over {glue:text}`table1_n` seeds.
+# The upper block is CIFAR-10 from the paper, the lower one {glue:text}`table1_dataset` here, over {glue:text}`table1_n` seeds.
 
 # %% tags=["hide-input"]
 report_network.level(runs, data.load(preset.dataset).train.num_classes)

@@ -80,7 +80,7 @@ glue("table2_dataset", report.label(preset.dataset), display=False)
 report.side_by_side(published, measured)
 
 # %% [markdown]
-# Left {glue:text}`table2_beside` from the paper, right {glue:text}`table2_dataset` here, over {glue:text}`table2_n` seeds.
+# The upper block is {glue:text}`table2_beside` from the paper, the lower one {glue:text}`table2_dataset` here, over {glue:text}`table2_n` seeds.
 
 # %% tags=["hide-input"]
 report_network.level(runs, data.load(preset.dataset).train.num_classes)

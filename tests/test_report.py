@@ -92,8 +92,20 @@ def test_differences_are_shown_with_their_intervals():
     )
     table = report.show_paired(found)
     low, high = found.iloc[0][["low", "high"]]
-    assert table.loc["DP-MixSelf − Self-Aug", ("tiny ViT", "ε = 1")] == f"+2.8 [{low:+.1f}, {high:+.1f}]"
-    assert list(table.index) == ["DP-MixSelf − Self-Aug", "Self-Aug − DP-MixSelf"] and table.shape == (2, 2)
+    assert table.loc[("tiny ViT", "DP-MixSelf − Self-Aug"), "ε = 1"] == f"+2.8 [{low:+.1f}, {high:+.1f}]"
+    assert list(table.loc["tiny ViT"].index) == ["DP-MixSelf − Self-Aug", "Self-Aug − DP-MixSelf"] and table.shape == (
+        2,
+        2,
+    )
+
+
+def test_networks_that_differ_are_rows_and_an_epsilon_that_was_not_run_is_a_dash():
+    table = paper.table(3)
+    published = table[table["dataset"] == "cifar10"]
+    both = report.side_by_side(published, report.summary(RUNS, ["model", "method", "epsilon"]))
+    assert list(both.columns) == ["ε = 1", "ε = 2", "ε = 4", "ε = 8"]
+    assert both.loc[("measured here", "tiny ViT", "DP-MixSelf"), "ε = 1"] == "83.8 (0.8)"
+    assert set(both.loc["measured here"].loc["tiny ViT"]["ε = 8"]) == {"–"} and ("published", "ConvNeXt") in both.index
 
 
 def gaps(*values: float) -> pd.DataFrame:

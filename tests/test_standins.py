@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
 from dpmix import data, glyphs, models, overlap, standins, synthesis, tiny_encoders
@@ -164,7 +165,7 @@ def rebuilt(tmp_path_factory):
     """Everything from nothing in a minute; reading a private digit on the way is an error."""
     folder = tmp_path_factory.mktemp("rebuilt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_digits", lambda *_: pytest.fail("the rebuild read private digits"))
+        patch.setattr(sklearn.datasets, "load_digits", lambda *_: pytest.fail("the rebuild read private digits"))
         patch.setattr(data, "load", lambda *_: pytest.fail("the rebuild read private data"))
         before = torch.get_rng_state()
         made = standins.rebuild(
