@@ -119,7 +119,7 @@ class RunSpec:
 class ComputeFlags:
     """All that may not change a result beyond floating-point rounding: where and how it is computed.
 
-    `workers` passes run at a time, each in a process of its own; by default as many as there are cores, and one on a GPU.
+    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
     """
 
     device: str = "auto"

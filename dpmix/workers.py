@@ -1,4 +1,4 @@
-"""Floor 4: passes side by side, a process each. `experiments.run_all` starts `python -m dpmix.workers` and feeds it.
+"""Floor 4: passes side by side, in processes of their own. `experiments.run_all` starts `python -m dpmix.workers` and feeds it.
 
 Small encoders gain little from a second thread and all from a second process. A worker takes the specs of one pass after
 another, each a line of JSON on its standard input, and writes to the store, as any other process would; it answers each
