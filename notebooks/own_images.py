@@ -124,11 +124,13 @@ examples.card_table(card)
 # %% [markdown]
 # ## Use it, as anybody may
 #
-# Whoever has the two files and the public encoder can classify. What was trained on private images is the linear head, nothing else.
+# Whoever has the two files and the public encoder can classify. What was trained on private images is the linear head, nothing else. Images are
+# brought to the encoder's size as they were in training (`image_size`): resized another way, a few would be classified differently.
 
 # %%
 released = load_file(where / "model.safetensors")
 encoder = models.encoder(card["spec"]["model"])
+splits = data.load(f"folder:{folder}", image_size=encoder.image_size, cache=private / "cache")  # as in training
 features = heads.encode(encoder, splits.test.images)
 scores = (features @ released["weight"].T + released["bias"]).softmax(dim=1)
 agrees = (scores.argmax(dim=1) == splits.test.labels).double().mean().item()
