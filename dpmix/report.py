@@ -95,9 +95,11 @@ def show_paired(differences: pd.DataFrame) -> pd.DataFrame:
     table["model"] = [label(m) for m in table["model"]]
     table["epsilon"] = [f"ε = {e:g}" for e in table["epsilon"]]
     wide = table.pivot(index=["model", "comparison"], columns="epsilon", values="mean")
-    order = table[["model", "comparison"]].drop_duplicates()
-    wide = wide.reindex(index=pd.MultiIndex.from_frame(order), columns=list(dict.fromkeys(table["epsilon"])))
-    wide.index.names, wide.columns.name = [None, None], None
+    order = [row for m in dict.fromkeys(table["model"]) for n in dict.fromkeys(names) if (row := (m, n)) in wide.index]
+    wide = wide.reindex(
+        index=pd.MultiIndex.from_tuples(order, names=[None, None]), columns=list(dict.fromkeys(table["epsilon"]))
+    )
+    wide.columns.name = None
     return wide.fillna("–")
 
 
