@@ -63,7 +63,13 @@ def run(groups: Sequence[Sequence[RunSpec]], compute: ComputeFlags, store: Path,
             assert worker.stdin is not None
             worker.stdin.close()
 
-    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(workers)]
+    def guarded() -> None:
+        try:
+            lane()
+        except Exception as error:  # no memory for another process, say: the thread has nobody else to tell
+            errors.append(f"{type(error).__name__}: {error}")
+
+    lanes = [threading.Thread(target=guarded, daemon=True) for _ in range(workers)]
     with tqdm(total=len(groups), desc=f"passes, {workers} at a time", disable=not compute.progress) as bar:
         try:
             for thread in lanes:

@@ -340,6 +340,15 @@ def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store
     assert not list(store.folder.glob("*.checkpoint"))
 
 
+def test_a_worker_that_cannot_be_started_is_told(store, monkeypatch):
+    def fail(threads):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(experiments.workers, "_start", fail)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        run_all([SPEC, replace(SPEC, seed=1)], compute=replace(COMPUTE, workers=2), store=store)
+
+
 def test_a_result_says_how_it_came_about(shared):
     _, (r, _) = shared
     m = spec.mechanism(SPEC, 1437)
