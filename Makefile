@@ -37,7 +37,7 @@ lab: $(READY)
 notebooks: $(READY)  ## make every .ipynb from its .py
 	$(BIN)/python tests/notebooks.py
 
-standins: $(READY)  ## rebuild data/public from nothing, some 20 minutes
+standins: $(READY)  ## rebuild data/public from nothing, a quarter of an hour
 	$(BIN)/papermill --log-output notebooks/public_standins.ipynb -p rebuild True > /dev/null
 
 env: $(READY)
