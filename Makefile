@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Passes run side by side, a process each: more threads than that get into each other's way.
+# Passes run side by side, a process a core: more threads than that get into each other's way.
 export OMP_NUM_THREADS ?= 1
 CODE := $(wildcard dpmix/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*.json) \
 	$(wildcard benchmarks/results/*.json)
