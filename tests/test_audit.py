@@ -433,7 +433,8 @@ def test_an_encoder_normalises_by_constants():
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     store = experiments.Store(folder / "store")
-    result = experiments.run(tiny_spec(seed=None), compute=ComputeFlags(progress=False), store=store)
+    seed = 0x9E3779B97F4A7C15F39CC0605CEDC834  # as long as one that is drawn, but the same each time
+    result = experiments.run(tiny_spec(seed=seed), compute=ComputeFlags(progress=False), store=store)
     experiments.release(result, folder / "out", store=store)
     return result, folder / "out", store
 
@@ -468,9 +469,10 @@ def test_a_release_withholds_the_seed_and_all_diagnostics(released):
         assert result.key.encode() not in raw, "the key is a digest over the seed"
         for name in private:
             assert name.encode() not in raw, name
-        values = [result.test_accuracy, result.diagnostics.validation_accuracy, result.timing["views"]]
-        for value in values:
-            assert repr(value).encode() not in raw
+        text = raw[8 : 8 + int.from_bytes(raw[:8], "little")] if path.suffix == ".safetensors" else raw
+        written = re.findall(rb"(?<![\w.])[\d.]+(?![\w.])", text)  # whole numbers, not three digits out of a checksum
+        for value in (result.test_accuracy, result.diagnostics.validation_accuracy, result.timing["views"]):
+            assert repr(value).encode() not in written
     card = (out / "privacy_card.json").read_text()
     assert seed in json.dumps(result.to_json()) and "train_examples" in json.dumps(result.to_json()), (
         "they are elsewhere"
