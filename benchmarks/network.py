@@ -4,16 +4,17 @@
     python benchmarks/network.py --device cuda --autocast --batch 16 64 256 # GPU: one table over the physical batches
 
 "plain" is ordinary SGD on the same images, the limit: one gradient for the whole batch and one step. Every row does the
-same work otherwise: the clipped sum and one step. Rounds visit all rows in turn, so a change in the machine's load hits
-all; a ratio is the median over rounds of (time of the row / time of plain SGD in that round), where plain SGD is the
-memory layout that was faster in the median. Peers: Opacus' GradSampleModule on all views (hooks; layers that Opacus has
-no rule for fall back to functorch, as for any user), its functorch mode, and `vmap(grad)` over examples, which is our
-own `vmap` engine.
+same work otherwise: the clipped sum and one step. Every round visits all rows, in an order of its own: a change in the
+machine's load hits all, and no row always comes after the one that leaves most memory behind. A ratio is the median
+over rounds of (time of the row / time of plain SGD in that round), where plain SGD is the memory layout that was faster
+in the median. Peers: Opacus' GradSampleModule on all views (hooks; layers that Opacus has no rule for fall back to
+functorch, as for any user), its functorch mode, and `vmap(grad)` over examples, which is our own `vmap` engine.
 """
 
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -140,8 +141,8 @@ def measure(batch: int, standardised: bool, options: argparse.Namespace) -> list
             ):
                 wanted.append((name, channels_last))
     turns = tqdm(range(options.repeats + 1), desc=f"batch {batch}", unit="round")
-    for _ in turns:  # the first round warms up
-        for name, channels_last in wanted:
+    for round_ in turns:  # the first round warms up
+        for name, channels_last in random.Random(round_).sample(wanted, len(wanted)):
             turns.set_postfix_str(name)
             key = (name, channels_last)
             if key in failed or time.monotonic() > options.deadline:
