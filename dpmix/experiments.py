@@ -25,27 +25,34 @@ from dpmix.spec import (
     Result,
     RunSpec,
     code_digest,
+    files_of,
     key,
-    keys,
     mechanism,
 )
 
 __all__ = [
     "ComputeFlags", "Mechanism", "NonPrivateDiagnostics", "Result", "RunSpec", "Store", "choose_learning_rate",
-    "code_digest", "frame", "key", "keys", "mechanism", "release", "run", "run_all",
+    "code_digest", "files_of", "frame", "key", "mechanism", "release", "run", "run_all",
 ]  # fmt: skip
 
 STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  # where results are kept
 
 
 class Store:
-    """A folder of results: KEY.json each, written atomically and checksummed, and the trained weights beside it."""
+    """A folder of results: KEY.json each, written atomically and checksummed, and the trained weights beside it.
+
+    A key is public: it does not follow the files of an image folder. Where these have changed, the result is made anew and
+    the one before is kept as KEY-1 (then KEY-2, ...).
+    """
 
     def __init__(self, folder: Path | str = STORE) -> None:
         self.folder = Path(folder)
 
-    def get(self, name: str) -> Result | None:
-        """The stored result, or None; a damaged or misplaced file is named in a warning and counts as absent."""
+    def get(self, name: str, state: str | None = None) -> Result | None:
+        """The stored result, or None; a damaged or misplaced file is named in a warning and counts as absent.
+
+        With `state`, of `files_of(dataset)`, a result that was made from other files counts as absent too.
+        """
         path = self._place(name, "json")
         content = files.read_json(path)
         if content is not None and content.get("key") != name:
@@ -53,10 +60,15 @@ class Store:
                 f"{path}: holds the result {content.get('key')!r}; it is left out and made anew", stacklevel=2
             )
             return None
-        return None if content is None else Result.from_json(content)
+        if content is None or state not in (None, content["provenance"].get("files", "")):
+            return None
+        return Result.from_json(content)
 
     def put(self, result: Result, tensors: dict[str, torch.Tensor]) -> None:
         """Weights first, so that a result that can be seen is complete."""
+        before = self.get(result.key)
+        if before is not None and before.provenance.get("files", "") != result.provenance.get("files", ""):
+            files.set_aside(*(self._place(result.key, suffix) for suffix in ("safetensors", "json")))
         files.save_tensors(self._place(result.key, "safetensors"), tensors, {"result": result.key})
         files.write_json(self._place(result.key, "json"), result.to_json())
 
@@ -98,20 +110,23 @@ def run_all(
     checks.require(
         frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
     )
-    asked, specs = specs, from_first(_with_seeds(specs, store) if rank == 0 else None, world)
-    names = keys(specs)
-    name_of = dict(zip(specs, names, strict=True))
-    found = {name: result for name in dict.fromkeys(names) if (result := store.get(name)) is not None}
-    found = from_first(found, world)
+    states = from_first({d: files_of(d) for d in {s.dataset for s in specs}} if rank == 0 else None, world)
+    asked, specs = specs, from_first(_with_seeds(specs, store, states) if rank == 0 else None, world)
+    name_of = {spec: key(spec) for spec in dict.fromkeys(specs)}
+
+    def stored(spec: RunSpec) -> Result | None:
+        return store.get(name_of[spec], states[spec.dataset])
+
+    found = from_first({spec: r for spec in name_of if (r := stored(spec)) is not None}, world)
     wanted: dict[RunSpec, list[RunSpec]] = {}
     for spec in name_of:
         wanted.setdefault(passes.pass_of(spec), []).append(spec)
-    wanted = {shared: group for shared, group in wanted.items() if any(name_of[s] not in found for s in group)}
+    wanted = {shared: group for shared, group in wanted.items() if any(s not in found for s in group)}
 
     def left(shared: RunSpec) -> tuple[list[RunSpec], Path]:
         """The runs to compute, and their checkpoint: it belongs to the heads that it was made for. What was cut off while
         it stored results goes on with all its heads, because with fewer of them sums are rounded differently."""
-        lacks = [s for s in wanted[shared] if store.get(name_of[s]) is None]
+        lacks = [s for s in wanted[shared] if stored(s) is None]
         places = [store.folder / f"{files.digest(key(shared), *map(name_of.__getitem__, group))[:32]}.checkpoint"
                   for group in (wanted[shared], lacks)]  # fmt: skip
         return (wanted[shared], places[0]) if lacks and places[0].exists() else (lacks, places[1])
@@ -127,6 +142,9 @@ def run_all(
     for shared in wanted:
         with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
             group, checkpoint = from_first(left(shared) if rank == 0 else None, world)
+            if rank == 0:
+                files.set_aside_checkpoint(checkpoint, **material[shared].origin)
+            from_first(None, world)  # nobody looks for a checkpoint before that
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
             for result, tensors in compute_pass(group, material[shared], compute, checkpoint) if group else ():
                 if rank == 0:
@@ -134,7 +152,7 @@ def run_all(
             if rank == 0:
                 files.remove_checkpoint(checkpoint)
             from_first(None, world)  # nobody looks for the result before it is stored
-    results = [found.get(name) or _must(store.get(name), name) for name in names]
+    results = [found.get(spec) or _must(stored(spec), name_of[spec]) for spec in specs]
     for path in {_seeds_of(spec, store) for spec in asked if spec.seed is None} if rank == 0 else ():
         path.unlink(missing_ok=True)
     return results
@@ -144,17 +162,19 @@ def _seeds_of(spec: RunSpec, store: Store) -> Path:
     return store.folder / "seeds" / f"{key(spec)}.json"
 
 
-def _with_seeds(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
+def _with_seeds(specs: Sequence[RunSpec], store: Store, states: dict[str, str]) -> list[RunSpec]:
     """A fresh seed for each spec without one; kept beside the results until they are there, so that a run that was cut
     off goes on with the seed that it had."""
     found, taken = [], dict[RunSpec, int]()
     for spec in specs:
         if spec.seed is None:
-            path, number = _seeds_of(spec, store), taken.get(spec, 0)
-            seeds = (files.read_json(path) or {"seeds": []})["seeds"]
+            path, number, state = _seeds_of(spec, store), taken.get(spec, 0), states[spec.dataset]
+            kept = files.read_json(path) or {}
+            # Not for files that have changed since: the noise of one seed on two versions of a data set cancels.
+            seeds = kept["seeds"] if kept.get("files") == state else []
             if number == len(seeds):
                 seeds.append(rng.fresh_seed())
-                files.write_json(path, {"seeds": seeds})
+                files.write_json(path, {"seeds": seeds, "files": state})
             taken[spec] = number + 1
             spec = replace(spec, seed=seeds[number])
         found.append(spec)
@@ -163,7 +183,7 @@ def _with_seeds(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
 
 def _must(result: Result | None, name: str) -> Result:
     if result is None:
-        raise RuntimeError(f"result {name} vanished from the store while it was used; run again")
+        raise RuntimeError(f"result {name}: it, or an image of its folder, changed while it was computed; run again")
     return result
 
 

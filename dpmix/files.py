@@ -7,6 +7,7 @@ checksum. A crash at any moment leaves the old file or the new one.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -198,10 +199,34 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{k}: {made.get(k)!r} there, {wanted.get(k)!r} here" for k in keys)
 
 
+def set_aside_checkpoint(path: Path, **wanted: Any) -> None:
+    """Set a checkpoint aside, and the one before it, if one of them is of a spec that holds other values than `wanted`."""
+    places = _previous(Path(path)), Path(path)
+    for place in places:
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            made = _read(place)[1]["spec"]
+            if any(made.get(name) != value for name, value in wanted.items()):
+                return set_aside(*places)
+
+
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and the one before it."""
     Path(path).unlink(missing_ok=True)
     _previous(Path(path)).unlink(missing_ok=True)
+
+
+def set_aside(*paths: Path) -> None:
+    """Rename files that belong together, STEM.* to STEM-1.* or the first number that is free. The last one counts: a
+    renaming that was cut off before it goes on."""
+
+    def place(path: Path, number: int) -> Path:
+        stem, dot, rest = path.name.partition(".")
+        return path.with_name(f"{stem}-{number}{dot}{rest}")
+
+    number = next(n for n in itertools.count(1) if not place(paths[-1], n).exists())
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(place(path, number))
 
 
 @contextlib.contextmanager

@@ -99,9 +99,12 @@ def _fid_rows(
     frames = []
     for name, encoder in zip(encoders, loaded, strict=True):
         for seed in seeds:
-            asked = json.dumps({**what, "encoder": name, "seed": seed, "splits": splits.digest}, sort_keys=True)
+            asked = json.dumps({**what, "encoder": name, "seed": seed, "dataset": dataset}, sort_keys=True)
             path = store / f"{files.digest(asked, code, experiments.code_digest())[:32]}.json"
             content = files.read_json(path)
+            if content is not None and content["about"]["splits"] != splits.digest:  # the images have changed
+                files.set_aside(path)
+                content = None
             if content is None:
                 about = passes.provenance(device, splits.digest)
                 content = {"rows": rows(splits, encoder, seed, device), "about": about}

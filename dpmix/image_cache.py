@@ -1,8 +1,9 @@
 """Floor 0: image files, decoded once into a memory-mapped uint8 cache.
 
 An entry is `KEY.u8` (the pixels, `[n, C, H, W]`, nothing else) and `KEY.json` (shape and checksums). KEY is a hash of
-the file names, sizes and modification times, of the wanted shape and of the versions of torchvision and Pillow, so
-changed files get a new entry. Old entries are never read again: delete the folder whenever you like.
+what the data set is called, of the wanted shape and of the versions of torchvision and Pillow: public facts, so that
+names do not tell who is in the data set. The record holds a hash of the names, sizes and modification times of the
+files; where they have changed, the entry is made anew. Delete the folder whenever you like.
 
 Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without
 its record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from .checks import require
 
 DEFAULT_SIZE = 224
-_FORMAT = 2
+_FORMAT = 3
 _BLOCK = 1 << 26
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
 # Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
@@ -123,26 +124,24 @@ def decode(
     _inside(base, files)
     names = [f.relative_to(base).as_posix() for f in files]
     stats = [f.stat() for f in files]
-    facts = [_FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, train, len(files)]
-    key = hashlib.sha256(
-        json.dumps([facts, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]).encode()
-    )
-    entry = cache / key.hexdigest()[:32]
-    if (found := _read(entry)) is not None:
+    facts = [_FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
+    entry = cache / _seal(facts)[:32]
+    listing = _seal([train, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])
+    if (found := _read(entry, listing)) is not None:
         return found
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _turn(cache) as alone:
-            if alone and (found := _read(entry, warn=False)) is not None:  # another process was faster
+            if alone and (found := _read(entry, listing, warn=False)) is not None:  # another process was faster
                 return found
             if alone:  # so these belong to processes that died
                 for stale in (*cache.glob("*.u8.*.tmp"), *cache.glob("*.json.*.tmp")):
                     stale.unlink()
-            _write(entry, files, names, label, train, size, channels)
+            _write(entry, listing, files, names, label, train, size, channels)
     except OSError as error:
         why = f"cannot be written ({error.strerror or error}); free space or name another folder"
         raise OSError(f"cache={str(cache)!r}: {why}") from error
-    if (found := _read(entry)) is None:
+    if (found := _read(entry, listing)) is None:
         raise OSError(f"cache={str(cache)!r}: what was just written there reads back differently; name another folder")
     return found
 
@@ -173,6 +172,7 @@ def _pixels(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
 
 def _write(
     entry: Path,
+    listing: str,
     files: Sequence[Path],
     names: Sequence[str],
     label: str,
@@ -218,10 +218,12 @@ def _write(
             require(not bad, "dataset", label, many)
             out.flush()
             os.fsync(out.fileno())
+        entry.with_suffix(".json").unlink(missing_ok=True)  # it may belong to the files before they changed
         partial.replace(entry.with_suffix(".u8"))
     finally:
         partial.unlink(missing_ok=True)
     body = {
+        "listing": listing,
         "shape": shape,
         "pixels": _checksum(_map(entry.with_suffix(".u8"), shape)),
         "content": hashlib.sha256("".join(h for h, *_ in done).encode()).hexdigest(),
@@ -264,8 +266,8 @@ def _checksum(images: Tensor) -> str:
         return hashlib.sha256("".join(blocks).encode()).hexdigest()
 
 
-def _read(entry: Path, warn: bool = True) -> Decoded | None:
-    """The entry if it is whole; None if it is absent, or damaged (then with a warning)."""
+def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
+    """The entry if it is whole; None if it is absent, of files that have changed, or damaged (then with a warning)."""
     pixels, record = entry.with_suffix(".u8"), entry.with_suffix(".json")
     if not (pixels.is_file() and record.is_file()):
         return None
@@ -275,6 +277,8 @@ def _read(entry: Path, warn: bool = True) -> Decoded | None:
         require(stored["sha256"] == _seal(body), "sha256", stored["sha256"], "differs")
     except (ValueError, KeyError, TypeError):
         return _damaged(record, "not a whole record", warn)
+    if body["listing"] != listing:
+        return None
     shape, state = body["shape"], pixels.stat()
     if state.st_size != np.prod(shape):
         return _damaged(pixels, f"{state.st_size} bytes instead of {np.prod(shape)}", warn)

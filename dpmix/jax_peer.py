@@ -183,15 +183,19 @@ def run_all(
             about = f"{spec.model!r}, pretrain_epochs={spec.pretrain_epochs}, seed={spec.seed}"
             raise ValueError(f"specs: {about}: trained are seeded heads on a frozen encoder; take experiments.run_all")
     groups: dict[RunSpec, list[RunSpec]] = {}
+
+    def stored(spec: RunSpec) -> Result | None:
+        return store.get(key(spec), experiments.files_of(spec.dataset))
+
     for spec in dict.fromkeys(specs):
-        if store.get(key(spec)) is None:
+        if stored(spec) is None:
             groups.setdefault(passes.pass_of(spec), []).append(spec)
     for shared, group in groups.items():
         with files.lock(store.folder / "locks" / key(shared)):
-            group = [s for s in group if store.get(key(s)) is None]
+            group = [s for s in group if stored(s) is None]
             for result, tensors in _compute(group, passes.prepare(shared, group, compute), compute) if group else ():
                 store.put(result, tensors)
-    found = [store.get(key(s)) for s in specs]
+    found = [stored(s) for s in specs]
     return [r for r in found if r is not None]
 
 

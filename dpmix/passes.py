@@ -18,7 +18,17 @@ from torch import Tensor
 
 from dpmix import checks, data, heads, models, network, privacy, rng, views
 from dpmix.overlap import refuse_overlap
-from dpmix.spec import ComputeFlags, Mechanism, NonPrivateDiagnostics, Result, RunSpec, code_digest, key, mechanism
+from dpmix.spec import (
+    ComputeFlags,
+    Mechanism,
+    NonPrivateDiagnostics,
+    Result,
+    RunSpec,
+    code_digest,
+    files_of,
+    key,
+    mechanism,
+)
 from dpmix.wide_resnet import wide_resnet
 
 LIBRARIES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
@@ -30,7 +40,7 @@ Done = tuple[Result, dict[str, Tensor]]
 @dataclass(frozen=True)
 class Material:
     """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
-    that are trained on."""
+    that are trained on. `digest` is that of the splits, `files` that of `spec.files_of`."""
 
     n: int
     train: data.ImageSet
@@ -41,6 +51,12 @@ class Material:
     synthetic: data.ImageSet | None
     encoder: models.Encoder | None
     digest: str
+    files: str = ""
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a checkpoint must agree with to go on."""
+        return {"data": self.digest, "files": self.files}
 
 
 def pass_of(spec: RunSpec) -> RunSpec:
@@ -64,14 +80,15 @@ def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t
 @lru_cache(
     maxsize=2
 )  # the passes of a table differ in seed and encoder: they share the data, which are never written to
-def _load(dataset: str, root: str, image_size: int | None, cached: str) -> data.Splits:
+def _load(dataset: str, root: str, image_size: int | None, cached: str, state: str) -> data.Splits:
+    """`state`, of `files_of`, keeps the images before a change of their files apart from those after it."""
     return data.load(dataset, root, image_size=image_size, cache=cached)
 
 
 @lru_cache(maxsize=2)
-def _load_public(dataset: str, root: str, image_size: int | None, cached: str) -> data.ImageSet:
+def _load_public(dataset: str, root: str, image_size: int | None, cached: str, state: str) -> data.ImageSet:
     """The synthetic images, once it is known that none is a copy of a private one."""
-    splits = _load(dataset, root, image_size, cached)
+    splits = _load(dataset, root, image_size, cached, state)
     public = data.public_images(dataset, root, like=splits.train, cache=cached)
     refuse_overlap(splits, public)
     return public
@@ -87,7 +104,8 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
-    splits = _load(shared.dataset, compute.root, image_size, compute.cache)
+    source = shared.dataset, compute.root, image_size, compute.cache, files_of(shared.dataset)
+    splits = _load(*source)
     whole = splits.train
     if encoder is not None:
         channels = int(whole.images.shape[1])
@@ -99,7 +117,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     needs = any(s.recipe.k_diff for s in group)
     synthetic = None
     if (needs and shared.public.startswith("synthetic")) or shared.train_on == "synthetic" or shared.pretrain_epochs:
-        synthetic = _load_public(shared.dataset, compute.root, image_size, compute.cache)
+        synthetic = _load_public(*source)
     if shared.train_on == "synthetic":
         assert synthetic is not None
         pool, ids = synthetic, torch.arange(len(synthetic))
@@ -115,7 +133,8 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     train = pool.subset(ids[kept])
     checks.require(len(train) > 0, "dataset", shared.dataset, "has no training examples after the validation split")
     validation = pool.subset(ids[held_out])
-    return Material(len(ids), train, ids[kept], validation, splits.test, public, synthetic, encoder, splits.digest)
+    held = train, ids[kept], validation, splits.test, public, synthetic
+    return Material(len(ids), *held, encoder, splits.digest, source[-1])
 
 
 def compute_heads(
@@ -138,7 +157,7 @@ def compute_heads(
     bank = heads.train_bank(
         encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
         sample_rate=mechanisms[0].sample_rate, seed=training_seed(shared), public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec={"data": material.digest}, **common,
+        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec=material.origin, **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
     for name, images in (("validation", material.validation), ("test", material.test)):
@@ -219,7 +238,7 @@ def compute_network(
         autocast=torch.bfloat16 if compute.dtype == "bfloat16" else None, device=device,
         delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
         checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
-        spec={"data": material.digest, "network": spec.model},
+        spec=material.origin | {"network": spec.model},
     )  # fmt: skip
     model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
     scores = [
@@ -245,7 +264,7 @@ def result(
         spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
         noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=spec.batch_size / spec.microbatch,
         population=m.population, diagnostics=diagnostics, timing=timing,
-        provenance=provenance(device, material.digest) | {"classes": list(material.train.class_names)},
+        provenance=provenance(device, material.digest) | {"classes": list(material.train.class_names), "files": material.files},
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,8 +226,11 @@ def code_digest() -> str:
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
 
 
-def _files_of(dataset: str) -> str:
-    """A digest over names, sizes and times of the files of an image folder; nothing for a data set that is fixed."""
+def files_of(dataset: str) -> str:
+    """A digest over names, sizes and times of the files of an image folder; "" for a data set that is fixed.
+
+    It tells whether a stored result still is one of these files. It is no part of any name: names are public.
+    """
     if not dataset.startswith("folder:"):
         return ""
     base = Path(dataset.removeprefix("folder:")).expanduser()
@@ -237,24 +239,20 @@ def _files_of(dataset: str) -> str:
     return files.digest(*(f"{p.relative_to(base).as_posix()} {s.st_size} {s.st_mtime_ns}" for p, s in states))
 
 
-def keys(specs: Sequence[RunSpec]) -> list[str]:
-    """`key` of each; an image folder is looked through once for all."""
-    folders = {dataset: _files_of(dataset) for dataset in dict.fromkeys(s.dataset for s in specs)}
-    return [_key(spec, folders[spec.dataset]) for spec in specs]
-
-
 def key(spec: RunSpec) -> str:
-    """The name of a result in the store: it covers the spec, the code, the encoder's weights file and, of an image
-    folder, which files it holds (names, sizes, times)."""
-    return keys([spec])[0]
-
-
-def _key(spec: RunSpec, folder: str) -> str:
+    """The name of a result in the store: it covers the spec, the code and the content of the encoder's weights file."""
     weights = spec.weights or ""
     if weights not in ("", "random"):
         if not Path(weights).is_file():
             raise FileNotFoundError(
                 f"weights={weights!r}: no such file; give a .safetensors file or a torch.save of tensors"
             )
-        weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights, folder)[:32]
+        state = Path(weights).stat()
+        weights = _content(weights, state.st_size, state.st_mtime_ns)
+    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights)[:32]
+
+
+@functools.cache
+def _content(path: str, size: int, changed: int) -> str:
+    """sha256 of a file, read once for as long as its size and time stay."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -506,9 +506,13 @@ def test_a_second_load_decodes_nothing_and_changed_files_do(load, tmp_path, no_d
     first = load(f"folder:{base}")
     expected = first.train.images.clone()
     first.train.images[:] = 0  # reaches this process's memory, never the file
+    names = sorted(p.name for p in (tmp_path / "cache").iterdir())
     save(base / "train" / "cat" / "new.png", 99)
     assert len(load(f"folder:{base}").train) == 9
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == names, "names tell nothing of the images"
+    assert torch.equal(first.test.images, load(f"folder:{base}").test.images), "what was loaded before stays"
     (base / "train" / "cat" / "new.png").unlink()
+    assert torch.equal(load(f"folder:{base}").train.images, expected)
     no_decoding()
     assert torch.equal(load(f"folder:{base}").train.images, expected)
     os.utime(base / "train" / "cat" / "000.png", (1, 1))

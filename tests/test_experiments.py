@@ -549,24 +549,67 @@ def test_runs_on_other_data_do_not_share_their_noise(monkeypatch, store):
     assert float((one - other).std() / one.std()) < 0.5, "the test can tell"
 
 
-def test_a_folder_that_changed_is_another_run(tmp_path, store):
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Forty training and eight test images of two classes."""
+    base = tmp_path / "photos"
     for part, count in (("train", 20), ("test", 4)):
         for c in ("a", "b"):
-            (tmp_path / "photos" / part / c).mkdir(parents=True)
+            (base / part / c).mkdir(parents=True)
             for i in range(count):
                 pixels = np.random.default_rng([i, c == "a", part == "test"]).integers(0, 256, (8, 8), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "photos" / part / c / f"{i}.png")
-    spec = replace(SPEC, dataset=f"folder:{tmp_path / 'photos'}", batch_size=8, epochs=0.3, delta=1e-3)
+                Image.fromarray(pixels).save(base / part / c / f"{i}.png")
+    return base
+
+
+def test_a_folder_that_changed_is_trained_anew_under_the_same_name(tmp_path, photos, store):
+    """In one process too, where the images are kept in memory; what was there before is set aside, whole."""
+    spec = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=0.3, delta=1e-3)
     compute = replace(COMPUTE, cache=str(tmp_path / "cache"))
     first = experiments.key(spec)
-    run(spec, compute=compute, store=store)
-    assert experiments.key(spec) == first
+    before = run(spec, compute=compute, store=store)
+    weights = store.tensors(before)
+    assert run(spec, compute=compute, store=store) == before
     pixels = np.random.default_rng(99).integers(0, 256, (8, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photos" / "train" / "a" / "new.png")
-    assert experiments.key(spec) != first
-    passes._load.cache_clear()
-    assert run(spec, compute=compute, store=store).diagnostics.train_examples + 0 > 0
-    assert len(list(store.folder.glob("*.json"))) == 2
+    Image.fromarray(pixels).save(photos / "train" / "a" / "new.png")
+    after = run(spec, compute=compute, store=store)
+    assert experiments.key(spec) == first == before.key == after.key
+    assert before.provenance["splits"] != after.provenance["splits"]
+    assert run(spec, compute=compute, store=store) == after == store.get(first)
+    kept = {f"{first}{n}.{end}" for n in ("", "-1") for end in ("json", "safetensors")}
+    assert {p.name for p in store.folder.iterdir() if p.is_file()} == kept
+    assert experiments.Result.from_json(files.read_json(store.folder / f"{first}-1.json")) == before
+    assert torch.equal(files.load_tensors(store.folder / f"{first}-1.safetensors")[0]["weight"], weights["weight"])
+
+
+def test_a_checkpoint_and_a_seed_of_other_images_are_not_gone_on_with(tmp_path, photos, store, monkeypatch):
+    """Between the interruption and the next call an image left: one seed on two neighbours would cancel the noise."""
+    spec = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=2.0, delta=1e-3, population=32,
+                   seed=None)  # fmt: skip
+    compute, real, steps = replace(COMPUTE, cache=str(tmp_path / "cache")), heads._add_noise, []
+
+    def cut_off(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heads, "_add_noise", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, compute=compute, store=store)
+    (seeds,) = (store.folder / "seeds").iterdir()
+    (checkpoint,) = store.folder.glob("*.checkpoint")
+    first = files.read_json(seeds)["seeds"]
+    seeded = replace(spec, seed=first[0])
+    (photos / "train" / "a" / "0.png").unlink()
+    fresh = run(spec, compute=compute, store=store)
+    assert fresh.spec.seed not in first
+    # A seed that was given stays, its checkpoint does not.
+    assert run(seeded, compute=compute, store=store).steps == fresh.steps
+    assert [p.name for p in store.folder.glob("*.checkpoint")] == [checkpoint.stem + "-1.checkpoint"]
+    calm = run(seeded, compute=compute, store=Store(tmp_path / "calm"))
+    assert torch.equal(store.tensors(calm)["weight"], Store(tmp_path / "calm").tensors(calm)["weight"])
 
 
 def test_a_run_with_a_fresh_seed_that_was_cut_off_goes_on_with_it(monkeypatch, store):

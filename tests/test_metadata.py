@@ -62,8 +62,12 @@ def released(spec: RunSpec, base: Path, capfd) -> tuple[experiments.Result, Path
     return result, out, [*sorted(lines), *(str(w.message) for w in warned)]
 
 
+def names(base: Path) -> list[str]:
+    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*"))
+
+
 def test_removing_an_image_changes_nothing_but_the_weights(folder, tmp_path, capfd, monkeypatch):
-    """Numbers, log lines, warnings, names in the release; the card to the last byte, the model but for its tensors."""
+    """Numbers, log lines, warnings, names of all files; the card to the last byte, the model but for its tensors."""
     monkeypatch.setattr(image_cache, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))  # else shown if it is slow
     spec = spec_of(folder)
     everyone, out, said = released(spec, tmp_path / "all", capfd)
@@ -81,6 +85,7 @@ def test_removing_an_image_changes_nothing_but_the_weights(folder, tmp_path, cap
         assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in less_out.iterdir())
         assert (out / "privacy_card.json").read_bytes() == (less_out / "privacy_card.json").read_bytes()
         one, other = (files.load_tensors(o / "model.safetensors") for o in (out, less_out))
+        assert names(tmp_path / "all") == names(tmp_path / name.stem), "also in the store and in the cache"
         shapes = [{k: (t.shape, t.dtype) for k, t in tensors.items()} for tensors, _ in (one, other)]
         assert shapes[0] == shapes[1] and one[1] == other[1]
         assert (out / "model.safetensors").stat().st_size == (less_out / "model.safetensors").stat().st_size
@@ -133,7 +138,7 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
     out = experiments.release(marked, tmp_path / "marked", store=store)
     everything = content(out)
     hidden = {**values, "test_accuracy": marked.test_accuracy, **marked.timing, "seed": result.spec.seed}
-    hidden |= {"key": result.key, "splits": result.provenance["splits"], "date": result.provenance["date"]}
+    hidden |= {"key": result.key, "splits": result.provenance["splits"], "files": result.provenance["files"], "date": result.provenance["date"]}
     del hidden["heads"]
     for name, value in hidden.items():
         for written in encodings(value):
