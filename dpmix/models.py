@@ -4,6 +4,7 @@
 those of open_clip and timm, and any module of yours with a file of weights.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -21,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpmix import files
 from dpmix.checks import one_of, positive, require, whole
-from dpmix.data import PROJECT, PUBLIC
+from dpmix.data import CACHE, PROJECT, PUBLIC
 from dpmix.tiny_encoders import NAMES as TINY
 from dpmix.tiny_encoders import build
 from dpmix.tiny_encoders import pretrain as pretrain
@@ -228,8 +230,8 @@ def _on_disk(name: str, stem: str, hub: str, url: str) -> Path:
     for suffix in (".safetensors", ".bin", ".pt"):
         if (path := WEIGHTS / f"{stem}{suffix}").is_file():
             return path
-    files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-    for file in files if hub.count("/") == 1 else ():
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+    for file in names if hub.count("/") == 1 else ():
         if isinstance(found := try_to_load_from_cache(hub, file), str):
             return Path(found)
     source = f"https://huggingface.co/{hub}" if hub else url or "the project's page"
@@ -280,14 +282,26 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _compare(path: Path, said: str) -> None:
     """Refuse a file whose sha256 is not the one that comes with it: in FILE.sha256, as `sha256sum` writes it, or as the
-    name of its blob in the Hugging Face cache."""
+    name of its blob in the Hugging Face cache. Without either, not the one of its first use, if size and time are."""
     beside, blob = path.with_name(f"{path.name}.sha256"), path.resolve().name
     wanted = beside.read_text()[:64] if beside.is_file() else blob if re.fullmatch("[0-9a-f]{64}", blob) else None
-    if wanted is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != wanted:
-            raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    wanted = wanted or _first_use(path, found)
+    if found != wanted:
+        raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
+
+
+def _first_use(path: Path, sha256: str) -> str:
+    """The sha256 that a file had when it was first used, by the record in the cache; from now on `sha256` for a new one."""
+    record = CACHE / "weights" / f"{files.digest(str(path.resolve()))[:32]}.json"
+    about = {"size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    known = files.read_json(record) or {}
+    if known.items() >= about.items():
+        return known["sha256"]
+    with contextlib.suppress(OSError):  # a folder that cannot be written stops nobody from using a file
+        files.write_json(record, {**about, "sha256": sha256})
+    return sha256
 
 
 def public_file(name: str, folder: Path = PUBLIC) -> Path:

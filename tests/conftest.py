@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dpmix import models
 from dpmix.data import ImageSet
 from dpmix.models import Encoder
 
@@ -19,6 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before dpmix.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
 os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
 atexit.register(shutil.rmtree, os.environ["DPMIX_STORE"], ignore_errors=True)
+
+models.CACHE = Path(os.environ["DPMIX_STORE"]) / "cache"  # where the checksums of weights are kept
 
 CLASSES, DIM, SIDE = 3, 5, 4
 

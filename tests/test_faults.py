@@ -608,9 +608,9 @@ def test_a_killed_pass_does_not_block_a_smaller_one(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*.checkpoint"))
     first_look, seen = Store.get, []
 
-    def get(self, name):  # as the waiting process saw the store: empty at first
+    def get(self, name, state=None):  # as the waiting process saw the store: empty at first
         seen.append(name)
-        return None if len(seen) <= 3 else first_look(self, name)
+        return None if len(seen) <= 3 else first_look(self, name, state)
 
     monkeypatch.setattr(Store, "get", get)
     results = run_all(specs, compute=COMPUTE, store=store)

@@ -288,6 +288,24 @@ def test_weights_are_compared_with_the_checksum_that_comes_with_them(tmp_path):
             assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_bit_that_flips_after_the_first_use_is_seen_and_a_new_file_is_taken(tmp_path, monkeypatch):
+    """Without a checksum beside it; nothing is written beside the file."""
+    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    path = tmp_path / "mine" / "w.safetensors"
+    path.parent.mkdir()
+    save_file(Small().state_dict(), path)
+    whole, time = path.read_bytes(), path.stat().st_mtime_ns
+    models.encoder(Small(), path, image_size=6, channels=2)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(time, time))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"weights=.*damaged, its sha256 is not the recorded"):
+            models.encoder(Small(), path, image_size=6, channels=2)
+    os.utime(path, ns=(time, time + 1))  # changed on purpose, as far as anyone can tell
+    models.encoder(Small(), path, image_size=6, channels=2)
+    assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_truncated_weights_without_a_checksum_are_refused_too(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
