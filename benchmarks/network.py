@@ -1,14 +1,18 @@
 """Speed and memory of clipped gradients of a network: plain SGD, peers and every engine, on the same views, side by side.
 
-    python benchmarks/network.py                                            # CPU: WRN-16-4, 8 examples x 16 views
+    python benchmarks/network.py --repeats 9 --others-every 3               # CPU: WRN-16-4, 8 examples x 16 views
     python benchmarks/network.py --device cuda --autocast --batch 16 64 256 # GPU: one table over the physical batches
 
 "plain" is ordinary SGD on the same images, the limit: one gradient for the whole batch and one step. Every row does the
-same work otherwise: the clipped sum and one step. Every round visits all rows, in an order of its own: a change in the
-machine's load hits all, and no row always comes after the one that leaves most memory behind. A ratio is the median
-over rounds of (time of the row / time of plain SGD in that round), where plain SGD is the memory layout that was faster
-in the median. Peers: Opacus' GradSampleModule on all views (hooks; layers that Opacus has no rule for fall back to
-functorch, as for any user), its functorch mode, and `vmap(grad)` over examples, which is our own `vmap` engine.
+same work otherwise: the clipped sum and one step. Every round visits all rows, in an order of its own, so that a change in
+the machine's load hits all. On a CPU each row has a process of its own, as in training, where nobody finds memory in the
+state in which a peer has left it. A ratio is the median over rounds of (time of the row / time of plain SGD in that
+round), where plain SGD is the memory layout that was faster in the median. On two busy cores a pass takes a quarter more
+or less from one round to the next: many rounds tell ratios apart that three do not, and `--others-every 3` spares the slow
+rows most of them.
+
+Peers: Opacus' GradSampleModule on all views (hooks; layers that Opacus has no rule for fall back to functorch, as for any
+user), its functorch mode, and `vmap(grad)` over examples, which is our own `vmap` engine.
 """
 
 import argparse
@@ -19,6 +23,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +128,33 @@ def views_of(batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return made.images.to(options.device), made.targets.to(options.device)
 
 
-def measure(batch: int, standardised: bool, options: argparse.Namespace) -> list[dict]:
-    """All rows at one physical batch; a row that runs out of memory says so."""
+def one_pass(name: str, channels_last: bool, batch: int, standardised: bool, options: argparse.Namespace) -> tuple:
+    """Seconds of a pass (the fastest of `inner`) and the most memory that it took, in GiB (0 on a CPU)."""
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="(Full|Non-full) backward hook", category=UserWarning)
     images, targets = views_of(batch, options)
     cuda = options.device == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
-    times: dict[tuple[str, bool], list[float]] = {}
+    model = wide_resnet(options.depth, options.width, 10, weight_standardisation=standardised).to(options.device)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run = Methods(options, channels_last).rows()[name](model)
+    run(images[:1], targets[:1])  # choices of the libraries, allocations of the model
+    wait()
+    seconds = []
+    for _ in range(options.inner):
+        began = time.perf_counter()
+        run(images, targets)
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def measure(batch: int, standardised: bool, options: argparse.Namespace) -> list[dict]:
+    """All rows at one physical batch; a row that runs out of memory says so."""
+    cuda = options.device == "cuda"
+    times: dict[tuple[str, bool], dict[int, float]] = {}  # by round
     memory: dict[tuple[str, bool], float] = {}
     failed: dict[tuple[str, bool], str] = {}
     wanted = []
@@ -140,47 +168,36 @@ def measure(batch: int, standardised: bool, options: argparse.Namespace) -> list
                 and (cuda or not channels_last or name in BOTH_LAYOUTS)
             ):
                 wanted.append((name, channels_last))
-    turns = tqdm(range(options.repeats + 1), desc=f"batch {batch}", unit="round")
-    for round_ in turns:  # the first round warms up
-        for name, channels_last in random.Random(round_).sample(wanted, len(wanted)):
-            turns.set_postfix_str(name)
-            key = (name, channels_last)
-            if key in failed or time.monotonic() > options.deadline:
-                continue
-            model = wide_resnet(options.depth, options.width, 10, weight_standardisation=standardised).to(
-                options.device
-            )
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                run = Methods(options, channels_last).rows()[name](model)
-                run(images[:1], targets[:1])  # choices of the libraries, allocations of the model
-                wait()
-                passes = []
-                for _ in range(options.inner):
-                    began = time.perf_counter()
-                    run(images, targets)
-                    wait()
-                    passes.append(time.perf_counter() - began)
-                times.setdefault(key, []).append(min(passes))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                failed[key] = "out of memory" if "memory" in str(error) else str(error).splitlines()[0][:60]
-            if cuda:
-                memory[key] = torch.cuda.max_memory_allocated() / 2**30
-            del model
-    times = {key: t[1:] for key, t in times.items() if len(t) > 1 and key not in failed}
+    with ExitStack() as stack:
+        # On a GPU one process: each would hold memory of its own, and PyTorch keeps account of it by itself.
+        ask = {key: one_pass for key in wanted}
+        if not cuda:
+            alone = {key: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for key in wanted}
+            ask = {key: lambda *a, own=own: own.submit(one_pass, *a).result() for key, own in alone.items()}
+        turns = tqdm(range(options.repeats + 1), desc=f"batch {batch}", unit="round")
+        for round_ in turns:  # the first round warms up
+            for key in random.Random(round_).sample(wanted, len(wanted)):
+                turns.set_postfix_str(key[0])
+                sits_out = key[0] not in BOTH_LAYOUTS and round_ % options.others_every
+                if sits_out or key in failed or time.monotonic() > options.deadline:
+                    continue
+                try:
+                    seconds, memory[key] = ask[key](*key, batch, standardised, options)
+                    times.setdefault(key, {})[round_] = seconds
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    failed[key] = "out of memory" if "memory" in str(error) else str(error).splitlines()[0][:60]
+    times = {key: {r: s for r, s in t.items() if r} for key, t in times.items() if max(t) and key not in failed}
     plain = [key for key in times if key[0].startswith("plain")]
     out = []
     for key in wanted:
         row = {"batch": batch, "views": options.views, "convolutions": "standardised" if standardised else "plain",
                "row": key[0], "channels_last": key[1]}  # fmt: skip
         if key in times and plain:
-            limit = times[min(plain, key=lambda p: statistics.median(times[p]))]
-            median = statistics.median(times[key])
+            limit = times[min(plain, key=lambda p: statistics.median(times[p].values()))]
+            median = statistics.median(times[key].values())
             row |= {"seconds": median, "views_per_second": batch * options.views / median,
-                    "times_plain": statistics.median(t / q for t, q in zip(times[key], limit, strict=False)),
-                    "all_seconds": times[key]}  # fmt: skip
+                    "times_plain": statistics.median(t / limit[r] for r, t in times[key].items() if r in limit),
+                    "all_seconds": [*times[key].values()]}  # fmt: skip
             if cuda:
                 row |= {"peak_gib": memory[key], "memory_times_plain": memory[key] / min(memory[p] for p in plain)}
         else:
@@ -212,6 +229,9 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=16)
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, of which medians are taken")
+    parser.add_argument(
+        "--others-every", type=int, default=1, help="rounds between those of all but plain SGD and loop"
+    )
     parser.add_argument("--inner", type=int, default=1, help="passes a round; the fastest counts")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forward and backward")
     parser.add_argument(
@@ -227,13 +247,13 @@ def main() -> None:
         raise SystemExit("device=cuda: there is no GPU that PyTorch can use here; run with --device cpu")
     torch.set_num_threads(options.threads)
     options.deadline = time.monotonic() + options.limit
-    warnings.filterwarnings("ignore", message="(Full|Non-full) backward hook", category=UserWarning)
     began, rows = time.time(), []
     for convolutions in options.convolutions:
         for batch in options.batch:
             rows += measure(batch, convolutions == "standardised", options)
     about = {
         "model": f"WRN-{options.depth}-{options.width}", "side": options.side, "repeats": options.repeats,
+        "others_every": options.others_every,
         "autocast": "bfloat16" if options.autocast else "none (float32)",
         "device": torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}",
         "threads": options.threads, "torch": torch.__version__, "python": platform.python_version(),

@@ -138,7 +138,7 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
     out = experiments.release(marked, tmp_path / "marked", store=store)
     everything = content(out)
     hidden = {**values, "test_accuracy": marked.test_accuracy, **marked.timing, "seed": result.spec.seed}
-    hidden |= {"key": result.key, "splits": result.provenance["splits"], "files": result.provenance["files"], "date": result.provenance["date"]}
+    hidden |= {"key": result.key, **{name: result.provenance[name] for name in ("splits", "files", "date")}}
     del hidden["heads"]
     for name, value in hidden.items():
         for written in encodings(value):
