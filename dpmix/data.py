@@ -207,6 +207,14 @@ def folder_name(class_name: str) -> str:
     return name
 
 
+def synthetic_folder(name: str, root: PathLike = ROOT) -> Path:
+    """Where the synthetic images of a data set lie, in folders of their classes: beside `train` and `test` of `folder:PATH`,
+    else in `ROOT/synthetic/NAME`."""
+    if name.startswith("folder:"):
+        return Path(name.removeprefix("folder:")).expanduser() / "synthetic"
+    return Path(root).expanduser() / "synthetic" / name
+
+
 def public_images(
     name: str, root: PathLike = ROOT, *, like: ImageSet | None = None, cache: PathLike = CACHE
 ) -> ImageSet:
@@ -223,11 +231,9 @@ def public_images(
     """
     if name == "digits":
         return _synthetic_digits()
-    if name.startswith("folder:"):
-        base = Path(name.removeprefix("folder:")).expanduser() / "synthetic"
-    else:
+    if not name.startswith("folder:"):
         one_of("dataset", name, NAMES)
-        base = Path(root).expanduser() / "synthetic" / name
+    base = synthetic_folder(name, root)
     if not base.is_dir():
         raise FileNotFoundError(
             f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.synthesis.generate, "

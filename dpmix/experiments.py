@@ -41,8 +41,8 @@ STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  #
 class Store:
     """A folder of results: KEY.json each, written atomically and checksummed, and the trained weights beside it.
 
-    A key is public: it does not follow the files of an image folder. Where these have changed, the result is made anew and
-    the one before is kept as KEY-1 (then KEY-2, ...).
+    A key is public: it does not follow image files. Where those of a folder, or the synthetic ones, have changed, the
+    result is made anew and the one before is kept as KEY-1 (then KEY-2, ...).
     """
 
     def __init__(self, folder: Path | str = STORE) -> None:
@@ -51,7 +51,7 @@ class Store:
     def get(self, name: str, state: str | None = None) -> Result | None:
         """The stored result, or None; a damaged or misplaced file is named in a warning and counts as absent.
 
-        With `state`, of `files_of(dataset)`, a result that was made from other files counts as absent too.
+        With `state`, of `files_of`, a result that was made from other files counts as absent too.
         """
         path = self._place(name, "json")
         content = files.read_json(path)
@@ -110,12 +110,13 @@ def run_all(
     checks.require(
         frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
     )
-    states = from_first({d: files_of(d) for d in {s.dataset for s in specs}} if rank == 0 else None, world)
+    sources = {(s.dataset, s.uses_synthetic) for s in specs} if rank == 0 else set()
+    states = from_first({(d, synthetic): files_of(d, compute.root, synthetic) for d, synthetic in sources}, world)
     asked, specs = specs, from_first(_with_seeds(specs, store, states) if rank == 0 else None, world)
     name_of = {spec: key(spec) for spec in dict.fromkeys(specs)}
 
     def stored(spec: RunSpec) -> Result | None:
-        return store.get(name_of[spec], states[spec.dataset])
+        return store.get(name_of[spec], states[spec.dataset, spec.uses_synthetic])
 
     found = from_first({spec: r for spec in name_of if (r := stored(spec)) is not None}, world)
     wanted: dict[RunSpec, list[RunSpec]] = {}
@@ -143,7 +144,7 @@ def run_all(
         with files.lock(store.folder / "locks" / key(shared)) if rank == 0 else nullcontext():
             group, checkpoint = from_first(left(shared) if rank == 0 else None, world)
             if rank == 0:
-                files.set_aside_checkpoint(checkpoint, **material[shared].origin)
+                files.set_aside_checkpoint(checkpoint, **material[shared].origin(group))
             from_first(None, world)  # nobody looks for a checkpoint before that
             compute_pass = passes.compute_network if shared.from_scratch else passes.compute_heads
             for result, tensors in compute_pass(group, material[shared], compute, checkpoint) if group else ():
@@ -162,13 +163,14 @@ def _seeds_of(spec: RunSpec, store: Store) -> Path:
     return store.folder / "seeds" / f"{key(spec)}.json"
 
 
-def _with_seeds(specs: Sequence[RunSpec], store: Store, states: dict[str, str]) -> list[RunSpec]:
+def _with_seeds(specs: Sequence[RunSpec], store: Store, states: dict[tuple[str, bool], str]) -> list[RunSpec]:
     """A fresh seed for each spec without one; kept beside the results until they are there, so that a run that was cut
     off goes on with the seed that it had."""
     found, taken = [], dict[RunSpec, int]()
     for spec in specs:
         if spec.seed is None:
-            path, number, state = _seeds_of(spec, store), taken.get(spec, 0), states[spec.dataset]
+            path, number = _seeds_of(spec, store), taken.get(spec, 0)
+            state = states[spec.dataset, spec.uses_synthetic]
             kept = files.read_json(path) or {}
             # Not for files that have changed since: the noise of one seed on two versions of a data set cancels.
             seeds = kept["seeds"] if kept.get("files") == state else []

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dpmix import data, experiments, fid, files, heads, models, passes, rng, views
 from dpmix.grids import recipe
-from dpmix.spec import ComputeFlags
+from dpmix.spec import ComputeFlags, files_of
 
 FidRows = Callable[[data.Splits, models.Encoder, int, torch.device], list[dict[str, Any]]]
 
@@ -94,6 +94,7 @@ def _fid_rows(
     """`rows` for each encoder and seed, from the store where they are there, with the columns of a provenance."""
     device, store = compute.where(), experiments.Store().folder / "fid"
     splits = data.load(dataset, compute.root, cache=compute.cache)
+    images = {"splits": splits.digest, "files": files_of(dataset, compute.root, True)}
     code = hashlib.sha256(Path(fid.__file__).read_bytes()).hexdigest()
     loaded = [fid.encoder(name).to(device, getattr(torch, compute.dtype)) for name in encoders]
     frames = []
@@ -102,11 +103,11 @@ def _fid_rows(
             asked = json.dumps({**what, "encoder": name, "seed": seed, "dataset": dataset}, sort_keys=True)
             path = store / f"{files.digest(asked, code, experiments.code_digest())[:32]}.json"
             content = files.read_json(path)
-            if content is not None and content["about"]["splits"] != splits.digest:  # the images have changed
+            if content is not None and not content["about"].items() >= images.items():  # they have changed
                 files.set_aside(path)
                 content = None
             if content is None:
-                about = passes.provenance(device, splits.digest)
+                about = passes.provenance(device, splits.digest) | images
                 content = {"rows": rows(splits, encoder, seed, device), "about": about}
                 files.write_json(path, content)
             about, shared = content["about"], {"encoder": name, "seed": seed, "dataset": dataset}

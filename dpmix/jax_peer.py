@@ -185,7 +185,7 @@ def run_all(
     groups: dict[RunSpec, list[RunSpec]] = {}
 
     def stored(spec: RunSpec) -> Result | None:
-        return store.get(key(spec), experiments.files_of(spec.dataset))
+        return store.get(key(spec), experiments.files_of(spec.dataset, compute.root, spec.uses_synthetic))
 
     for spec in dict.fromkeys(specs):
         if stored(spec) is None:

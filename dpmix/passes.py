@@ -40,7 +40,8 @@ Done = tuple[Result, dict[str, Tensor]]
 @dataclass(frozen=True)
 class Material:
     """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
-    that are trained on. `digest` is that of the splits, `files` that of `spec.files_of`."""
+    that are trained on. `digest` is that of the splits, `files` that of `spec.files_of`, without and
+    with the synthetic images."""
 
     n: int
     train: data.ImageSet
@@ -51,12 +52,11 @@ class Material:
     synthetic: data.ImageSet | None
     encoder: models.Encoder | None
     digest: str
-    files: str = ""
+    files: dict[bool, str]
 
-    @property
-    def origin(self) -> dict[str, str]:
-        """What a checkpoint must agree with to go on."""
-        return {"data": self.digest, "files": self.files}
+    def origin(self, group: Sequence[RunSpec]) -> dict[str, str]:
+        """What a checkpoint of these runs must agree with to go on."""
+        return {"data": self.digest, "files": self.files[any(s.uses_synthetic for s in group)]}
 
 
 def pass_of(spec: RunSpec) -> RunSpec:
@@ -86,8 +86,10 @@ def _load(dataset: str, root: str, image_size: int | None, cached: str, state: s
 
 
 @lru_cache(maxsize=2)
-def _load_public(dataset: str, root: str, image_size: int | None, cached: str, state: str) -> data.ImageSet:
-    """The synthetic images, once it is known that none is a copy of a private one."""
+def _load_public(
+    dataset: str, root: str, image_size: int | None, cached: str, state: str, with_synthetic: str
+) -> data.ImageSet:
+    """The synthetic images, once it is known that none is a copy of a private one. The last two are of `files_of`."""
     splits = _load(dataset, root, image_size, cached, state)
     public = data.public_images(dataset, root, like=splits.train, cache=cached)
     refuse_overlap(splits, public)
@@ -104,7 +106,9 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
-    source = shared.dataset, compute.root, image_size, compute.cache, files_of(shared.dataset)
+    needs = any(s.uses_synthetic for s in group)
+    state = {synthetic: files_of(shared.dataset, compute.root, synthetic) for synthetic in {False, needs}}
+    source = shared.dataset, compute.root, image_size, compute.cache, state[False]
     splits = _load(*source)
     whole = splits.train
     if encoder is not None:
@@ -114,10 +118,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
         checks.require(channels in encoder.channels, "model", shared.model, fits)
     halves = rng.generator(shared.seed or 0, "halves").permutation(len(whole))
     half = {"half-1": torch.from_numpy(np.sort(halves[0::2])), "half-2": torch.from_numpy(np.sort(halves[1::2]))}
-    needs = any(s.recipe.k_diff for s in group)
-    synthetic = None
-    if (needs and shared.public.startswith("synthetic")) or shared.train_on == "synthetic" or shared.pretrain_epochs:
-        synthetic = _load_public(*source)
+    synthetic = _load_public(*source, state[True]) if needs else None
     if shared.train_on == "synthetic":
         assert synthetic is not None
         pool, ids = synthetic, torch.arange(len(synthetic))
@@ -134,7 +135,7 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     checks.require(len(train) > 0, "dataset", shared.dataset, "has no training examples after the validation split")
     validation = pool.subset(ids[held_out])
     held = train, ids[kept], validation, splits.test, public, synthetic
-    return Material(len(ids), *held, encoder, splits.digest, source[-1])
+    return Material(len(ids), *held, encoder, splits.digest, state)
 
 
 def compute_heads(
@@ -157,7 +158,7 @@ def compute_heads(
     bank = heads.train_bank(
         encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
         sample_rate=mechanisms[0].sample_rate, seed=training_seed(shared), public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec=material.origin, **common,
+        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec=material.origin(group), **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
     for name, images in (("validation", material.validation), ("test", material.test)):
@@ -238,7 +239,7 @@ def compute_network(
         autocast=torch.bfloat16 if compute.dtype == "bfloat16" else None, device=device,
         delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
         checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
-        spec=material.origin | {"network": spec.model},
+        spec=material.origin(group) | {"network": spec.model},
     )  # fmt: skip
     model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
     scores = [
@@ -264,7 +265,8 @@ def result(
         spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
         noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=spec.batch_size / spec.microbatch,
         population=m.population, diagnostics=diagnostics, timing=timing,
-        provenance=provenance(device, material.digest) | {"classes": list(material.train.class_names), "files": material.files},
+        provenance=provenance(device, material.digest) | {
+            "classes": list(material.train.class_names), "files": material.files[spec.uses_synthetic]},
     )  # fmt: skip
 
 

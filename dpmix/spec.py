@@ -113,6 +113,12 @@ class RunSpec:
         """Whether every weight of a network is trained, rather than a linear head on a frozen encoder."""
         return re.fullmatch(r"wrn-\d+-\d+", self.model) is not None
 
+    @property
+    def uses_synthetic(self) -> bool:
+        """Whether the synthetic images have a part in it."""
+        mixed = self.recipe.k_diff > 0 and self.public.startswith("synthetic")
+        return mixed or self.train_on == "synthetic" or self.pretrain_epochs > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeFlags:
@@ -226,17 +232,19 @@ def code_digest() -> str:
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
 
 
-def files_of(dataset: str) -> str:
-    """A digest over names, sizes and times of the files of an image folder; "" for a data set that is fixed.
+def files_of(dataset: str, root: Path | str, synthetic: bool) -> str:
+    """A digest over names, sizes and times of the files that may change behind a data set: the images of a folder, and
+    with `synthetic` the synthetic ones of any data set but the digits, whose own are fixed. "" where there are none.
 
     It tells whether a stored result still is one of these files. It is no part of any name: names are public.
     """
-    if not dataset.startswith("folder:"):
-        return ""
-    base = Path(dataset.removeprefix("folder:")).expanduser()
-    found = sorted(p for part in ("train", "test", "synthetic") for p in (base / part).rglob("*") if p.is_file())
+    base = data.synthetic_folder(dataset, root)
+    places = [base.parent / part for part in ("train", "test")] if dataset.startswith("folder:") else []
+    places += [base] if synthetic and dataset != "digits" else []
+    found = [p for place in places for p in sorted(place.rglob("*")) if p.is_file()]
     states = ((p, p.stat()) for p in found)
-    return files.digest(*(f"{p.relative_to(base).as_posix()} {s.st_size} {s.st_mtime_ns}" for p, s in states))
+    parts = [f"{p.relative_to(base.parent).as_posix()} {s.st_size} {s.st_mtime_ns}" for p, s in states]
+    return files.digest(*parts) if parts else ""
 
 
 def key(spec: RunSpec) -> str:

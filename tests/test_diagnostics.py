@@ -18,7 +18,7 @@ SPEC = RunSpec(recipe=views.Recipe(k_base=2, k_self=1), epsilon=None, learning_r
 def small(monkeypatch, private: ImageSet, public: ImageSet, projection: models.Encoder):
     """The tests' own images and encoder behind every spec: 40 examples, 4 steps."""
     material = passes.Material(len(private), private, torch.arange(len(private)), private, private, public, public,
-                               projection, "digest")  # fmt: skip
+                               projection, "digest", {False: "", True: ""})  # fmt: skip
     monkeypatch.setattr(passes, "prepare", lambda *_: material)
     return material
 

@@ -582,6 +582,38 @@ def test_a_folder_that_changed_is_trained_anew_under_the_same_name(tmp_path, pho
     assert torch.equal(files.load_tensors(store.folder / f"{first}-1.safetensors")[0]["weight"], weights["weight"])
 
 
+def test_other_synthetic_images_are_another_run_for_those_who_use_them(tmp_path, photos, store):
+    for c in ("a", "b"):
+        (photos / "synthetic" / c).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng([700, i, c == "a"]).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / "synthetic" / c / f"{i}.png")
+    plain = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=0.3, delta=1e-3)
+    mixed = replace(plain, recipe=views.Recipe(k_base=1, k_diff=2))
+    compute = replace(COMPUTE, cache=str(tmp_path / "cache"))
+    before = run_all([plain, mixed], compute=compute, store=store)
+    (photos / "synthetic" / "b" / "2.png").unlink()
+    after = run_all([plain, mixed], compute=compute, store=store)
+    assert before[0] == after[0] and before[1] != after[1] and before[1].key == after[1].key
+    assert before[1].provenance["files"] != after[1].provenance["files"]
+    assert not torch.equal(store.tensors(after[1])["weight"],
+                           files.load_tensors(store.folder / f"{after[1].key}-1.safetensors")[0]["weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "used"), [({}, False), ({"recipe": views.Recipe(k_base=1, k_diff=2)}, True),
+                                              ({"train_on": "synthetic"}, True), ({"pretrain_epochs": 1.0}, True)])  # fmt: skip
+def test_the_files_behind_a_spec(tmp_path, change, used):
+    """Synthetic images of a data set with files, for the specs that use them."""
+    spec = replace(SPEC, dataset="pets", **change)
+    assert spec.uses_synthetic == used and experiments.files_of("pets", tmp_path, True) == ""
+    (tmp_path / "synthetic" / "pets" / "cat").mkdir(parents=True)
+    (tmp_path / "synthetic" / "pets" / "cat" / "1.png").write_bytes(b"1")
+    first = experiments.files_of("pets", tmp_path, True)
+    (tmp_path / "synthetic" / "pets" / "cat" / "1.png").write_bytes(b"12")
+    assert "" != first != experiments.files_of("pets", tmp_path, True) != ""
+    assert experiments.files_of("pets", tmp_path, False) == experiments.files_of("digits", tmp_path, True) == ""
+
+
 def test_a_checkpoint_and_a_seed_of_other_images_are_not_gone_on_with(tmp_path, photos, store, monkeypatch):
     """Between the interruption and the next call an image left: one seed on two neighbours would cancel the noise."""
     spec = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=2.0, delta=1e-3, population=32,
