@@ -314,6 +314,9 @@ sns.lineplot(
 )
 ax.plot(eps, eps, color="black", lw=1, ls=":")
 ax.set(xlabel="ε claimed", ylabel="ε really spent", xscale="log", yscale="log")
+ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+ax.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+ax.minorticks_off()
 ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.close(figure)
 figure
