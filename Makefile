@@ -12,9 +12,9 @@ CODE := $(wildcard dpmix/*.py) $(wildcard data/public/*.json) $(wildcard data/pa
 
 book: $(READY)
 	@mkdir -p book/_build
-	@# The book's cache knows the notebooks' text only: forget it when the code behind them has changed.
+	@# The book remembers pages and outputs by the text of their sources: forget both when the code behind them has changed.
 	@cat $(CODE) | cksum > book/_build/code.new; \
-	cmp -s book/_build/code.new book/_build/code || rm -rf book/_build/.jupyter_cache; \
+	cmp -s book/_build/code.new book/_build/code || rm -rf book/_build/.jupyter_cache book/_build/.doctrees; \
 	mv book/_build/code.new book/_build/code
 	$(BIN)/jupyter-book build -W --keep-going book/
 	@echo "$(CURDIR)/book/_build/html/index.html"

@@ -3,7 +3,10 @@ and the module is built in floors as DESIGN draws it."""
 
 import ast
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -249,3 +252,26 @@ def test_nothing_in_the_module_uses_global_randomness_or_unpickles_or_prints():
     ]  # fmt: skip
     assert wrong == []
     assert re.search(next(iter(forbidden)), (ROOT / "dpmix" / "models.py").read_text()), "the patterns must find"
+
+
+def test_a_book_of_other_code_is_made_anew(tmp_path):
+    """Pages that have not changed are executed again if the module behind them has, and not otherwise."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    build, room, program = tmp_path / "book/_build", tmp_path / "dpmix/rng.py", tmp_path / ".venv/bin/jupyter-book"
+    for folder in (build, room.parent, program.parent):
+        folder.mkdir(parents=True)
+    program.write_text(
+        "#!/bin/sh\nls -A book/_build >> seen\nmkdir -p book/_build/.doctrees book/_build/.jupyter_cache\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / ".venv/.ready").touch()
+    outer = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
+    }  # of a make that runs the tests
+    for text, kept in (("a = 1", False), ("a = 1", True), ("a = 2", False), ("a = 2", True)):
+        room.write_text(text)
+        (tmp_path / "seen").unlink(missing_ok=True)
+        subprocess.run(["make", "book"], cwd=tmp_path, env=outer, check=True, capture_output=True)
+        wanted = {".doctrees", ".jupyter_cache"} if kept else set()
+        assert set((tmp_path / "seen").read_text().split()) == {"code", *wanted}
