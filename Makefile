@@ -1,5 +1,6 @@
 # Two commands: `make book` and `make test`. Each makes the environment if it is not there; both can be repeated.
 PYTHON ?= python3
+SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,7 +17,13 @@ book: $(READY)
 	@cat $(CODE) | cksum > book/_build/code.new; \
 	cmp -s book/_build/code.new book/_build/code || rm -rf book/_build/.jupyter_cache book/_build/.doctrees; \
 	mv book/_build/code.new book/_build/code
-	$(BIN)/jupyter-book build -W --keep-going book/
+	@# What went wrong is said again at the end, with the last lines of each failed page; the next call reads all pages again
+	@# (Sphinx would take the failed ones for done) and executes those alone that failed.
+	@rm -rf book/_build/html/reports; set -o pipefail; \
+	{ $(BIN)/jupyter-book build -W --keep-going book/ 2>&1 1>&3 | tee book/_build/warnings >&2; } 3>&1 || { \
+	rm -rf book/_build/.doctrees; echo "The book is not whole:"; \
+	grep -E '(WARNING|ERROR|CRITICAL): ' book/_build/warnings | cut -c -300; \
+	find book/_build/html/reports -name '*.log' -exec tail -n 3 {} + 2> /dev/null; exit 1; }
 	@echo "$(CURDIR)/book/_build/html/index.html"
 
 browse: $(READY)  ## open every page of the built book in a headless Chromium

@@ -254,24 +254,48 @@ def test_nothing_in_the_module_uses_global_randomness_or_unpickles_or_prints():
     assert re.search(next(iter(forbidden)), (ROOT / "dpmix" / "models.py").read_text()), "the patterns must find"
 
 
-def test_a_book_of_other_code_is_made_anew(tmp_path):
-    """Pages that have not changed are executed again if the module behind them has, and not otherwise."""
+def project_with(tmp_path, program: str) -> dict:
+    """A project with our Makefile, whose `jupyter-book` is the shell script `program`: the environment to run make in."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    build, room, program = tmp_path / "book/_build", tmp_path / "dpmix/rng.py", tmp_path / ".venv/bin/jupyter-book"
-    for folder in (build, room.parent, program.parent):
-        folder.mkdir(parents=True)
-    program.write_text(
-        "#!/bin/sh\nls -A book/_build >> seen\nmkdir -p book/_build/.doctrees book/_build/.jupyter_cache\n"
-    )
-    program.chmod(0o755)
+    for folder in ("book/_build", "dpmix", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    path = tmp_path / ".venv/bin/jupyter-book"
+    path.write_text(f"#!/bin/sh\n{program}\n")
+    path.chmod(0o755)
     (tmp_path / ".venv/.ready").touch()
-    outer = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
-    }  # of a make that runs the tests
+    # without the variables of a make that runs the tests
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+
+
+def test_a_book_of_other_code_is_made_anew(tmp_path):
+    """Pages that have not changed are executed again if the module behind them has, and not otherwise."""
+    outer = project_with(
+        tmp_path, "ls -A book/_build >> seen\nmkdir -p book/_build/.doctrees book/_build/.jupyter_cache"
+    )
     for text, kept in (("a = 1", False), ("a = 1", True), ("a = 2", False), ("a = 2", True)):
-        room.write_text(text)
+        (tmp_path / "dpmix/rng.py").write_text(text)
         (tmp_path / "seen").unlink(missing_ok=True)
         subprocess.run(["make", "book"], cwd=tmp_path, env=outer, check=True, capture_output=True)
         wanted = {".doctrees", ".jupyter_cache"} if kept else set()
-        assert set((tmp_path / "seen").read_text().split()) == {"code", *wanted}
+        assert set((tmp_path / "seen").read_text().split()) - {"warnings"} == {"code", *wanted}
+
+
+def test_a_book_with_a_failed_page_is_no_success_and_names_the_page_last(tmp_path):
+    """Nor is it one the second time: Sphinx would take a page that it has read for done, failed or not."""
+    page = """
+test -e book/_build/.doctrees && exit 0
+mkdir -p book/_build/.doctrees book/_build/.jupyter_cache book/_build/html/reports
+echo 'book/table3.ipynb: WARNING: Executing notebook failed' >&2
+echo 'ValueError: epsilon=-1: must be positive' > book/_build/html/reports/table3.err.log
+seq 200
+exit 1"""
+    outer = project_with(tmp_path, page)
+    for _ in range(2):
+        made = subprocess.run(
+            ["make", "book"], cwd=tmp_path, env=outer, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        last = made.stdout.splitlines()[-8:]
+        assert made.returncode != 0 and "index.html" not in made.stdout
+        assert any("table3.ipynb: WARNING" in line for line in last) and any("epsilon=-1" in line for line in last)
+    assert (tmp_path / "book/_build/.jupyter_cache").is_dir(), "pages that ran are not executed again"
