@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from scipy import stats
 
 from dpmix import privacy
@@ -84,6 +85,30 @@ def test_small_epsilons_are_not_drowned_by_the_error_bound_of_prv():
     about = dict(noise_multiplier=100.0, delta=1e-5, sample_rate=0.1, steps=1)
     prv, pld = (epsilon_spent(accountant=by, **about) for by in ("prv", "pld"))
     assert pld < prv < pld * 1.3
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"), [(0.65513, 0.02, 500), (6.3974, 0.2717, 37), (15.1476, 0.08192, 2441)]
+)
+def test_the_grid_of_pld_costs_a_ten_thousandth_and_stays_on_the_safe_side(sigma, rate, steps):
+    """Beside the library's own grid of 1e-4. Negative control: the coarse grid alone would cost more where steps are many."""
+
+    def by_library(interval):
+        event = privacy.dp_event.PoissonSampledDpEvent(rate, privacy.dp_event.GaussianDpEvent(sigma))
+        return PLDAccountant(value_discretization_interval=interval).compose(event, steps).get_epsilon(1e-5)
+
+    ours = epsilon_spent(noise_multiplier=sigma, delta=1e-5, sample_rate=rate, steps=steps, accountant="pld")
+    assert by_library(1e-4) <= ours <= by_library(1e-4) * (1 + 1.5e-4)
+    assert steps < 2000 or by_library(1e-3) > by_library(1e-4) * 1.002
+
+
+@pytest.mark.parametrize("by", ACCOUNTANTS)
+def test_calibration_leaves_a_slow_machine_room(by):
+    """The dearest budgets of the paper take a fraction of the ten seconds, so that a machine half as fast still calibrates."""
+    for about in (dict(sample_rate=0.02, steps=500), dict(sample_rate=1000 / 3680, steps=37)):
+        start = time.thread_time()
+        sigma = noise_multiplier.__wrapped__(epsilon=8.0, delta=1.1e-5, accountant=by, **about)
+        assert sigma > 0 and time.thread_time() - start < privacy.SECONDS / 2
 
 
 def test_prv_without_the_memory_for_it_bounds_by_infinity(monkeypatch):
@@ -259,5 +284,12 @@ def test_budgets_that_delta_alone_nearly_covers(by):
     about = dict(delta=1e-3, sample_rate=0.01, steps=10)
     sigma = privacy.noise_multiplier(epsilon=0.001, accountant=by, **about)
     assert privacy.epsilon_spent(noise_multiplier=sigma, accountant=by, **about) <= 0.001 and 0 < sigma < 50
-    with pytest.raises(ValueError, match=r"epsilon=0\.05: the (prv|pld) accountant did not reach this budget in"):
-        privacy.noise_multiplier(epsilon=0.05, delta=0.05, sample_rate=0.01, steps=10, accountant=by)
+
+
+@pytest.mark.parametrize("by", ["prv", "pld"])
+def test_a_search_that_would_last_too_long_says_so(by, monkeypatch):
+    monkeypatch.setattr(privacy, "SECONDS", 0.05)
+    with pytest.raises(
+        ValueError, match=rf"epsilon=8\.0: the (rdp|{by}) accountant did not reach this budget in 0\.05 s"
+    ):
+        privacy.noise_multiplier(epsilon=8.0, delta=1.2e-5, sample_rate=0.02, steps=500, accountant=by)
