@@ -8,7 +8,8 @@ Engines, all equal to the slow oracle:
 
 * `loop`: one backward per private example over its K views, which amortise the clipping. `auto` takes it on a CPU.
 * `grouped`: one backward for the batch; the layers form each example's gradient, summed over its views before it is
-  stored (Conv2d, standardised convolution, Linear, GroupNorm, LayerNorm). `auto` takes it on a GPU where it can.
+  stored (Conv2d, standardised convolution, Linear, GroupNorm, LayerNorm). `auto` takes it on a GPU where it can. Before
+  the first batch it is compared with autograd on public noise, and refused for a model that it does not fit.
 * `vmap`: vmap of grad (`torch.func`), for every layer that torch.func can map. `auto` takes it on a GPU otherwise.
 
 Precision: norms, clipping and sums are float32 (float64 for a float64 model), and blocks of a norm add up in float64.
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpmix import rng
 from dpmix.checks import one_of, require, whole
 from dpmix.layer_gradients import ELSE, recording, without_rule
 from dpmix.wide_resnet import check_no_mixing
@@ -187,6 +189,14 @@ class Clipper:
         return self._clip_and_add({name: g.flatten(1) for name, g in each.items()}, len(images))
 
     def _grouped(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        if self.unprobed:
+            self._probe(images.shape[2:], targets.shape[-1])
+            self.unprobed = False
+        each = self._by_layers(images, targets, weights)
+        return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
+
+    def _by_layers(self, images: Tensor, targets: Tensor, weights: Tensor) -> dict[int, Tensor]:
+        """Per-example gradients [b, numel] by the rules of the layers, keyed by id(parameter)."""
         each: dict[int, Tensor] = {}
         with recording(self.model, len(images), each, self.unfold):
             x = self._format(images.flatten(0, 1)).detach().requires_grad_()
@@ -194,19 +204,43 @@ class Clipper:
                 logits = self.model(x)
             # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
             torch.autograd.grad(_loss(logits, targets.flatten(0, 1), weights.flatten()), x)
-        reached = self._reached(images[:1, :1], targets[:1, :1]) if self.unprobed else {}
-        for name, p in reached.items():
-            if id(p) not in each:
-                said = "is used without calling its layer, so engine='grouped' does not see its gradient; take 'loop' or 'vmap'"
-                raise ValueError(f"model: {name!r} {said}")
-        self.unprobed = False
-        return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
+        return each
 
-    def _reached(self, images: Tensor, targets: Tensor) -> dict[str, nn.Parameter]:
-        """The parameters that the loss of one view depends on, by plain autograd."""
-        loss = _loss(self.model(self._format(images.flatten(0, 1))), targets.flatten(0, 1), targets.new_ones(1))
-        grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return {n: p for (n, p), g in zip(self.parameters.items(), grads, strict=True) if g is not None}
+    def _probe(self, shape: torch.Size, num_classes: int) -> None:
+        """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise.
+
+        One that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all
+        examples instead of examples; one that uses a parameter without calling its layer would leave a part unclipped.
+        The weights are moved a little meanwhile: zeros, as heads often start from, would hide what lies below them.
+        """
+        draw, parameters = rng.generator(0, "probe"), list(self.parameters.values())
+        noise = lambda *size: torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)  # noqa: E731
+        images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
+        kept = [p.detach().clone() for p in parameters]
+        try:
+            with torch.no_grad():
+                for p in parameters:
+                    p.add_(noise(*p.shape), alpha=0.02)
+            each = self._by_layers(images, targets, weights)
+            for i, (x, target, weight) in enumerate(zip(images, targets, weights, strict=True)):
+                with self._precision():
+                    logits = self.model(self._format(x))
+                grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
+                length = torch.cat([g.flatten() for g in grads if g is not None]).norm()
+                for (name, p), g in zip(self.parameters.items(), grads, strict=True):
+                    if g is not None and id(p) not in each:
+                        said = (
+                            f"is used without calling its layer, so engine='grouped' does not see its gradient; {ELSE}"
+                        )
+                        raise ValueError(f"model: {name!r} {said}")
+                    # bfloat16 rounds to a 256th
+                    if g is not None and not (each[id(p)][i] - g.flatten()).norm() <= 0.1 * g.norm() + 0.01 * length:
+                        said = f"gets its input in another order than examples and their views in front; {ELSE}"
+                        raise ValueError(f"model: the layer of {name!r} {said}")
+        finally:
+            with torch.no_grad():
+                for p, before in zip(parameters, kept, strict=True):
+                    p.copy_(before)
 
     def _clip_and_add(self, each: dict[str, Tensor], b: int) -> Tensor:
         """`each`: per-example gradients [b, numel]; emptied here, a layer at a time."""
