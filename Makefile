@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Passes run side by side, a process a core: more threads than that get into each other's way.
 export OMP_NUM_THREADS ?= 1
 CODE := $(wildcard dpmix/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*.json) \
-	$(wildcard benchmarks/results/*.json)
+	$(wildcard benchmarks/results/*.json) $(wildcard tests/mutants.py)
 
 .PHONY: book browse test lint lab env notebooks standins clean
 

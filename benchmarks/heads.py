@@ -1,4 +1,4 @@
-"""Speed and memory of the clipped head gradient and of the bank. Medians of one run, as a table and as JSON.
+"""Speed of the clipped head gradient and of the bank. Medians of one run, as a table and as JSON.
 
     python benchmarks/heads.py [--out benchmarks/results/heads.json] [--repeats 45]
 

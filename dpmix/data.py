@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import one_of, require, whole
 from .image_cache import Copies, decode, duplicates, no_linked_folders, pixel_hash
-from .layouts import KNOWN, list_folder, list_known, stratified_split
+from .layouts import KNOWN, Listing, list_folder, list_known, stratified_split
 
 _HERE = Path(__file__).resolve().parents[1]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -140,6 +140,39 @@ def _report_copies(name: str, copies: Copies, called: Callable[[int], str]) -> N
         warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}", stacklevel=3)
 
 
+def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing | Splits:
+    """The files of a data set, which are on disk but have not been opened; of digits and CIFAR the images themselves.
+
+    Raises as `load`, but for what only decoding can tell.
+    """
+    root = Path(root).expanduser()
+    if name.startswith("folder:"):
+        return list_folder(Path(name.removeprefix("folder:")).expanduser())
+    one_of("dataset", name, NAMES)
+    if name == "digits":
+        return _load_digits()
+    known = KNOWN[name]
+    if not download and not (root / known.folder).is_dir():
+        raise FileNotFoundError(
+            f"dataset={name!r}: {known.title} is not on disk; get it from {known.page} and unpack it to "
+            f"{root / known.folder}, or pass download=True; "
+            "works now: papermill notebooks/table3.ipynb -p dataset digits"
+        )
+    # Older ones write wherever the names in an archive point to, and torchvision lets them.
+    said = "this Python does not check names in archives; take 3.11.4 or later, or unpack the archive by hand"
+    require(not download or hasattr(tarfile, "data_filter"), "download", True, said)
+    no_linked_folders(root / known.folder)
+    try:
+        found = _load_cifar(name, root, download) if name.startswith("cifar") else list_known(name, root, download)
+    except (RuntimeError, KeyError, ValueError, FileNotFoundError, tarfile.TarError) as error:
+        why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
+        raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error
+    if isinstance(found, Listing) and len(found.files) != known.images:
+        told = f"{len(found.files):,} images where {known.title} has {known.images:,}"
+        warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=3)
+    return found
+
+
 def load(
     name: str, root: PathLike = ROOT, *, image_size: int | None = None, download: bool = False, cache: PathLike = CACHE
 ) -> Splits:
@@ -161,38 +194,13 @@ def load(
     """
     if image_size is not None:
         whole("image_size", image_size, 1)
-    root = Path(root).expanduser()
-    if name.startswith("folder:"):
-        listing = list_folder(Path(name.removeprefix("folder:")).expanduser())
-    else:
-        one_of("dataset", name, NAMES)
-        native = {"digits": 8, "cifar10": 32, "cifar100": 32}.get(name)
-        fits = image_size in (None, native) or not native
-        require(fits, "image_size", image_size, f"{name} is {native} pixels wide; leave it out")
-        if name == "digits":
-            return _load_digits()
-        known = KNOWN[name]
-        if not download and not (root / known.folder).is_dir():
-            raise FileNotFoundError(
-                f"dataset={name!r}: {known.title} is not on disk; get it from {known.page} and unpack it to "
-                f"{root / known.folder}, or pass download=True; "
-                "works now: papermill notebooks/table3.ipynb -p dataset digits"
-            )
-        # Older ones write wherever the names in an archive point to, and torchvision lets them.
-        said = "this Python does not check names in archives; take 3.11.4 or later, or unpack the archive by hand"
-        require(not download or hasattr(tarfile, "data_filter"), "download", True, said)
-        no_linked_folders(root / known.folder)
-        try:
-            if native:
-                return _load_cifar(name, root, download)
-            listing = list_known(name, root, download)
-        except (RuntimeError, KeyError, ValueError, FileNotFoundError, tarfile.TarError) as error:
-            why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
-            raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error
-        if len(listing.files) != known.images:
-            told = f"{len(listing.files):,} images where {known.title} has {known.images:,}"
-            warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=2)
-    base, files, labels, n, class_names = listing
+    native = {"digits": 8, "cifar10": 32, "cifar100": 32}.get(name)
+    fits = image_size in (None, native) or not native
+    require(fits, "image_size", image_size, f"{name} is {native} pixels wide; leave it out")
+    found = find(name, root, download=download)
+    if isinstance(found, Splits):
+        return found
+    base, files, labels, n, class_names = found
     images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, size=image_size)
     _report_copies(name, copies, lambda i: files[i].relative_to(base).as_posix())
     train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
@@ -218,6 +226,19 @@ def synthetic_folder(name: str, root: PathLike = ROOT) -> Path:
     return Path(root).expanduser() / "synthetic" / name
 
 
+def find_public(name: str, root: PathLike = ROOT) -> Path:
+    """`synthetic_folder`, once it is there. FileNotFoundError, which says how to make them, if it is not."""
+    if not name.startswith("folder:"):
+        one_of("dataset", name, NAMES)
+    base = synthetic_folder(name, root)
+    if name != "digits" and not base.is_dir():
+        raise FileNotFoundError(
+            f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.synthesis.generate, "
+            "or choose a method without them (k_diff=0)"
+        )
+    return base
+
+
 def public_images(
     name: str, root: PathLike = ROOT, *, like: ImageSet | None = None, cache: PathLike = CACHE
 ) -> ImageSet:
@@ -234,14 +255,7 @@ def public_images(
     """
     if name == "digits":
         return _synthetic_digits()
-    if not name.startswith("folder:"):
-        one_of("dataset", name, NAMES)
-    base = synthetic_folder(name, root)
-    if not base.is_dir():
-        raise FileNotFoundError(
-            f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.synthesis.generate, "
-            "or choose a method without them (k_diff=0)"
-        )
+    base = find_public(name, root)
     from torchvision import datasets
 
     no_linked_folders(base)

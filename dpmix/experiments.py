@@ -239,8 +239,12 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     checks.require(spec.seed is None or spec.seed >= 2**64, "seed", spec.seed, said)
     said = "mixes in the other half of the private images unprotected: an experiment (Table 10), not to be released"
     checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, said)
-    path = Path(path)
-    tensors = (store or Store()).tensors(result)
+    path, store = Path(path), store or Store()
+    tensors = store.tensors(result)
+    kept = store.get(result.key)
+    same = kept is not None and json.dumps(kept.to_json()) == json.dumps(result.to_json())
+    said = "the store has another result under this key now, with other weights; give the store that it came from, or run again"
+    checks.require(same, "result", result.key, said)
     counted = ["the number of training examples, from which the sampling rate and the number of steps follow"]
     about = {k: v for k, v in asdict(spec).items() if k not in ("seed", "weights")}
     about["dataset"] = spec.dataset.partition(":")[0]  # not where the images lie

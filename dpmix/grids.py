@@ -89,6 +89,12 @@ def methods_grid(
 ) -> list[Cell]:  # fmt: skip
     """Every model × method × epsilon × learning rate × seed. Values left out are those of the scale."""
     p = preset(scale, dataset)
+    given = {"models": models, "methods": methods, "eps": eps, "seeds": seeds, "learning_rates": learning_rates}
+    for name, value in given.items():
+        said = "is empty; give a value or a list of some, or leave it None for those of the scale"
+        checks.require(value is None or len(many(value, ())) > 0, name, value, said)
+    for rate in many(learning_rates, p.learning_rates):
+        checks.positive("learning_rates", rate)
     cells = []
     for model in many(models, p.models):
         for method in many(methods, ()):
@@ -126,7 +132,7 @@ def check_scale(scale: str, dataset: str | None = None) -> None:
     """Stop at once where the data of a paper-scale run are not on disk; the message says what to put where."""
     p = preset(scale, dataset)
     if scale == "paper":
-        data.load(p.dataset)
+        data.find(p.dataset)  # not opened: they are decoded at the size that the encoder wants
 
 
 # Networks from scratch: Tables 1, 2 and 5.

@@ -101,12 +101,15 @@ def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) ->
     encoder = None
     image_size = None
     if not shared.from_scratch:
-        dtype = getattr(torch, compute.dtype)
-        encoder = models.encoder(shared.model, shared.weights).to(compute.where(), dtype)
+        encoder = models.encoder(shared.model, shared.weights).to(compute.where(), compute.precision())
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
     needs = any(s.uses_synthetic for s in group)
+    if needs:
+        data.find_public(
+            shared.dataset, compute.root
+        )  # before the private images are decoded, which takes hours for some
     state = {synthetic: files_of(shared.dataset, compute.root, synthetic) for synthetic in {False, needs}}
     source = shared.dataset, compute.root, image_size, compute.cache, state[False]
     splits = _load(*source)
@@ -166,7 +169,8 @@ def compute_heads(
         scores[name] = heads.accuracy(bank, features, images.labels).tolist() if len(images) else [None] * len(unique)
     seconds = time.perf_counter() - start
     timing = {"seconds": seconds, "shares": bank.seconds, "views": bank.views, "heads": len(unique),
-              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9), "physical_batch": physical}  # fmt: skip
+              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9), "physical_batch": physical,
+              "dtype": str(compute.precision())}  # fmt: skip
     for spec, head, m in zip(group, bank_heads, mechanisms, strict=True):
         r = unique.index(head)
         diagnostics = NonPrivateDiagnostics(
@@ -236,7 +240,8 @@ def compute_network(
         ids=material.ids, places=material.n, stream=stream(spec),
         public=material.public, momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
         microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
-        autocast=torch.bfloat16 if compute.dtype == "bfloat16" else None, device=device,
+        autocast=torch.bfloat16 if compute.precision() == torch.bfloat16 else None,
+        channels_last=device.type == "cuda", device=device,
         delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
         checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
         spec=material.origin(group) | {"network": spec.model},
@@ -250,7 +255,7 @@ def compute_network(
     )
     timing = {"seconds": trained.seconds, "views": trained.counters["views"], "engine": trained.engine, "heads": 1,
               "views_per_second": trained.counters["views"] / max(trained.seconds, 1e-9), "physical_batch": physical,
-              "dtype": compute.dtype}  # fmt: skip
+              "dtype": str(compute.precision()), "channels_last": device.type == "cuda"}  # fmt: skip
     assert scores[0] is not None
     tensors = {name: t.float() for name, t in model.state_dict().items()}
     yield result(spec, m, scores[0], diagnostics, timing, material, device), tensors

@@ -83,12 +83,16 @@ def epsilon_spent(
             return float(rdp.get_epsilon(delta, alphas=RDP_ORDERS))
         prv = PRVAccountant()
         prv.history = [(noise_multiplier, sample_rate, steps)]
+        about = dict(noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=steps)
+        error = max(
+            0.01, epsilon_spent(**about, accountant="rdp") / 800
+        )  # it is part of the result, and a small one costs time
         with np.errstate(divide="ignore", over="ignore"):  # both branches of a numpy.where, one of them unused
             try:
-                coarse = float(prv.get_epsilon(delta))
+                coarse = float(prv.get_epsilon(delta, eps_error=error))
             except MemoryError:
                 return math.inf  # a bound all the same: epsilon lies in the thousands here
-            # The error bound of 0.01 is part of the result: refine it where it would dominate, within some 100 MB.
+            # Refine the error where it would dominate, within some 100 MB.
             error = max(coarse / 50, 1e-5 * steps**0.5)
             return coarse if error >= 0.01 or coarse >= 0.1 else float(prv.get_epsilon(delta, eps_error=error))
 
@@ -154,7 +158,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps:
         return search(by, start - 0.15, start)
 
     log_sigma = search("rdp", 0.0, 0.4)
-    if accountant != "rdp":  # the tighter accountants need at most as much noise, and rarely 15 % less
+    if accountant != "rdp":  # the tighter accountants need at most as much noise as a rule, and rarely 15 % less
         log_sigma = refine(accountant, log_sigma)
     return math.exp(log_sigma)
 

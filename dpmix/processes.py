@@ -16,6 +16,7 @@ def processes(device: str | torch.device = "cpu") -> tuple[int, int]:
     if not dist.is_available():
         return 0, 1
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device_of(device)  # NCCL talks through the GPU that is current, and each process needs its own
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

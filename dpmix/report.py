@@ -11,7 +11,9 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy import stats
 
+from dpmix import passes
 from dpmix.grids import LABELS
+from dpmix.spec import ComputeFlags
 
 
 def label(name: Any) -> str:
@@ -198,12 +200,21 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def provenance_note(runs: pd.DataFrame, noun: str = "runs") -> Markdown:
-    """Scale, device, seeds, date and version behind a page, from the results."""
+def made_note(what: str) -> Markdown:
+    """`what` was made, and device, date and version: for a page whose numbers do not come from the store."""
+    about = passes.provenance(ComputeFlags().where(), "")
+    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
+    made, v = f"made on {about['date'][:16]} UTC on {about['device']}", about["versions"]
+    return Markdown(f"*{what}, {made}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*")
+
+
+def provenance_note(runs: pd.DataFrame, scale: str = "", noun: str = "runs") -> Markdown:
+    """Scale, data set, seeds, date, device and version behind a page, from the results."""
     sets, seeds, devices = (", ".join(map(str, sorted(set(runs[c])))) for c in ("dataset", "seed", "device"))
     versions = "; ".join(sorted(set(runs["versions"])))
+    what = f"{len(runs)} {noun}{f' at {scale} scale' if scale else ''}"
     return Markdown(
-        f"*{len(runs)} {noun} on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
+        f"*{what} on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
         f"{runs['date'].max()[:16]} UTC on {devices}, with {versions}.*"
     )
 

@@ -194,13 +194,15 @@ def deviation_verdict(published: pd.DataFrame, deviations: pd.DataFrame) -> Mark
     return Markdown("\n".join(lines))
 
 
-def timing_note(timed: pd.DataFrame, dataset: str, model: str, steps: int, about: Mapping[str, Any]) -> Markdown:
+def timing_note(
+    timed: pd.DataFrame, scale: str, dataset: str, model: str, steps: int, about: Mapping[str, Any]
+) -> Markdown:
     """What was timed, where, when and with which versions; `about` is `passes.provenance`."""
     repeats, v = timed["repeat"].nunique(), about["versions"]
     commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
     return Markdown(
-        f"*{label(model)} on {label(dataset)}, {steps} steps of each pass, {repeats} repeats, on {about['date'][:16]} UTC "
-        f"on {about['device']}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*"
+        f"*At {scale} scale: {label(model)} on {label(dataset)}, {steps} steps of each pass, {repeats} repeats, "
+        f"on {about['date'][:16]} UTC on {about['device']}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*"
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dpmix import checks, data, files, microbatch, models, privacy, views
+from dpmix.clipping_network import ENGINES
+from dpmix.processes import device_of
 
 TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
 PUBLIC = ("synthetic", "synthetic-half", "half-2")
@@ -61,6 +63,8 @@ class RunSpec:
     microbatch_mix: str = "none"
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "model"):
+            checks.require(isinstance(getattr(self, name), str), name, getattr(self, name), "must be a name")
         by_name = "must be a views.Recipe; the one of a method is views.METHODS[NAME]"
         checks.require(isinstance(self.recipe, views.Recipe), "recipe", self.recipe, by_name)
         if self.epsilon is not None:
@@ -92,6 +96,15 @@ class RunSpec:
             checks.one_of("dataset", self.dataset, data.NAMES)
         if not (self.from_scratch or self.model.startswith(("open_clip:", "timm:"))):
             checks.one_of("model", self.model, (*models.ENCODERS, "timm:NAME", "wrn-16-4"))
+        if self.from_scratch:
+            depth, width = map(int, self.model.split("-")[1:])
+            said = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
+            checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, said)
+        said = "must be 2 to mix the pair"
+        checks.require(self.microbatch_mix == "none" or self.microbatch == 2, "microbatch", self.microbatch, said)
+        said = "the partition is one of the whole training set; take train_on='all'"
+        halved = self.train_on.startswith("half")
+        checks.require(self.microbatch == 1 or not halved, "microbatch", self.microbatch, said)
         # What the other kind of run would leave unread is refused.
         unread = ("pretrain_epochs", "weights") if self.from_scratch else (
             "momentum", "weight_decay", "ema_decay", "microbatch", "microbatch_mix")  # fmt: skip
@@ -124,12 +137,14 @@ class RunSpec:
 class ComputeFlags:
     """All that may not change a result beyond floating-point rounding: where and how it is computed.
 
-    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
+    `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and float32 on a CPU. Norms,
+    sums and noise are float32 in any case. `workers` passes run at a time, in processes of their own; by default as many
+    as there are cores, and one on a GPU.
     """
 
     device: str = "auto"
     physical_batch: int | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
     engine: str = "auto"
     root: str = str(data.ROOT)
     cache: str = str(data.CACHE)
@@ -140,13 +155,27 @@ class ComputeFlags:
     def __post_init__(self) -> None:
         if self.workers is not None:
             checks.whole("workers", self.workers, 1)
-        checks.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        checks.one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        checks.one_of("engine", self.engine, ENGINES)
+        said = "must not be negative"
+        checks.require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, said)
+        checks.require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "device",
+            self.device,
+            "must be 'auto', 'cpu' or 'cuda'",
+        )
         if self.physical_batch is not None:
             checks.whole("physical_batch", self.physical_batch, 1)
 
     def where(self) -> torch.device:
-        """The device: the first GPU if there is one, unless named."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        """The device: the first GPU if there is one (under torchrun, the process's own), unless named."""
+        return device_of(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    def precision(self) -> torch.dtype:
+        """`dtype` on this device."""
+        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and self.where().type == "cuda")
+        return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +277,10 @@ def files_of(dataset: str, root: Path | str, synthetic: bool) -> str:
 
 
 def key(spec: RunSpec) -> str:
-    """The name of a result in the store: it covers the spec, the code and the content of the encoder's weights file."""
+    """The name of a result in the store: it covers the spec, the code and the content of the file that `weights` names.
+
+    Pretrained weights of open_clip and timm are taken for what their name says (`models.encoder` compares a FILE.sha256).
+    """
     weights = spec.weights or ""
     if weights not in ("", "random"):
         if not Path(weights).is_file():

@@ -73,14 +73,22 @@ class Recipe:
         return self if flip else replace(self, transform=transforms.without_flip(self.transform))
 
 
-METHODS: dict[str, Recipe] = {
-    "dp-sgd": Recipe(k_base=1, transform="none"),
-    "mixed-ghost": Recipe(k_base=1, transform="none"),
-    "self-aug": Recipe(k_base=16),
-    "mix-self": Recipe(k_base=16, k_self=18),
-    "mix-diff": Recipe(k_base=16, k_self=18, k_diff=2),
-    "pure-mix-diff": Recipe(k_base=0, k_self=18, k_diff=2),
-}
+class _Methods(dict[str, Recipe]):
+    def __missing__(self, name: str) -> Recipe:
+        checks.one_of("method", name, self)
+        raise KeyError(name)
+
+
+METHODS: dict[str, Recipe] = _Methods(
+    {
+        "dp-sgd": Recipe(k_base=1, transform="none"),
+        "mixed-ghost": Recipe(k_base=1, transform="none"),
+        "self-aug": Recipe(k_base=16),
+        "mix-self": Recipe(k_base=16, k_self=18),
+        "mix-diff": Recipe(k_base=16, k_self=18, k_diff=2),
+        "pure-mix-diff": Recipe(k_base=0, k_self=18, k_diff=2),
+    }
+)
 
 
 class Views(NamedTuple):

@@ -166,7 +166,11 @@ shown
 #
 # With two public images among eighteen members, most mixtures hold no public pixel, and now and then one is public in both halves: it then holds nothing of the
 # private example. Pure-DP-MixDiff, where all of them are so, is the subject of {doc}`table12`.
-#
+
+# %% tags=["hide-input"]
+report.made_note(f"Example {index} of {report.label(dataset)}, seed {seed}, step {step}")
+
+# %% [markdown]
 # ## Run it again
 #
 # ```console

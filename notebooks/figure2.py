@@ -55,7 +55,7 @@ cells = grids.methods_grid(
     learning_rates=learning_rates,
 )
 runs = grids.run_cells(cells)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # Each method trains with the learning rate that validation chose for it, privately, as always. An observer then sees the features of each batch and the weights at

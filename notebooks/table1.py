@@ -62,7 +62,7 @@ report_network.settings(preset)
 
 # %% tags=["remove-stderr"]
 runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## The sum turns round

@@ -37,7 +37,7 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import data, experiments, grids, paper, plots, report
+from dpmix import data, experiments, grids, paper, passes, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
@@ -62,10 +62,11 @@ f"{len(cells)} runs: every variant × encoder × ε × learning rate × seed"
 
 # %%
 runs = grids.run_cells(cells)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% tags=["hide-input"]
-train = data.load(preset.dataset).train
+size = 224 if preset.dataset in passes.SCALED else None  # decoded for a pass already
+train = data.load(preset.dataset, image_size=size).train
 half = -(-len(train) // 2)
 synthetic = min(half, len(data.public_images(preset.dataset, like=train)))
 Markdown(

@@ -73,7 +73,7 @@ f"{len(cells)} runs in each framework: every encoder × method × ε × learning
 # %%
 in_jax = jax_peer.run_cells(cells)
 in_torch = grids.run_cells(cells)
-report.provenance_note(in_jax)
+report.provenance_note(in_jax, scale)
 
 # %% [markdown]
 # ## Published beside measured

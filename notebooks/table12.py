@@ -132,7 +132,7 @@ f"{len(private)} private runs and {len(alone)} on the public images alone"
 
 # %%
 runs = grids.run_cells(private + alone)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured

@@ -47,7 +47,7 @@ cells = grids.methods_grid(
 runs = {m: [next(c.spec for c in cells if c.labels["method"] == m)] for m in methods}
 runs["bank"] = [c.spec for c in cells]
 timed = diagnostics.timings(runs, steps=steps, repeats=repeats)
-inside.timing_note(timed, dataset, model, steps, passes.provenance(ComputeFlags().where(), ""))
+inside.timing_note(timed, scale, dataset, model, steps, passes.provenance(ComputeFlags().where(), ""))
 
 # %% [markdown]
 # ## Published beside measured

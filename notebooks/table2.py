@@ -16,7 +16,7 @@
 # Every weight of a network is trained on private images, from a random start. Table 2 of the paper {cite:p}`bao2023dpmix` compares **Self-Aug** {cite:p}`de2022unlocking`, which averages the gradient of an example over
 # 16 augmented views before it is clipped, with **DP-MixSelf**, which adds mixtures of those views. There are no synthetic images here: the other methods would have seen less data.
 #
-# What the paper claims: DP-MixSelf is ahead on all three data sets and for every ε. The margins are between half a point and two points.
+# What the paper claims: DP-MixSelf is ahead on all three data sets and for every ε. The margins are between a few tenths of a point and almost two points.
 
 # %% tags=["parameters"]
 eps = None  # None: 1, 2, 4 and 8 at paper scale, 2 and 8 in the demo; or one number; or a list
@@ -61,7 +61,7 @@ report_network.settings(preset)
 
 # %% tags=["remove-stderr"]
 runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured

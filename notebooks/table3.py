@@ -61,7 +61,7 @@ f"{len(cells)} runs: every encoder × method × ε × learning rate × seed"
 
 # %%
 runs = grids.run_cells(cells)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured

@@ -65,7 +65,7 @@ f"{len(cells)} runs: every data set × transformation × learning rate × seed"
 
 # %%
 runs = grids.run_cells(cells)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured

@@ -62,7 +62,7 @@ report_network.settings(preset)
 
 # %% tags=["remove-stderr"]
 runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured
@@ -105,7 +105,7 @@ report.show_paired(differences)
 # %% [markdown]
 # ## What agrees, and what does not
 #
-# Cells are the models. The paper's differences among Self-Aug's rows are a few tenths of a point and below their standard deviation: its claim is that there is nothing to gain, so an undecided comparison is what it predicts.
+# Cells are the models. The paper's differences among Self-Aug's rows are at most a few tenths of a point, for the network about as much as their standard deviation: its claim is that there is nothing to gain, so an undecided comparison is what it predicts.
 
 # %% tags=["hide-input"]
 report.agreement(differences, report.published_gaps(report_network.numbered(published), pairs))

@@ -85,7 +85,7 @@ f"{len(cells)} private runs, {len(heads)} on the synthetic images alone"
 # %%
 runs = grids.run_cells(cells)
 public = grids.run_cells(heads)
-report.provenance_note(pd.concat([runs, public]))
+report.provenance_note(pd.concat([runs, public]), scale)
 
 # %% [markdown]
 # The pretrained head is the very one that the private runs start from. Its row appears under every ε, since it has cost nothing.

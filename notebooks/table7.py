@@ -41,7 +41,7 @@ preset = grids.preset(scale, dataset)
 encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION,))
 asked = {"dataset": preset.dataset, "seeds": grids.many(seeds, preset.seeds), "examples": examples}
 found = grids_fid.fid_of_methods(methods, encoders=encoders, **asked)
-report.provenance_note(found, "distances")
+report.provenance_note(found, scale, "distances")
 
 # %% [markdown]
 # Each training example gives its views once, as in one epoch, and all views of a method make one set. It is compared with the training images and with the test

@@ -40,7 +40,7 @@ factor = 1 if fid.INCEPTION in encoders else 1000
 size, n = int(found["n"].iloc[0]), found["seed"].nunique()
 glue("table8_size", f"{size:,}", display=False)
 glue("table8_n", n, display=False)
-report.provenance_note(found, "distances")
+report.provenance_note(found, scale, "distances")
 
 # %% [markdown]
 # The distance is biased: two small samples of *one* distribution are farther apart than two large ones. So the three comparisons here are

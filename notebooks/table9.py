@@ -77,7 +77,7 @@ f"{len(cells)} runs: every combination × learning rate × seed"
 
 # %%
 runs = grids.run_cells(cells)
-report.provenance_note(runs)
+report.provenance_note(runs, scale)
 
 # %% [markdown]
 # ## Published beside measured
@@ -163,8 +163,7 @@ Markdown(
 
 # %% [markdown]
 # The paper's own numbers say more than its text. Without public images the three best cells are those with $K_\text{self} = K_\text{base}$, ahead of all the others by more
-# than the other cells differ among themselves; the paper gives no deviations. With public images, fewer views of the private example are never worse: the larger the share of
-# public images among the views, the higher the accuracy. On Caltech-256 it is the synthetic images that carry the gain, which fits Table 12, where views without any private pixel
+# than the other cells differ among themselves; the paper gives no deviations. With public images, fewer views of the private example are never worse. On Caltech-256 it is the synthetic images that carry the gain, which fits Table 12, where views without any private pixel
 # come close to the full method ({doc}`table12`).
 #
 # The best cell is the best of many on the test set, so its accuracy is a little too good. Nothing in other tables uses it.

@@ -59,8 +59,8 @@ steps = {
     "clip, then average": wrong.clip_then_average,
 }
 glue("trust_releases", releases, display=False)
-Markdown(
-    f"*A linear head on the pixels of the digits, {recipe.views} cropped views an example, σ = {noise:g}, δ = {delta:g}.*"
+report.made_note(
+    f"A linear head on the pixels of the digits, {recipe.views} cropped views an example, σ = {noise:g}, δ = {delta:g}"
 )
 
 # %% [markdown]

@@ -120,7 +120,7 @@ def noise_per_chunk(step: audit.Step, deviation: float, physical_batch: int = 4,
     return release
 
 
-# How many clip norms one more example moves the sum, at least, where the audit looks for it. Only the last is private.
+# How many clip norms one more example moves the sum, at least, where the audit looks for it. The noise is for 1.
 MUTANTS: dict[str, float] = {
     "mixup_across_examples": 1.5,
     "views_as_examples": 3.9,  # K = 4 in the tests

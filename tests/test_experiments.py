@@ -70,6 +70,10 @@ BAD = [
     (dict(momentum=0.9), "momentum=0.9: means nothing for a linear head on a frozen encoder, 'tiny-convnext'; leave it out"),
     (dict(microbatch=2), "microbatch=2: means nothing for a linear head"),
     (dict(pretrain_epochs=1.0, model="wrn-10-1"), "pretrain_epochs=1.0: means nothing for a network from scratch"),
+    (dict(model="wrn-11-1"), "model='wrn-11-1': must be wrn-DEPTH-WIDTH with a depth of 6 n + 4"),
+    (dict(model="wrn-4-1"), "model='wrn-4-1'"), (dict(model="wrn-10-0"), "model='wrn-10-0'"),
+    (dict(microbatch=3, microbatch_mix="add", model="wrn-10-1"), "microbatch=3: must be 2 to mix the pair"),
+    (dict(microbatch=2, train_on="half-1", model="wrn-10-1"), "microbatch=2: the partition is one of the whole training set"),
 ]  # fmt: skip
 
 
@@ -82,6 +86,32 @@ def test_bad_specs_are_refused_in_one_line_by_name(bad, said):
         made.__post_init__()
     assert str(caught.value).startswith(next(iter(bad))) and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (dict(engine="lop"), "engine='lop': unknown; did you mean 'loop'"),
+    (dict(device="gpu0"), "device='gpu0': must be 'auto', 'cpu' or"),
+    (dict(checkpoint_seconds=-1.0), "checkpoint_seconds=-1.0: must not be negative"), (dict(dtype="bf16"), "dtype='bf16'"),
+    (dict(workers=0), "workers=0"), (dict(physical_batch=0), "physical_batch=0"),
+])  # fmt: skip
+def test_bad_compute_flags_are_refused_in_one_line_by_name(bad, said):
+    with pytest.raises(ValueError) as caught:
+        ComputeFlags(**bad)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_before_any_training(store):
+    with pytest.raises(ValueError, match="device='cuda': there is no GPU that PyTorch can use; take 'cpu'"):
+        run(SPEC, compute=replace(COMPUTE, device="cuda"), store=store)
+
+
+def test_the_precision_is_bfloat16_on_a_gpu_and_float32_on_a_cpu_unless_named(monkeypatch):
+    assert ComputeFlags(device="cpu").precision() == torch.float32
+    assert ComputeFlags(device="cpu", dtype="bfloat16").precision() == torch.bfloat16
+    monkeypatch.setattr(spec, "device_of", torch.device)  # a GPU that nobody asks for anything
+    assert ComputeFlags(device="cuda").precision() == torch.bfloat16
+    assert ComputeFlags(device="cuda", dtype="float32").precision() == torch.float32
 
 
 RUN_BAD = [
@@ -244,11 +274,13 @@ def test_every_field_of_a_spec_changes_the_key(tmp_path):
         batch_size=128, epochs=3.0, seed=1, weights="random",
     )  # fmt: skip
     wrn = replace(SPEC, model="wrn-10-1")
-    network = dict(momentum=0.9, weight_decay=0.1, ema_decay=0.9, microbatch=2, microbatch_mix="add")
-    assert other.keys() | network.keys() == {f.name for f in fields(RunSpec)}
+    network = dict(momentum=0.9, weight_decay=0.1, ema_decay=0.9, microbatch=2)
+    pairs = replace(wrn, microbatch=2)
+    assert other.keys() | network.keys() | {"microbatch_mix"} == {f.name for f in fields(RunSpec)}
     keys = {experiments.key(replace(SPEC, **{name: value})) for name, value in other.items()}
     keys |= {experiments.key(replace(wrn, **{name: value})) for name, value in network.items()}
-    assert len(keys | {experiments.key(SPEC), experiments.key(wrn)}) == len(other) + len(network) + 2
+    keys |= {experiments.key(s) for s in (SPEC, wrn, replace(pairs, microbatch_mix="add"))}
+    assert len(keys) == len(other) + len(network) + 3
     weights = tmp_path / "w.safetensors"
     found = set()
     for content in (b"1", b"2"):
@@ -458,6 +490,26 @@ def test_frame_has_a_row_a_run(shared):
 
 
 # Release.
+
+
+def test_a_card_is_never_written_beside_the_weights_of_another_run(store, tmp_path):
+    """Results of one spec on other images share a key: the store keeps the newest under it."""
+    one = run(replace(SPEC, seed=2**64 + 11), compute=COMPUTE, store=store)
+    weights = store.tensors(one)
+    other = replace(one, noise_multiplier=3 * one.noise_multiplier, provenance=one.provenance | {"files": "changed"})
+    store.put(other, {name: t + 1 for name, t in weights.items()})
+    for stranger, why in (
+        (one, "the store has another result"),
+        (replace(other, epsilon={"rdp": 0.1}), "another result"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            experiments.release(stranger, tmp_path / "no", store=store)
+        assert not (tmp_path / "no").exists()
+    folder = experiments.release(other, tmp_path / "yes", store=store)
+    card = files.read_json(folder / "privacy_card.json")
+    assert card["mechanism"]["noise_multiplier"] == other.noise_multiplier
+    released = files.load_tensors(folder / "model.safetensors")[0]
+    assert torch.equal(released["weight"], weights["weight"] + 1)
 
 
 def test_a_release_holds_the_weights_and_a_card_and_nothing_else(store, tmp_path):

@@ -74,11 +74,25 @@ def test_unknown_words_are_refused_with_near_matches():
 
 def test_without_the_data_the_paper_scale_stops_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(grids.data, "load", asked.append)
+    monkeypatch.setattr(grids.data, "find", asked.append)
     grids.check_scale("demo")
     assert asked == []
     grids.check_scale("paper", "pets")
-    assert asked == ["pets"], "what load says of data that are not there is tested below"
+    assert asked == ["pets"], "what it says of data that are not there is tested below"
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (dict(seeds=[]), "seeds=[]: is empty"), (dict(eps=[]), "eps=[]: is empty"), (dict(methods=[]), "methods=[]: is empty"),
+        (dict(learning_rates="a"), "learning_rates='a': must be a positive finite number"),
+        (dict(methods=["mixself"]), "method='mixself': unknown; did you mean 'mix-self'"),
+    ],
+)  # fmt: skip
+def test_bad_parameters_of_a_grid_are_refused_in_one_line_by_name(bad, said):
+    with pytest.raises(ValueError) as caught:
+        methods_grid("demo", **{"methods": ["dp-sgd"], **bad})
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dataset", sorted(paper.DATASETS))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpmix import files, network, privacy, rng, views
+from dpmix import files, network, privacy, processes, rng, views
 from dpmix.clipping_network import clipped_gradient_sum
 from dpmix.wide_resnet import wide_resnet
 
@@ -446,6 +446,23 @@ def test_kill_minus_nine_at_any_moment(tmp_path):
     want = train(**(FULL | dict(steps=12)))
     torch.set_num_threads(threads)
     assert same(load_file(tmp_path / "final.safetensors"), want.state)
+
+
+def test_each_process_takes_its_own_gpu_before_the_group_is_made(monkeypatch):
+    """NCCL sends through the GPU that is current: with the default one, all processes would share the first."""
+    told = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: "nccl" in told)
+    monkeypatch.setattr(processes.dist, "init_process_group", told.append)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.atexit, "register", lambda function: None)
+    assert processes.processes("cuda") == (1, 2)
+    assert told == ["cuda:1", "nccl"]
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -286,6 +286,21 @@ def test_budgets_that_delta_alone_nearly_covers(by):
     assert privacy.epsilon_spent(noise_multiplier=sigma, accountant=by, **about) <= 0.001 and 0 < sigma < 50
 
 
+@pytest.mark.parametrize(("sigma", "least", "most"), [(2.7, 0.01, 0.0101), (20.0, 0.02, 0.1)])
+def test_prv_is_asked_for_no_more_precision_than_shows(sigma, least, most, monkeypatch):
+    """An error of 0.01 in an epsilon of 40 takes half a minute to calibrate; an eight-hundredth of it is enough."""
+    asked, steps = [], 2441 if sigma < 3 else 20_000
+
+    def answer(self, delta, eps_error=0.01):
+        asked.append(eps_error)
+        return 8.0
+
+    monkeypatch.setattr(privacy.PRVAccountant, "get_epsilon", answer)
+    rate = 0.08192 if sigma < 3 else 0.5
+    assert epsilon_spent(noise_multiplier=sigma, delta=1.3e-5, sample_rate=rate, steps=steps, accountant="prv") == 8.0
+    assert len(asked) == 1 and least <= asked[0] <= most
+
+
 @pytest.mark.parametrize("by", ["prv", "pld"])
 def test_a_search_that_would_last_too_long_says_so(by, monkeypatch):
     monkeypatch.setattr(privacy, "SECONDS", 0.05)

@@ -76,6 +76,7 @@ def test_the_paper_has_a_notebook_for_each_table_and_data_set_and_gpus_for_passe
     assert all(job["gpu"] for path, job in jobs.items() if "/passes/" in path)
     assert not jobs["paper/cifar10/table3.ipynb"]["gpu"]
     assert jobs["paper/caltech256/table13.ipynb"]["gpu"]  # it times a pass: it computes
+    assert jobs["paper/caltech256/figure2.ipynb"]["gpu"]  # gradients are not kept
     seen = {tuple(j["models"]) for path, j in jobs.items() if "/passes/table3/" in path}
     assert seen == {(m,) for m in grids.preset("paper").models}
 

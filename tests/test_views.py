@@ -337,3 +337,9 @@ def test_pixels_of_another_type_are_refused():
     images, labels, ids = batch()
     with pytest.raises(ValueError, match=r"images.dtype=torch.int64"):
         made(METHODS["dp-sgd"], images.long(), labels, ids)
+
+
+def test_a_method_that_is_not_known_is_named_with_the_near_ones():
+    with pytest.raises(ValueError, match="method='mixself': unknown; did you mean 'mix-self'"):
+        views.METHODS["mixself"]
+    assert "mixself" not in views.METHODS and views.METHODS.get("mixself") is None
