@@ -135,6 +135,7 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
         timing={"seconds": 0.6931471805, "views": 79_123_456, "views_per_second": 12_345.678912345, "heads": 1},
     )  # fmt: skip
     store = experiments.Store(tmp_path / "store")
+    store.put(marked, store.tensors(result))  # a card is written for what the store has
     out = experiments.release(marked, tmp_path / "marked", store=store)
     everything = content(out)
     hidden = {**values, "test_accuracy": marked.test_accuracy, **marked.timing, "seed": result.spec.seed}
