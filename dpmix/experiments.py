@@ -242,7 +242,7 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     path, store = Path(path), store or Store()
     tensors = store.tensors(result)
     kept = store.get(result.key)
-    same = kept is not None and json.dumps(kept.to_json()) == json.dumps(result.to_json())
+    same = kept is not None and not files.differences(*(json.loads(json.dumps(r.to_json())) for r in (kept, result)))
     said = "the store has another result under this key now, with other weights; give the store that it came from, or run again"
     checks.require(same, "result", result.key, said)
     counted = ["the number of training examples, from which the sampling rate and the number of steps follow"]
