@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dpmix import files
 from dpmix.checks import positive, require, whole
-from dpmix.data import folder_name
+from dpmix.data import ImageSet, folder_name
 from dpmix.rng import generator
 from dpmix.tiny_encoders import initialise
 
@@ -139,10 +139,11 @@ def words(class_name: str) -> str:
 def generate(
     pipeline: Any,
     class_names: Sequence[str],
-    n_per_class: int,
+    n_per_class: int | None,
     folder: str | Path,
     *,
     seed: int,
+    like: ImageSet | None = None,
     prompt: str = "a photo of a {}",
     guidance_scale: float = 1.0,
     steps: int = 50,
@@ -159,8 +160,8 @@ def generate(
     Args:
         pipeline: a pipeline of diffusers, or the name or folder of one on disk (nothing is downloaded; `revision` picks
             one of several). The pipeline must be public: never fine-tuned on the private images.
-        n_per_class: the paper makes as many images as the training set has; so round that up per class. Counting the
-            private images of each class instead would spend privacy.
+        n_per_class: None makes as many images as the training set `like` has, as the paper does, rounded up per class.
+            Only its size counts: following the private images of each class instead would spend privacy.
         prompt: text with one {} for the class name as words (`words`).
         guidance_scale: 1 is without guidance, as in the paper.
         steps: denoising steps.
@@ -179,6 +180,12 @@ def generate(
     places = [folder_name(name) for name in class_names]
     require(len(set(places)) == len(places), "class_names", class_names, "must differ, also as names of folders")
     require(prompt.count("{}") == 1, "prompt", prompt, "must hold one {} for the class name")
+    if n_per_class is None:
+        if like is None:
+            raise ValueError(
+                "n_per_class=None: give a number, or like=splits.train for as many as the training set has"
+            )
+        n_per_class = -(-len(like) // len(class_names))
     for name, value in dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size).items():
         whole(name, value, 1)
     positive("guidance_scale", guidance_scale, "; 1 is without guidance")

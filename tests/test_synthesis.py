@@ -118,6 +118,16 @@ def test_the_seed_and_the_class_decide_an_image(pipeline, made, tmp_path):
     assert np.abs(one - same).max() <= 1
 
 
+def test_by_default_as_many_are_made_as_the_training_set_has(pipeline, made, tmp_path):
+    labels = torch.tensor([0] * 5 + [1, 2])  # how many each class has must not show
+    train = data.ImageSet(torch.zeros(7, 3, 8, 8, dtype=torch.uint8), labels, tuple(CLASSES))
+    folder = generate(str(pipeline), tmp_path / "out", n_per_class=None, like=train)
+    assert contents(folder) == contents(made), "seven images in three classes: three each"
+    with pytest.raises(ValueError, match=r"n_per_class=None: give a number, or like=splits\.train"):
+        generate(str(pipeline), tmp_path / "no", n_per_class=None)
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_is_missing_is_made_again_and_nothing_else(pipeline, made, tmp_path):
     folder = generate(str(pipeline), tmp_path / "out")
     whole, lost = contents(folder), folder / "AnnualCrop/00002.png"
