@@ -60,10 +60,12 @@ def preset(scale: str, dataset: str | None = None) -> Preset:
     )  # fmt: skip
 
 
-def many(value: Any, default: Iterable) -> list:
-    """A notebook parameter as a list: None takes the default, one value stands for a list of it."""
+def many(value: Any, default: Iterable, name: str = "parameter") -> list:
+    """A notebook parameter as a list: None takes the default, one value stands for a list of it. ValueError for no value."""
     if value is None:
         return list(default)
+    said = "is empty; give a value or a list of some, or leave it None for those of the scale"
+    checks.require(not isinstance(value, (list, tuple)) or len(value) > 0, name, value, said)
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -89,18 +91,15 @@ def methods_grid(
 ) -> list[Cell]:  # fmt: skip
     """Every model × method × epsilon × learning rate × seed. Values left out are those of the scale."""
     p = preset(scale, dataset)
-    given = {"models": models, "methods": methods, "eps": eps, "seeds": seeds, "learning_rates": learning_rates}
-    for name, value in given.items():
-        said = "is empty; give a value or a list of some, or leave it None for those of the scale"
-        checks.require(value is None or len(many(value, ())) > 0, name, value, said)
-    for rate in many(learning_rates, p.learning_rates):
+    rates = many(learning_rates, p.learning_rates, "learning_rates")
+    for rate in rates:
         checks.positive("learning_rates", rate)
     cells = []
-    for model in many(models, p.models):
-        for method in many(methods, ()):
-            for epsilon in many(eps, paper.EPSILONS):
-                for rate in many(learning_rates, p.learning_rates):
-                    for seed in many(seeds, p.seeds):
+    for model in many(models, p.models, "models"):
+        for method in many(methods, (), "methods"):
+            for epsilon in many(eps, paper.EPSILONS, "eps"):
+                for rate in rates:
+                    for seed in many(seeds, p.seeds, "seeds"):
                         c = clip_norm(method)
                         spec = RunSpec(
                             recipe=recipe(method, p.dataset), epsilon=epsilon, learning_rate=rate / c, clip_norm=c,
@@ -201,7 +200,7 @@ def network_cells(
             batch_size=p.batch_size, epochs=p.epochs, seed=seed, momentum=p.momentum, ema_decay=p.ema_decay,
             microbatch=microbatch, microbatch_mix=microbatch_mix,
         ))
-        for epsilon in many(eps, p.epsilons) for seed in many(seeds, p.seeds)
+        for epsilon in many(eps, p.epsilons, "eps") for seed in many(seeds, p.seeds, "seeds")
     ]  # fmt: skip
 
 
@@ -245,7 +244,7 @@ def augmentations_grid(
     `n_augmentations` is the paper's number; a network of a scale with `views_cut` takes that much less. The encoder's
     heads share one pass a seed, and have a validation split to choose a learning rate on.
     """
-    rows = [("self-aug", n, n, 0) for n in many(counts, AUGMENTATIONS)] + [("mix-self", 32, 16, 16)]
+    rows = [("self-aug", n, n, 0) for n in many(counts, AUGMENTATIONS, "counts")] + [("mix-self", 32, 16, 16)]
     cells = []
     for method, n, k_base, k_self in rows:
         cells += network_cells(p, method, p.views_of(method, k_base, k_self), eps=eps, seeds=seeds, n_augmentations=n)
@@ -257,7 +256,7 @@ def augmentations_grid(
                     learning_rate=rate, dataset=head.dataset, model=paper.ENCODERS.get(model, model), seed=seed,
                     epochs=head.epochs, validation=head.validation, batch_size=head.batch_size,
                 ))
-                for epsilon in many(eps, (8,)) for rate in many(learning_rates, head.learning_rates)
-                for seed in many(seeds, head.seeds)
+                for epsilon in many(eps, (8,), "eps") for rate in many(learning_rates, head.learning_rates, "learning_rates")
+                for seed in many(seeds, head.seeds, "seeds")
             ]  # fmt: skip
     return cells

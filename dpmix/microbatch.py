@@ -27,6 +27,12 @@ from dpmix.clipping_network import ClippedSum, clipped_gradient_sum
 MIXES = ("none", "add", "replace")
 
 
+def check_mix(size: int, mix: str) -> None:
+    """Refuse what is no mix of `MIXES`, and a mix of other than two examples."""
+    one_of("microbatch_mix", mix, MIXES)
+    require(mix == "none" or size == 2, "microbatch", size, "must be 2 to mix the pair")
+
+
 def sensitivity(size: int) -> float:
     """By how many clip norms one example moves the clipped sum: 1 alone, 2 in a microbatch of two or more."""
     whole("size", size, 1)

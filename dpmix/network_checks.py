@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpmix import microbatch as micro
 from dpmix import rng, views
-from dpmix.checks import one_of, positive, require, whole
+from dpmix.checks import positive, require, whole
 from dpmix.wide_resnet import check_no_mixing
 
 
@@ -31,9 +31,7 @@ def check_arguments(given: dict[str, Any]) -> None:
     low, high = int(labels.min()), int(labels.max())
     allowed = low >= 0 and high < given["num_classes"]
     require(allowed, "num_classes", given["num_classes"], f"the labels go from {low} to {high}")
-    one_of("microbatch_mix", given["microbatch_mix"], micro.MIXES)
-    mixes = given["microbatch_mix"] != "none"
-    require(not mixes or given["microbatch"] == 2, "microbatch", given["microbatch"], "must be 2 to mix the pair")
+    micro.check_mix(given["microbatch"], given["microbatch_mix"])
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
             kind = type(layer).__name__

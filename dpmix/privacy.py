@@ -84,9 +84,8 @@ def epsilon_spent(
         prv = PRVAccountant()
         prv.history = [(noise_multiplier, sample_rate, steps)]
         about = dict(noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=steps)
-        error = max(
-            0.01, epsilon_spent(**about, accountant="rdp") / 800
-        )  # it is part of the result, and a small one costs time
+        # The error bound is part of the result, and a small one costs time.
+        error = max(0.01, epsilon_spent(**about, accountant="rdp") / 800)
         with np.errstate(divide="ignore", over="ignore"):  # both branches of a numpy.where, one of them unused
             try:
                 coarse = float(prv.get_epsilon(delta, eps_error=error))

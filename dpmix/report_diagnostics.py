@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dpmix import data, grids, paper
 from dpmix.plots import PALETTE
-from dpmix.report import label, spread
+from dpmix.report import label, made_note, spread
 
 PARTS = ("encoder", "views", "clipping", "noise")
 
@@ -194,16 +194,10 @@ def deviation_verdict(published: pd.DataFrame, deviations: pd.DataFrame) -> Mark
     return Markdown("\n".join(lines))
 
 
-def timing_note(
-    timed: pd.DataFrame, scale: str, dataset: str, model: str, steps: int, about: Mapping[str, Any]
-) -> Markdown:
-    """What was timed, where, when and with which versions; `about` is `passes.provenance`."""
-    repeats, v = timed["repeat"].nunique(), about["versions"]
-    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-    return Markdown(
-        f"*At {scale} scale: {label(model)} on {label(dataset)}, {steps} steps of each pass, {repeats} repeats, "
-        f"on {about['date'][:16]} UTC on {about['device']}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*"
-    )
+def timing_note(timed: pd.DataFrame, scale: str, dataset: str, model: str, steps: int) -> Markdown:
+    """What was timed, where, when and with which versions."""
+    repeats, what = timed["repeat"].nunique(), f"{label(model)} on {label(dataset)} at {scale} scale"
+    return made_note(f"{what}, {steps} steps of each pass, {repeats} repeats")
 
 
 def benchmark(name: str) -> dict[str, Any]:

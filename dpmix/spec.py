@@ -81,8 +81,7 @@ class RunSpec:
             checks.whole("population", self.population, 1)
         if self.seed is not None:
             checks.whole("seed", self.seed)
-        for name, options in (("accountant", privacy.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
-                              ("microbatch_mix", microbatch.MIXES)):  # fmt: skip
+        for name, options in (("accountant", privacy.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC)):
             checks.one_of(name, getattr(self, name), options)
         said = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
         checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, said)
@@ -100,8 +99,7 @@ class RunSpec:
             depth, width = map(int, self.model.split("-")[1:])
             said = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
             checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, said)
-        said = "must be 2 to mix the pair"
-        checks.require(self.microbatch_mix == "none" or self.microbatch == 2, "microbatch", self.microbatch, said)
+        microbatch.check_mix(self.microbatch, self.microbatch_mix)
         said = "the partition is one of the whole training set; take train_on='all'"
         halved = self.train_on.startswith("half")
         checks.require(self.microbatch == 1 or not halved, "microbatch", self.microbatch, said)

@@ -33,9 +33,8 @@ scale = "demo"
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import diagnostics, grids, paper, passes
+from dpmix import diagnostics, grids, paper
 from dpmix import report_diagnostics as inside
-from dpmix.spec import ComputeFlags
 
 dataset = dataset or ("digits" if scale == "demo" else "caltech256")
 model = model or ("tiny-vit" if scale == "demo" else "vit-b-16")
@@ -47,7 +46,7 @@ cells = grids.methods_grid(
 runs = {m: [next(c.spec for c in cells if c.labels["method"] == m)] for m in methods}
 runs["bank"] = [c.spec for c in cells]
 timed = diagnostics.timings(runs, steps=steps, repeats=repeats)
-inside.timing_note(timed, scale, dataset, model, steps, passes.provenance(ComputeFlags().where(), ""))
+inside.timing_note(timed, scale, dataset, model, steps)
 
 # %% [markdown]
 # ## Published beside measured

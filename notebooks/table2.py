@@ -47,7 +47,7 @@ preset = grids.changed(
 )
 cells = [
     cell
-    for method in grids.many(methods, ())
+    for method in grids.many(methods, (), "methods")
     for cell in grids.network_cells(preset, method, preset.views_of(method), eps=eps, seeds=seeds)
 ]
 report_network.settings(preset)

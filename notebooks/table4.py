@@ -39,7 +39,7 @@ from dpmix import experiments, grids, paper, plots, report
 
 demo = scale == "demo"
 datasets = grids.many(dataset, ["digits"] if demo else ["cifar10", "cifar100"])
-transforms = grids.many(transforms, [])
+transforms = grids.many(transforms, [], "transforms")
 methods = ["self-aug", *[f"self-aug+{t}" for t in transforms], "mix-self"]
 for name in datasets:
     grids.check_scale(scale, name)

@@ -38,8 +38,8 @@ from dpmix import fid, grids, grids_fid, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
-encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION,))
-asked = {"dataset": preset.dataset, "seeds": grids.many(seeds, preset.seeds), "examples": examples}
+encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION,), "encoders")
+asked = {"dataset": preset.dataset, "seeds": grids.many(seeds, preset.seeds, "seeds"), "examples": examples}
 found = grids_fid.fid_of_methods(methods, encoders=encoders, **asked)
 report.provenance_note(found, scale, "distances")
 

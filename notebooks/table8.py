@@ -32,9 +32,9 @@ from dpmix import fid, grids, grids_fid, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)
-encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION, "vit-b-16"))
+encoders = grids.many(encoders, preset.models if scale == "demo" else (fid.INCEPTION, "vit-b-16"), "encoders")
 names = [paper.ENCODERS.get(e, e) for e in encoders]
-found = grids_fid.fid_of_sets(dataset=preset.dataset, encoders=names, seeds=grids.many(seeds, range(5)))
+found = grids_fid.fid_of_sets(dataset=preset.dataset, encoders=names, seeds=grids.many(seeds, range(5), "seeds"))
 found["encoder"] = found["encoder"].replace(dict(zip(names, encoders, strict=True)))
 factor = 1 if fid.INCEPTION in encoders else 1000
 size, n = int(found["n"].iloc[0]), found["seed"].nunique()

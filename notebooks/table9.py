@@ -48,7 +48,9 @@ dataset = dataset or ("digits" if demo else "caltech256")
 grids.check_scale(scale, dataset)
 grid = [
     dict(zip(("k_base", "k_self", "k_diff"), ks, strict=True))
-    for ks in product(grids.many(k_base, []), grids.many(k_self, []), grids.many(k_diff, []))
+    for ks in product(
+        *(grids.many(ks, [], name) for ks, name in ((k_base, "k_base"), (k_self, "k_self"), (k_diff, "k_diff")))
+    )
 ]
 cells = [
     grids.Cell({**cell.labels, **ks}, replace(cell.spec, recipe=replace(cell.spec.recipe, **ks)))

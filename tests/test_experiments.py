@@ -100,8 +100,8 @@ def test_bad_compute_flags_are_refused_in_one_line_by_name(bad, said):
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_named_before_any_training(store):
+def test_a_gpu_that_is_not_there_is_named_before_any_training(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda': there is no GPU that PyTorch can use; take 'cpu'"):
         run(SPEC, compute=replace(COMPUTE, device="cuda"), store=store)
 

@@ -95,6 +95,11 @@ def test_bad_parameters_of_a_grid_are_refused_in_one_line_by_name(bad, said):
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
+def test_an_empty_list_is_refused_for_networks_too():
+    with pytest.raises(ValueError, match=r"seeds=\[\]: is empty; give a value"):
+        grids.microbatch_grid(grids.network_preset("demo"), seeds=[])
+
+
 @pytest.mark.parametrize("dataset", sorted(paper.DATASETS))
 def test_every_data_set_of_the_paper_says_what_to_put_where(dataset, tmp_path):
     with pytest.raises(
