@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from dpmix import paper
+from dpmix.companion import paper
 
 # What the passes of a notebook differ in, and how many of them a job still holds that a CPU can compute side by side.
 # A notebook with none computes what it shows itself.
@@ -38,7 +38,7 @@ PASSES = {
     "figure1": ([], 1),
     "figure2": (["seeds"], 1),
 }
-# What a parameter that is None stands for: dpmix.grids has the same (tests/test_snakefile.py), but takes long to import.
+# What a parameter that is None stands for: dpmix.companion.grids has the same (tests/book/test_snakefile.py), but takes long to import.
 DEFAULTS = {
     "demo": {"seeds": [0, 1, 2], "models": ["tiny-vit", "tiny-convnext"], "eps": [2, 8]},
     "paper": {"seeds": [0, 1, 2], "models": list(paper.SETTINGS["fine-tuning"].models), "eps": list(paper.EPSILONS)},

@@ -14,7 +14,7 @@ mkdir -p "$out"
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'
 # Each part has its own limit, so that the whole stays under nine minutes and a slow peer costs no other row.
 checks=passed failed=0
-timeout 120 "$python" -m pytest -q tests/test_clipping_network.py -k device >"$out/gpu-tests.log" 2>&1 || checks=FAILED
+timeout 120 "$python" -m pytest -q tests/core/test_clipping_network.py -k device >"$out/gpu-tests.log" 2>&1 || checks=FAILED
 [ "$checks" = passed ] || failed=1
 timeout 400 "$python" benchmarks/network.py --device cuda --autocast --convolutions standardised --inner 5 --repeats 3 \
     --batch 64 16 128 32 256 --peers-up-to 16 --limit 330 --json "$out/network-gpu.json" >"$out/gpu.txt" || failed=1

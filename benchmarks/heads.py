@@ -22,8 +22,10 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from dpmix import data, heads, models, views
-from dpmix.clipping import clipped_head_sums
+from dpmix import models
+from dpmix.core import heads, views
+from dpmix.core.clipping import clipped_head_sums
+from dpmix.images import data
 
 B, K, D, CLASSES = 64, 34, 512, 257
 

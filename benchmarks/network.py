@@ -36,9 +36,9 @@ from opacus.grad_sample.utils import register_grad_sampler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpmix import views
-from dpmix.clipping_network import Clipper, _loss
-from dpmix.wide_resnet import Norm, wide_resnet
+from dpmix.core import views
+from dpmix.core.clipping_network import Clipper, _loss
+from dpmix.models.wide_resnet import Norm, wide_resnet
 
 BOTH_LAYOUTS = ("plain SGD", "ours: loop")  # on a CPU; the others are measured in the contiguous layout
 register_grad_sampler(Norm)(compute_group_norm_grad_sample)  # it is a GroupNorm; without this Opacus would be slower

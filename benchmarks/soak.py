@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 import torch
 
-from dpmix import experiments, views
-from dpmix.spec import ComputeFlags, RunSpec, key
+from dpmix.core import views
+from dpmix.runs import experiments
+from dpmix.runs.spec import ComputeFlags, RunSpec, key
 
 HEADS = 10  # runs that share a pass
 

@@ -1,3 +1,61 @@
-"""dpmix: differentially private image classification with views, a companion to DP-Mix (NeurIPS 2023)."""
+"""dpmix: differentially private image classification with views, a companion to DP-Mix (NeurIPS 2023).
+
+The names that a user needs, each loaded when it is first asked for: `import dpmix` itself imports nothing heavy.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpmix.core.accounting import epsilon_spent, noise_multiplier
+    from dpmix.core.clipping import clipped_gradient_sum, clipped_head_sums
+    from dpmix.core.views import METHODS, Recipe, make_views
+    from dpmix.images.data import load
+    from dpmix.models.encoders import encoder
+    from dpmix.runs.experiments import release, run, run_all
+    from dpmix.runs.spec import ComputeFlags, RunSpec
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "RunSpec": "runs.spec",
+    "ComputeFlags": "runs.spec",
+    "run": "runs.experiments",
+    "run_all": "runs.experiments",
+    "release": "runs.experiments",
+    "Recipe": "core.views",
+    "METHODS": "core.views",
+    "make_views": "core.views",
+    "noise_multiplier": "core.accounting",
+    "epsilon_spent": "core.accounting",
+    "clipped_head_sums": "core.clipping",
+    "clipped_gradient_sum": "core.clipping",
+    "load": "images.data",
+    "encoder": "models.encoders",
+}
+__all__ = [
+    "METHODS",
+    "ComputeFlags",
+    "Recipe",
+    "RunSpec",
+    "clipped_gradient_sum",
+    "clipped_head_sums",
+    "encoder",
+    "epsilon_spent",
+    "load",
+    "make_views",
+    "noise_multiplier",
+    "release",
+    "run",
+    "run_all",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpmix' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"dpmix.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

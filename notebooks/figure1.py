@@ -30,8 +30,10 @@ import warnings
 import torch
 from myst_nb import glue
 
-from dpmix import data, plots, report, views
-from dpmix.transforms import as_float
+from dpmix.companion import plots, report
+from dpmix.core import views
+from dpmix.core.transforms import as_float
+from dpmix.images import data
 
 train = data.load(dataset).train
 if not 0 <= index < len(train):

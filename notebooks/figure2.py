@@ -37,8 +37,9 @@ scale = "demo"
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import diagnostics, experiments, grids, paper, report
-from dpmix import report_diagnostics as inside
+from dpmix.companion import diagnostics, grids, paper, report
+from dpmix.companion import report_diagnostics as inside
+from dpmix.runs import experiments
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)

@@ -41,7 +41,11 @@ from IPython.display import Markdown
 from myst_nb import glue
 from safetensors.torch import load_file
 
-from dpmix import data, examples, experiments, heads, models, plots, report, views
+from dpmix import models
+from dpmix.companion import examples, plots, report
+from dpmix.core import heads, views
+from dpmix.images import data
+from dpmix.runs import experiments
 
 private = Path(
     tempfile.mkdtemp(prefix="dpmix-private-")

@@ -38,7 +38,9 @@ import pandas as pd
 import seaborn as sns
 from myst_nb import glue
 
-from dpmix import data, glyphs, models, standins
+from dpmix import models
+from dpmix.demo import glyphs, standins
+from dpmix.images import data
 
 sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
 folder = data.PUBLIC if folder is None else Path(folder)

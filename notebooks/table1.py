@@ -37,7 +37,8 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import data, grids, plots, report, report_network
+from dpmix.companion import grids, plots, report, report_network
+from dpmix.images import data
 
 grids.check_scale(scale, dataset)
 preset = grids.changed(

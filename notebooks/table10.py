@@ -37,7 +37,9 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import data, experiments, grids, paper, passes, plots, report
+from dpmix.companion import grids, paper, plots, report
+from dpmix.images import data
+from dpmix.runs import experiments, passes
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)

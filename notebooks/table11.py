@@ -35,7 +35,9 @@ scale = "demo"
 import pandas as pd
 from myst_nb import glue
 
-from dpmix import experiments, grids, jax_peer, paper, plots, report
+from dpmix.companion import grids, paper, plots, report
+from dpmix.peers import jax as jax_peer
+from dpmix.runs import experiments
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)

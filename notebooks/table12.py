@@ -45,7 +45,11 @@ import pandas as pd
 import torch
 from myst_nb import glue
 
-from dpmix import clipping, data, experiments, grids, models, paper, plots, report, rng, views
+from dpmix import models
+from dpmix.companion import grids, paper, plots, report
+from dpmix.core import clipping, rng, views
+from dpmix.images import data
+from dpmix.runs import experiments
 
 demo = scale == "demo"
 dataset = dataset or ("digits" if demo else "cifar100")

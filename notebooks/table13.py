@@ -33,8 +33,8 @@ scale = "demo"
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import diagnostics, grids, paper
-from dpmix import report_diagnostics as inside
+from dpmix.companion import diagnostics, grids, paper
+from dpmix.companion import report_diagnostics as inside
 
 dataset = dataset or ("digits" if scale == "demo" else "caltech256")
 model = model or ("tiny-vit" if scale == "demo" else "vit-b-16")

@@ -34,7 +34,8 @@ beside = None  # which block of the published table to show; None: the data set'
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import data, grids, paper, plots, report, report_network
+from dpmix.companion import grids, paper, plots, report, report_network
+from dpmix.images import data
 
 grids.check_scale(scale, dataset)
 preset = grids.changed(

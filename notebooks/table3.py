@@ -37,7 +37,8 @@ beside = None  # which block of the published table to show; None: the data set'
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, plots, report
+from dpmix.companion import grids, paper, plots, report
+from dpmix.runs import experiments
 
 grids.check_scale(scale, dataset)
 cells = grids.methods_grid(

@@ -35,7 +35,8 @@ scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
 # %% tags=["hide-input"]
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, plots, report
+from dpmix.companion import grids, paper, plots, report
+from dpmix.runs import experiments
 
 demo = scale == "demo"
 datasets = grids.many(dataset, ["digits"] if demo else ["cifar10", "cifar100"])
@@ -144,7 +145,7 @@ Markdown(
 #
 # ## Strengths
 #
-# The paper does not state how strong its transformations are, and results depend on it. These are ours, in `dpmix.augmentations`; where the source has a value for
+# The paper does not state how strong its transformations are, and results depend on it. These are ours, in `dpmix.core.augmentations`; where the source has a value for
 # images of CIFAR's size, it is that one.
 #
 # | Transformation | Strength here |
@@ -162,8 +163,9 @@ Markdown(
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Six views of one training example under each transformation, a row a transformation"}}
 import torch
 
-from dpmix import data, views
-from dpmix import transforms as rooms
+from dpmix.core import transforms as rooms
+from dpmix.core import views
+from dpmix.images import data
 
 train = data.load(datasets[0]).train
 ids = torch.tensor([0])

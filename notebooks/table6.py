@@ -37,8 +37,10 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, plots, report, views
-from dpmix.spec import RunSpec
+from dpmix.companion import grids, paper, plots, report
+from dpmix.core import views
+from dpmix.runs import experiments
+from dpmix.runs.spec import RunSpec
 
 dataset = dataset or ("caltech256" if scale == "paper" else None)
 grids.check_scale(scale, dataset)

@@ -34,7 +34,7 @@ beside = None  # which rows of the published table to show; None: the data set's
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import fid, grids, grids_fid, paper, plots, report
+from dpmix.companion import fid, grids, grids_fid, paper, plots, report
 
 grids.check_scale(scale, dataset)
 preset = grids.preset(scale, dataset)

@@ -41,7 +41,9 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import experiments, grids, paper, plots, report, views
+from dpmix.companion import grids, paper, plots, report
+from dpmix.core import views
+from dpmix.runs import experiments
 
 demo = scale == "demo"
 dataset = dataset or ("digits" if demo else "caltech256")

@@ -38,8 +38,11 @@ import seaborn as sns
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dpmix import audit, data, heads, models, paper, plots, privacy, report, rng, views
-from dpmix import report_diagnostics as inside
+from dpmix import audit, models
+from dpmix.companion import paper, plots, report
+from dpmix.companion import report_diagnostics as inside
+from dpmix.core import accounting, heads, rng, views
+from dpmix.images import data
 
 sys.path.insert(0, str(data.PROJECT / "tests"))  # the wrong algorithms live with the tests
 import mutants
@@ -207,9 +210,9 @@ pd.DataFrame(levels, index=["measured / claimed", "lowest to expect", "highest t
 # %% tags=["hide-input"]
 batch, epochs = 128, 6
 population = len(digits) + canaries // 2
-run_steps = privacy.steps_for(n=population, batch_size=batch, epochs=epochs)
+run_steps = accounting.steps_for(n=population, batch_size=batch, epochs=epochs)
 about = {"delta": delta, "sample_rate": batch / population, "steps": run_steps}
-sigma = privacy.noise_multiplier(epsilon=run_epsilon, accountant="prv", **about)
+sigma = accounting.noise_multiplier(epsilon=run_epsilon, accountant="prv", **about)
 mistakes = {"none": 1, "2C": 2, "4C": 4, "16C": 16}
 run_recipe = views.Recipe(k_base=4, k_self=4, transform="crop")
 bank = [heads.Head(recipe=run_recipe, learning_rate=2.0, noise_multiplier=sigma / f) for f in mistakes.values()]
@@ -224,7 +227,8 @@ train = audit.bank_run(
 )
 runs = dict(zip(mistakes, audit.one_run(train, canaries, delta=delta), strict=True))
 spent = {
-    name: privacy.epsilon_spent(noise_multiplier=sigma / f, accountant="rdp", **about) for name, f in mistakes.items()
+    name: accounting.epsilon_spent(noise_multiplier=sigma / f, accountant="rdp", **about)
+    for name, f in mistakes.items()
 }
 one_run = pd.DataFrame(
     {
@@ -277,16 +281,16 @@ settings += [(d, "from scratch", scratch.batch_size, scratch.epochs) for d in ("
 rows = []
 for dataset, kind, b, e in settings:
     n = paper.DATASETS[dataset].train
-    how = {"delta": delta, "sample_rate": b / n, "steps": privacy.steps_for(n=n, batch_size=b, epochs=e)}
+    how = {"delta": delta, "sample_rate": b / n, "steps": accounting.steps_for(n=n, batch_size=b, epochs=e)}
     for epsilon in eps:
         row = {"training": kind, "data set": report.label(dataset), "ε": epsilon, "q": b / n, "T": how["steps"]}
-        for a in privacy.ACCOUNTANTS:
-            row[a] = privacy.noise_multiplier(epsilon=float(epsilon), accountant=a, **how)
-        row["mistake"] = privacy.epsilon_spent(noise_multiplier=row["rdp"] / 2, **how)
+        for a in accounting.ACCOUNTANTS:
+            row[a] = accounting.noise_multiplier(epsilon=float(epsilon), accountant=a, **how)
+        row["mistake"] = accounting.epsilon_spent(noise_multiplier=row["rdp"] / 2, **how)
         row["shuffle"] = audit.shuffled_epsilon(
             noise_multiplier=row["rdp"], batches=round(n / b), epochs=e, delta=delta
         )
-        row["order"] = privacy.epsilon_spent(noise_multiplier=row["rdp"], delta=delta, sample_rate=1.0, steps=e)
+        row["order"] = accounting.epsilon_spent(noise_multiplier=row["rdp"], delta=delta, sample_rate=1.0, steps=e)
         rows.append(row)
 grid = pd.DataFrame(rows).set_index(["training", "data set", "ε"])
 claims = grid.index.get_level_values("ε")

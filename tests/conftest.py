@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from dpmix import models
-from dpmix.data import ImageSet
-from dpmix.models import Encoder
+from dpmix.images.data import ImageSet
+from dpmix.models import encoders
+from dpmix.models.encoders import Encoder
 
 # A shell ignores Ctrl-C for what it starts in the background; the tests that send it, and what they start, must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before dpmix.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
+# Before dpmix.runs.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
 os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
 atexit.register(shutil.rmtree, os.environ["DPMIX_STORE"], ignore_errors=True)
 
-models.CACHE = Path(os.environ["DPMIX_STORE"]) / "cache"  # where the checksums of weights are kept
+encoders.CACHE = Path(os.environ["DPMIX_STORE"]) / "cache"  # where the checksums of weights are kept
 
 CLASSES, DIM, SIDE = 3, 5, 4
 

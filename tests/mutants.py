@@ -1,6 +1,6 @@
 """Algorithms that look like the method and are not. Never use them; the audits must catch each one.
 
-Each is a step of `dpmix.audit` (`step(records, seed, number)` -> the sum to which noise for one clip norm is added) for a
+Each is a step of `dpmix.audit.attacks` (`step(records, seed, number)` -> the sum to which noise for one clip norm is added) for a
 linear head on raw pixels, written out in plain torch. `correct` is the method in the same words, for comparison: what a
 mutant changes is one line. `EXPECTED` is the public expected batch size.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dpmix import audit, rng, views
+from dpmix import audit
+from dpmix.core import rng, views
 
 EXPECTED = 6
 
@@ -72,7 +73,7 @@ class Mutants:
         return clip(self.per_view(records, seed, number).flatten(0, 1), self.clip_norm).sum(0)
 
     def microbatch_pairs(self, records: audit.Records, seed: int, number: int) -> Tensor:
-        """Examples 2i and 2i + 1 are averaged before clipping. `dpmix.microbatch` doubles the noise for that."""
+        """Examples 2i and 2i + 1 are averaged before clipping. `dpmix.core.microbatch` doubles the noise for that."""
         own = self.per_view(records, seed, number).mean(1)
         pairs = (records.ids // 2).unique()
         rows = [own[records.ids // 2 == pair].mean(0) for pair in pairs]

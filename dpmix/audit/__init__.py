@@ -1,0 +1,1 @@
+"""Sensitivity and privacy audits of a step."""

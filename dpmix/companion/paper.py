@@ -1,0 +1,180 @@
+"""What the paper published. Numbers come from `data/paper/`, settings are below, each with its place.
+
+The paper: Bao, Pittaluga, Kumar B G and Bindschaedler, "DP-Mix: Mixup-based Data Augmentation for Differentially
+Private Learning", NeurIPS 2023. Nothing here was measured by this project; data/paper/README.md describes the files.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from dpmix.core.checks import one_of, require
+
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "paper"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a table is about: `unit` of its numbers, `statistic` over the runs, `keys` that name a row, in order."""
+
+    title: str
+    keys: tuple[str, ...]
+    unit: str = "%"
+    statistic: str = "mean"
+
+
+def _keys(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+TABLES: dict[int, Facts] = {
+    1: Facts("Microbatches of one and two", _keys("dataset model method microbatch_size epsilon")),
+    2: Facts("Training from scratch", _keys("dataset model method epsilon")),
+    3: Facts("Fine-tuning", _keys("dataset model method epsilon")),
+    4: Facts("Other transformations", _keys("dataset model method transform epsilon")),
+    5: Facts("Number of augmentations", _keys("dataset model method n_augmentations k_base k_self k_diff epsilon")),
+    6: Facts("Pretraining on synthetic images", _keys("dataset model method pretrained_on_synthetic epsilon")),
+    7: Facts(
+        "FID of what each method trains on",
+        _keys("dataset method transform reference"),
+        unit="FID",
+        statistic="not stated",
+    ),
+    8: Facts(
+        "FID between data sets", _keys("dataset fid_model reference compared"), unit="FID", statistic="not stated"
+    ),
+    9: Facts("K_base, K_self and K_diff", _keys("dataset model method k_base k_self k_diff epsilon")),
+    10: Facts("Synthetic against real images in the pool", _keys("dataset model method variant pool epsilon")),
+    11: Facts("The comparison in JAX", _keys("dataset model method framework epsilon"), statistic="median"),
+    12: Facts("Pure-DP-MixDiff", _keys("dataset model method epsilon")),
+    13: Facts("Running time", _keys("dataset model method"), unit="minutes", statistic="not stated"),
+}
+
+LABELS: dict[str, str] = {  # how a key is printed
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "eurosat": "EuroSAT",
+    "caltech256": "Caltech-256",
+    "sun397": "SUN397",
+    "pets": "Oxford-IIIT Pet",
+    "vit-b-16": "ViT-B-16",
+    "convnext": "ConvNeXt",
+    "wrn-16-4": "WRN-16-4",
+    "inceptionv3": "Inception v3",
+    "dp-sgd": "DP-SGD",
+    "dp-sgd-mixup": "DP-SGD + mixup",
+    "mixed-ghost": "Mixed Ghost Clipping",
+    "self-aug": "Self-Aug",
+    "mix-self": "DP-MixSelf",
+    "mix-diff": "DP-MixDiff",
+    "pure-mix-diff": "Pure-DP-MixDiff",
+    "synthetic-pretraining": "SGD on synthetic images, then DP",
+    "crop-flip": "crop and flip",
+    "jitter": "colour jitter",
+    "affine": "affine",
+    "cutout": "cutout",
+    "noise": "Gaussian noise",
+    "blur": "Gaussian blur",
+    "sobel": "Sobel",
+    "all": "all of them",
+}
+METHODS = _keys("dp-sgd dp-sgd-mixup mixed-ghost self-aug mix-self mix-diff pure-mix-diff synthetic-pretraining")
+TRANSFORMS = _keys("crop-flip jitter affine cutout noise blur sobel all")  # Table 4: added to crop and flip
+EPSILONS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """Sizes of a data set as the paper splits it (Appendix C). `pixels`: the side, if all are one square size."""
+
+    train: int
+    test: int
+    classes: int
+    pixels: int | None = None
+
+
+# Caltech-256 and SUN397: the paper gives the total (30,607 and 108,754) and 80 / 20; `train` is 80 % rounded down.
+DATASETS: dict[str, DatasetFacts] = {
+    "cifar10": DatasetFacts(50_000, 10_000, 10, 32),
+    "cifar100": DatasetFacts(50_000, 10_000, 100, 32),
+    "eurosat": DatasetFacts(21_600, 5_400, 10, 64),
+    "caltech256": DatasetFacts(24_485, 6_122, 257),
+    "sun397": DatasetFacts(87_003, 21_751, 397),
+    "pets": DatasetFacts(3_680, 3_669, 37),
+}
+
+# Section 4 says Open Clip and LAION-2B and no more: which weights of open_clip these are is this project's reading.
+ENCODERS: dict[str, str] = {
+    "vit-b-16": "open_clip:ViT-B-16/laion2b_s34b_b88k",
+    "convnext": "open_clip:convnext_base_w/laion2b_s13b_b82k",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters, unless `clip_norm`, `epochs` or `k_diff` says otherwise. `source`: where they are stated."""
+
+    models: tuple[str, ...]
+    batch_size: int
+    epochs: int
+    source: str
+    clip_norm: float = 1.0
+    delta: float = 1e-5
+    alpha: float = 0.2  # λ ~ Beta(alpha, alpha), Section 3
+    k_base: int = 16
+    k_self: int = 18  # Section 6.5; Table 5's DP-MixSelf has 16 base views and 16 mixtures
+    k_diff: int = 2
+
+
+SETTINGS: dict[str, Settings] = {
+    "fine-tuning": Settings(("vit-b-16", "convnext"), 1000, 10, "Section 4; K: Section 6.5; C: Appendix C"),
+    "scratch": Settings(("wrn-16-4",), 4096, 200, "Section 4; K_base: Appendix C", k_diff=0),
+}
+
+
+def clip_norm(method: str) -> float:
+    """C of a method (Appendix C): 0.05 for Mixed Ghost Clipping, 1 for all others."""
+    one_of("method", method, METHODS)
+    return 0.05 if method == "mixed-ghost" else 1.0
+
+
+def epochs(dataset: str) -> int:
+    """Epochs of fine-tuning (Section 4): 20 for EuroSAT, 10 for the others."""
+    one_of("dataset", dataset, DATASETS)
+    return 20 if dataset == "eurosat" else SETTINGS["fine-tuning"].epochs
+
+
+def k_diff(dataset: str) -> int:
+    """K_diff of DP-MixDiff (Section 6.5, footnote 3): 24 for Caltech-256 and Oxford-IIIT Pet, 2 for the others."""
+    one_of("dataset", dataset, DATASETS)
+    return 24 if dataset in ("caltech256", "pets") else SETTINGS["fine-tuning"].k_diff
+
+
+def _read(name: str) -> pd.DataFrame:
+    path = FOLDER / f"{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the published numbers are in a clone of dpmix (pip install -e .)")
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return frame.astype({c: "float64" for c in ("mean", "std", "value") if c in frame})
+
+
+def table(n: int) -> pd.DataFrame:
+    """Table `n` (1 to 13) of the paper: one row a number, columns `TABLES[n].keys`, `mean` and `std`, both float64.
+
+    The unit is `TABLES[n].unit`; `std` is NaN where the paper gives none (Tables 7, 8, 9 and 13). In Table 11, `mean`
+    holds medians. Each call reads the file anew, so the frame is the caller's to change.
+    """
+    known = isinstance(n, int) and not isinstance(n, bool) and n in TABLES
+    require(known, "table", n, f"the paper has tables 1 to {len(TABLES)}")
+    return _read(f"table{n}")
+
+
+def figure2() -> pd.DataFrame:
+    """Figure 2 (Appendix B.5): `std` of the per-parameter gradient before clipping and noise, by dataset and method."""
+    return _read("figure2")
+
+
+def claims() -> pd.DataFrame:
+    """What the prose claims, in our words: `claim` (key), `place`, `table`, `value` and `unit` (or NaN), `text`."""
+    return _read("claims")

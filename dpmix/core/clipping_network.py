@@ -1,0 +1,275 @@
+"""Clipped per-example gradient sums of a whole network (Eq. (4); Algorithm 1, "for each (x*, y*)" to the sum).
+
+An example's K views are averaged **first**: the gradient of the (weighted) mean loss over its views *is* the averaged
+gradient. It is clipped to C and added up. Example i contributes a vector of norm at most C (1 + 1e-6) that depends on
+its own views and on the weights only; adding or removing an example moves the sum by no more. No noise is added here.
+
+Engines, all equal to the slow oracle:
+
+* `loop`: one backward per private example over its K views, which amortise the clipping. `auto` takes it on a CPU.
+* `grouped`: one backward for the batch; the layers form each example's gradient, summed over its views before it is
+  stored (Conv2d, standardised convolution, Linear, GroupNorm, LayerNorm). `auto` takes it on a GPU where it can. Before
+  the first batch it is compared with autograd on public noise, and refused for a model that it does not fit.
+* `vmap`: vmap of grad (`torch.func`), for every layer that torch.func can map. `auto` takes it on a GPU otherwise.
+
+Precision: norms, clipping and sums are float32 (float64 for a float64 model), and blocks of a norm add up in float64.
+`autocast=torch.bfloat16` runs forward and backward in bfloat16: the gradients are rounded, but the rounded gradient is
+what is measured, clipped and added, so the bound stands. No global flag is touched: whether float32 products on a GPU
+may run in TF32 is `torch.backends`' business (cuDNN convolutions: yes by default) and, like bfloat16, costs accuracy of
+the gradient but never the bound.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dpmix.core import rng
+from dpmix.core.checks import one_of, require, whole
+from dpmix.core.independence import check_no_mixing
+from dpmix.core.layer_gradients import ELSE, recording, without_rule
+
+ENGINES = ("auto", "loop", "grouped", "vmap")
+_BLOCK = 256  # float32 squares added up before float64 takes over
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """`grads`: parameter name -> sum shaped as the parameter; `norms` [b] before clipping, not finite where an example
+    was dropped; `engine` that ran; `non_finite`: how many were dropped. Norms and counts come from private data without
+    noise: diagnostics, not for release."""
+
+    grads: dict[str, Tensor]
+    norms: Float[Tensor, " b"]
+    engine: str
+    non_finite: int
+
+
+def clipped_gradient_sum(
+    model: nn.Module,
+    images: Float[Tensor, "b K C H W"],
+    targets: Float[Tensor, "b K num_classes"],
+    clip_norm: int | float,
+    engine: str = "auto",
+    *,
+    view_weights: Float[Tensor, "b K"] | None = None,
+    physical_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> ClippedSum:
+    """Sum over b examples of clip_C{(1/K) sum_k grad CE(model(image_k), target_k)}, for parameters with requires_grad.
+
+    targets are distributions (soft labels); the loss is cross entropy. view_weights replace the weights 1/K.
+    engine: see the module; physical_batch: examples at a time (memory, not the result); channels_last: the memory
+    format of the views; autocast: None or torch.bfloat16.
+    An example whose gradient is not finite (or too large for its norm to be) contributes exactly zero and is counted;
+    no exception depends on the data. b = 0 gives zeros; K = 1 is plain DP-SGD; an infinite clip norm the plain sum.
+    Raises ValueError for BatchNorm and the like, an unknown engine, shapes that do not fit or K = 0.
+    """
+    clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
+    if physical_batch is not None:
+        whole("physical_batch", physical_batch, 1)
+    step = physical_batch or max(len(images), 1)
+    norms = [images.new_zeros(0)]
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        norms.append(clipper.add(images[part], targets[part], None if view_weights is None else view_weights[part]))
+    return ClippedSum(clipper.grads(), torch.cat(norms), clipper.engine, int(clipper.non_finite))
+
+
+class Clipper:
+    """Adds clipped gradients of many physical batches into `total`, one flat buffer; see `clipped_gradient_sum`.
+
+    The sum over physical batches of the `loop` engine is the same to the last bit however the examples are split.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clip_norm: int | float,
+        engine: str = "auto",
+        *,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        unfold: bool | None = None,
+    ) -> None:
+        one_of("engine", engine, ENGINES)
+        require(clip_norm == float("inf") or clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
+        require(autocast in (None, torch.bfloat16), "autocast", autocast, "must be None or torch.bfloat16")
+        check_no_mixing(model)
+        self.model, self.clip_norm, self.autocast, self.channels_last = model, clip_norm, autocast, channels_last
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        require(len(self.parameters) > 0, "model", type(model).__name__, "has no parameter with requires_grad")
+        first = next(iter(self.parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters.values()) else torch.float32
+        self.total = torch.zeros(sum(p.numel() for p in self.parameters.values()), dtype=wide, device=self.device)
+        self.non_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+        left_over = without_rule(model)
+        if engine == "auto":
+            engine = "loop" if self.device.type != "cuda" else "vmap" if left_over else "grouped"
+        require(engine != "grouped" or not left_over, "engine", engine, f"has no rule for {left_over}; {ELSE}")
+        self.engine = engine
+        self.unfold = self.device.type != "cpu" if unfold is None else unfold  # measured: see benchmarks/network.py
+        self._own: Tensor | None = None
+        self.unprobed = self.engine == "grouped"
+
+    def reset(self) -> None:
+        """Start a new sum."""
+        self.total.zero_()
+        self.non_finite.zero_()
+
+    def grads(self) -> dict[str, Tensor]:
+        """The sum so far, as views of `total` shaped as the parameters."""
+        return unflatten(self.total, self.parameters)
+
+    def add(
+        self,
+        images: Float[Tensor, "b K C H W"],
+        targets: Float[Tensor, "b K num_classes"],
+        view_weights: Float[Tensor, "b K"] | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device."""
+        b, k = images.shape[:2]
+        require(k > 0, "K", k, "an example needs at least one view")
+        require(targets.shape[:2] == (b, k), "targets.shape", tuple(targets.shape), f"must begin with {(b, k)}")
+        weights = torch.full((b, k), 1.0 / k, dtype=torch.float64) if view_weights is None else view_weights
+        images, targets, weights = images.to(self.device, self.dtype), targets.to(self.device), weights.to(self.device)
+        if not b:
+            return self.total.new_zeros(0)
+        run = {"loop": self._loop, "grouped": self._grouped, "vmap": self._vmap}[self.engine]
+        squares = run(images, targets, weights)
+        norms = squares.sqrt()
+        self.non_finite += (~norms.isfinite()).sum()
+        return norms.to(self.total.dtype)
+
+    def _format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _scale(self, squares: Tensor) -> Tensor:
+        """min(1, C / norm), and 0 where the norm is not finite."""
+        scale = (self.clip_norm / squares.sqrt()).clamp(max=1.0)
+        return torch.where(squares.isfinite(), scale, torch.zeros_like(scale)).to(self.total.dtype)
+
+    def _loop(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        parameters, squares = list(self.parameters.values()), []
+        own = torch.empty_like(self.total) if self._own is None else self._own  # the example's gradient
+        self._own, places = own, list(unflatten(own, self.parameters).values())
+        for x, target, weight in zip(images, targets, weights, strict=True):
+            with self._precision():
+                logits = self.model(self._format(x))
+            grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
+            for place, g in zip(places, grads, strict=True):
+                place.zero_() if g is None else place.copy_(g)
+            squares.append(_squared_norms(own[None])[0])
+            scale = self._scale(squares[-1])
+            if self.device.type == "cpu":  # no device to wait for: one pass instead of two
+                if float(scale) > 0:
+                    self.total.add_(own, alpha=float(scale))
+            else:
+                self.total.add_(own.nan_to_num_(0.0, 0.0, 0.0).mul_(scale))
+        return torch.stack(squares)
+
+    def _vmap(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        fixed = {name: t for name, t in tensors if name not in self.parameters}
+
+        def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+            return _loss(torch.func.functional_call(self.model, parameters | fixed, (x,)), target, weight)
+
+        values = {name: p.detach() for name, p in self.parameters.items()}
+        with self._precision():
+            each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(values, images, targets, weights)
+        return self._clip_and_add({name: g.flatten(1) for name, g in each.items()}, len(images))
+
+    def _grouped(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        if self.unprobed:
+            self._probe(images.shape[2:], targets.shape[-1])
+            self.unprobed = False
+        each = self._by_layers(images, targets, weights)
+        return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
+
+    def _by_layers(self, images: Tensor, targets: Tensor, weights: Tensor) -> dict[int, Tensor]:
+        """Per-example gradients [b, numel] by the rules of the layers, keyed by id(parameter)."""
+        each: dict[int, Tensor] = {}
+        with recording(self.model, len(images), each, self.unfold):
+            x = self._format(images.flatten(0, 1)).detach().requires_grad_()
+            with self._precision():
+                logits = self.model(x)
+            # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
+            torch.autograd.grad(_loss(logits, targets.flatten(0, 1), weights.flatten()), x)
+        return each
+
+    def _probe(self, shape: torch.Size, num_classes: int) -> None:
+        """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise.
+
+        One that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all
+        examples instead of examples; one that uses a parameter without calling its layer would leave a part unclipped.
+        The weights are moved a little meanwhile: zeros, as heads often start from, would hide what lies below them.
+        """
+        draw, parameters = rng.generator(0, "probe"), list(self.parameters.values())
+        noise = lambda *size: torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)  # noqa: E731
+        images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
+        kept = [p.detach().clone() for p in parameters]
+        try:
+            with torch.no_grad():
+                for p in parameters:
+                    p.add_(noise(*p.shape), alpha=0.02)
+            each = self._by_layers(images, targets, weights)
+            for i, (x, target, weight) in enumerate(zip(images, targets, weights, strict=True)):
+                with self._precision():
+                    logits = self.model(self._format(x))
+                grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
+                length = torch.cat([g.flatten() for g in grads if g is not None]).norm()
+                for (name, p), g in zip(self.parameters.items(), grads, strict=True):
+                    if g is not None and id(p) not in each:
+                        said = (
+                            f"is used without calling its layer, so engine='grouped' does not see its gradient; {ELSE}"
+                        )
+                        raise ValueError(f"model: {name!r} {said}")
+                    # bfloat16 rounds to a 256th
+                    if g is not None and not (each[id(p)][i] - g.flatten()).norm() <= 0.1 * g.norm() + 0.01 * length:
+                        said = f"gets its input in another order than examples and their views in front; {ELSE}"
+                        raise ValueError(f"model: the layer of {name!r} {said}")
+        finally:
+            with torch.no_grad():
+                for p, before in zip(parameters, kept, strict=True):
+                    p.copy_(before)
+
+    def _clip_and_add(self, each: dict[str, Tensor], b: int) -> Tensor:
+        """`each`: per-example gradients [b, numel]; emptied here, a layer at a time."""
+        squares = torch.zeros(b, dtype=torch.float64, device=self.device)
+        for name, g in each.items():
+            each[name] = g = g.to(self.total.dtype)
+            squares += _squared_norms(g)
+        scale, dropped = self._scale(squares), ~squares.isfinite()
+        for name, total in unflatten(self.total, self.parameters).items():
+            if name in each:  # a product of a vector and a matrix, which is never TF32
+                total += (scale @ each.pop(name).masked_fill(dropped[:, None], 0.0)).view_as(total)
+        return squares
+
+
+def unflatten(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Views of a flat buffer, shaped and named as the parameters, in their order."""
+    parts = flat.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+
+
+def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the soft-target cross entropies of all rows, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -((target.to(logits.dtype) * F.log_softmax(logits, dim=-1)).sum(-1) * weight.to(logits.dtype)).sum()
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Squared norm of each row, float64. A plain float32 norm of three million terms may be 1e-4 too small."""
+    whole_blocks = rows.shape[1] // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(rows[:, :whole_blocks].unflatten(1, (-1, _BLOCK)), dim=-1)
+    rest = torch.linalg.vector_norm(rows[:, whole_blocks:], dim=1)
+    return blocks.double().square().sum(1) + rest.double().square()

@@ -1,0 +1,292 @@
+"""Views. Algorithm 1 of the paper, from "Generate S" to "S ∪ S'".
+
+A method is a recipe of views. Each private example is turned into K = k_base + k_diff + k_self views:
+
+* **base**: T(x), k_base times, with the example's label;
+* **public**: k_diff synthetic images, drawn from the public set with replacement, with their own labels;
+* **mixtures**: k_self times Eq. (3) on two members of the pool S = base + public (two different ones where S has two).
+
+Every view of example i depends on example i and on public images only. That is what keeps the sensitivity at C.
+
+The parts are keyed apart: base views by their transform, mixtures by the pool that they are drawn from. A recipe has the
+same views whether it is computed alone or in a union with others, and a smaller k takes the first of a larger one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Num, UInt8
+from torch import Tensor
+
+from dpmix.core import checks, rng, transforms
+
+MIXES = ("mixup", "cutmix")
+
+
+@runtime_checkable
+class PublicImages(Protocol):
+    """What `make_views` needs of a public set: `data.ImageSet` has it."""
+
+    @property
+    def images(self) -> UInt8[Tensor, "m C H W"]: ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " m"]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which views an example contributes. Frozen, hashable; refuses what Algorithm 1 cannot do.
+
+    `k_base` self-augmentations by `transform`, `k_diff` public images, `k_self` mixtures of the pool by `mix` with
+    lambda ~ Beta(alpha, alpha) (Section 3: alpha = 0.2). `k_self=k_diff=0` is the self-augmentation of De et al. 2022.
+    """
+
+    k_base: int = 16
+    k_self: int = 0
+    k_diff: int = 0
+    mix: str = "mixup"
+    alpha: float = 0.2
+    transform: str = "crop-flip"
+
+    def __post_init__(self) -> None:
+        for name in ("k_base", "k_self", "k_diff"):
+            checks.whole(name, getattr(self, name))
+        checks.one_of("mix", self.mix, MIXES)
+        checks.positive("alpha", self.alpha)
+        checks.floats(self, "alpha")
+        checks.one_of("transform", self.transform, transforms.TRANSFORMS)
+        pool = self.k_base + self.k_diff
+        checks.require(pool > 0, "k_base + k_diff", pool, "the pool is empty; give k_base or k_diff at least 1")
+
+    @property
+    def views(self) -> int:
+        """K of Eq. (4), the augmentation multiplicity."""
+        return self.k_base + self.k_diff + self.k_self
+
+    def for_data(self, flip: bool) -> "Recipe":
+        """The recipe for a data set: without the mirror where `flip` is False."""
+        return self if flip else replace(self, transform=transforms.without_flip(self.transform))
+
+
+class _Methods(dict[str, Recipe]):
+    def __missing__(self, name: str) -> Recipe:
+        checks.one_of("method", name, self)
+        raise KeyError(name)
+
+
+METHODS: dict[str, Recipe] = _Methods(
+    {
+        "dp-sgd": Recipe(k_base=1, transform="none"),
+        "mixed-ghost": Recipe(k_base=1, transform="none"),
+        "self-aug": Recipe(k_base=16),
+        "mix-self": Recipe(k_base=16, k_self=18),
+        "mix-diff": Recipe(k_base=16, k_self=18, k_diff=2),
+        "pure-mix-diff": Recipe(k_base=0, k_self=18, k_diff=2),
+    }
+)
+
+
+class Views(NamedTuple):
+    """`images` [b, K, C, H, W] floats in 0..1, `targets` [b, K, num_classes] that sum to one; base, public, mixtures."""
+
+    images: Float[Tensor, "b K C H W"]
+    targets: Float[Tensor, "b K num_classes"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a union: base views of a transform, public images, or mixtures of one pool."""
+
+    kind: str
+    key: tuple
+    count: int
+
+
+@dataclass(frozen=True)
+class Union:
+    """The views that several recipes need together, each computed once (DESIGN: many heads, one pass)."""
+
+    recipes: tuple[Recipe, ...]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        most: dict[tuple, int] = {}
+        for r in self.recipes:
+            wanted = {("base", r.transform): r.k_base, ("public",): r.k_diff, ("mix", *_pool(r)): r.k_self}
+            for key, count in wanted.items():
+                most[key] = max(most.get(key, 0), count)
+            if r.k_self:  # the pool must exist in full, also where no recipe averages all of it
+                most["base", r.transform] = max(most["base", r.transform], r.k_base)
+        order = {"base": 0, "public": 1, "mix": 2}
+        return [Part(key[0], key[1:], n) for key, n in sorted(most.items(), key=lambda kn: order[kn[0][0]]) if n]
+
+    @property
+    def views(self) -> int:
+        """How many views an example has in the union."""
+        return sum(part.count for part in self.parts)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "recipes K"]:
+        """Row r averages the views of recipe r: 1/K_r on its own views, 0 on the others'. Rows sum to one."""
+        rows = torch.zeros(len(self.recipes), self.views, dtype=torch.float64)
+        for row, r in zip(rows, self.recipes, strict=True):
+            own = {("base", r.transform): r.k_base, ("public",): r.k_diff, ("mix", *_pool(r)): r.k_self}
+            start = 0
+            for part in self.parts:
+                row[start : start + own.get((part.kind, *part.key), 0)] = 1 / r.views
+                start += part.count
+        return rows
+
+    def make(
+        self,
+        images: Num[Tensor, "b C H W"],
+        labels: Int64[Tensor, " b"],
+        ids: Int64[Tensor, " b"],
+        *,
+        num_classes: int,
+        seed: int,
+        step: int,
+        public: PublicImages | None = None,
+    ) -> Views:
+        """The union's views of these examples; the arguments are those of `make_views`."""
+        if images.dtype != torch.uint8:
+            images = transforms.as_float(images)
+        shape = images.shape[1], images.shape[2], images.shape[3]
+        if any(part.kind == "public" for part in self.parts):
+            check_public(public, shape, num_classes)
+        made: dict[tuple, tuple[Tensor, Tensor]] = {}
+        eye = torch.eye(num_classes, device=images.device)
+        for part in self.parts:
+            draws = _Draws(ids, seed, step, part)
+            if part.kind == "base":
+                # What is added to a crop draws from a stream of its own: with it or without, the crop is the same.
+                crop = part.key[0].partition("+")[0]
+                drawn, all_of_it = (transforms.TRANSFORMS[name].draws(shape) for name in (crop, part.key[0]))
+                uniforms = _Draws(ids, seed, step, replace(part, key=(crop,))).uniform(drawn)
+                if all_of_it > drawn:
+                    uniforms = torch.cat([uniforms, draws.uniform(all_of_it - drawn)], dim=-1)
+                pixels = transforms.apply(part.key[0], images, uniforms.to(images.device))
+                made["base", *part.key] = pixels, eye[labels][:, None].expand(-1, part.count, -1)
+            elif part.kind == "public":
+                assert public is not None
+                chosen = (draws.uniform(1)[..., 0] * len(public.labels)).long().to(public.images.device)
+                picked = transforms.as_float(public.images[chosen]).to(images.device)
+                made["public",] = picked, eye[public.labels[chosen].to(images.device)]
+            else:
+                transform, k_base, k_diff, mix, alpha = part.key
+                blocks = [made["base", transform]] if k_base else []
+                members = [(x[:, :k], y[:, :k]) for (x, y), k in zip(blocks, [k_base], strict=False)]
+                members += [(x[:, :k_diff], y[:, :k_diff]) for x, y in [made["public",]]] if k_diff else []
+                pool = Views(*(torch.cat(tensors, dim=1) for tensors in zip(*members, strict=True)))
+                made["mix", *part.key] = _mixtures(pool, mix, *draws.mixtures(k_base + k_diff, alpha))
+        return Views(*(torch.cat(blocks, dim=1) for blocks in zip(*made.values(), strict=True)))
+
+
+def _pool(r: Recipe) -> tuple:
+    return r.transform if r.k_base else "", r.k_base, r.k_diff, r.mix, r.alpha
+
+
+class _Draws:
+    """The keyed randomness of one part: one stream an example, so nothing depends on the batch around it."""
+
+    def __init__(self, ids: Tensor, seed: int, step: int, part: Part) -> None:
+        self.count = part.count
+        self.keys = [(seed, "views", step, int(i), part.kind, *part.key) for i in ids]
+
+    def _stack(self, rows: list[np.ndarray], *shape: int) -> Tensor:
+        return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, *shape, dtype=torch.float64)
+
+    def uniform(self, each: int) -> Float[Tensor, "b k each"]:
+        return self._stack([rng.generator(*key).random((self.count, each)) for key in self.keys], self.count, each)
+
+    def mixtures(self, pool: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """First and second member [b, k], lambda ~ Beta(alpha, alpha) [b, k], and the centre of a box [b, k, 2]."""
+        uniforms = self.uniform(4)
+        first = (uniforms[..., 0] * pool).long()
+        second = (uniforms[..., 1] * (pool - 1)).long()
+        second = second + (second >= first) if pool > 1 else first
+        rows = [rng.generator(*key, "lambda").beta(alpha, alpha, self.count) for key in self.keys]
+        return first, second, self._stack(rows, self.count), uniforms[..., 2:]
+
+
+def _mixtures(
+    pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Eq. (3) on two members of each example's own pool; cutmix pastes a box of area 1 - lambda instead."""
+    device = pool.images.device
+    example = torch.arange(len(first), device=device)[:, None]
+    first, second = first.to(device), second.to(device)
+    lam = lam.to(device, pool.images.dtype)
+    if mix == "cutmix":
+        height, width = pool.images.shape[-2:]
+        half = (1 - lam).sqrt() / 2
+        rows = (torch.arange(height, device=device) + 0.5) / height
+        cols = (torch.arange(width, device=device) + 0.5) / width
+        centre = centre.to(device, pool.images.dtype)
+        box = ((rows - centre[..., 0, None]).abs() < half[..., None])[..., :, None]
+        box = box & ((cols - centre[..., 1, None]).abs() < half[..., None])[..., None, :]
+        share = 1 - box[:, :, None].to(lam.dtype)  # [b, k, 1, H, W]: where the first image stays
+        lam = share.mean(dim=(2, 3, 4))
+    else:
+        share = lam[..., None, None, None]
+    images = share * pool.images[example, first] + (1 - share) * pool.images[example, second]
+    lam = lam[..., None].to(pool.targets.dtype)
+    return images, lam * pool.targets[example, first] + (1 - lam) * pool.targets[example, second]
+
+
+def check_public(public: PublicImages | None, shape: tuple, num_classes: int) -> None:
+    """Refuse a missing, empty or ill-fitting public set, before any training."""
+    checks.require(
+        public is not None, "public", public, "k_diff > 0 needs synthetic images; pass public=, or set k_diff=0"
+    )
+    assert public is not None
+    checks.require(len(public.labels) > 0, "public", len(public.labels), "is empty; k_diff > 0 needs synthetic images")
+    got = tuple(public.images.shape[1:])
+    checks.require(
+        got == shape, "public.images.shape", got, f"must be that of the private images, {shape}; resize them"
+    )
+    worst = int(public.labels.max())
+    checks.require(worst < num_classes, "public.labels", worst, f"must be below num_classes={num_classes}")
+
+
+def make_views(
+    images: Num[Tensor, "b C H W"],
+    labels: Int64[Tensor, " b"],
+    ids: Int64[Tensor, " b"],
+    recipe: Recipe,
+    *,
+    num_classes: int,
+    seed: int,
+    step: int,
+    public: PublicImages | None = None,
+) -> Views:
+    """The K views of each example: Algorithm 1, lines "Generate S" to "S ∪ S'".
+
+    `images` are uint8, or floats in 0..1; `ids` are the examples' places in the training set and key their randomness.
+    Returns floats in 0..1, order base, public, mixtures; targets sum to one.
+
+    View k of example i depends on example i, on public images and on (seed, step, i) only: not on the other examples,
+    their number or their order. A part with k = 0 is absent. lambda = 1 gives the first member, lambda = 0 the second.
+    A pool of one member mixes it with itself. An empty batch gives tensors with b = 0. Raises ValueError where
+    k_diff > 0 and `public` is missing or does not fit.
+    """
+    union = Union((recipe,))
+    return union.make(images, labels, ids, num_classes=num_classes, seed=seed, step=step, public=public)
+
+
+def make_union(recipes: Sequence[Recipe]) -> Union:
+    """The union of the views of several recipes, in a fixed order; each recipe's views equal those it has alone."""
+    return Union(tuple(recipes))
+
+
+def mixing_draws(
+    recipe: Recipe, ids: Int64[Tensor, " b"], *, seed: int, step: int
+) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """Which two members of the pool the mixtures of `make_views` take, and their lambda (mixup): what a picture of them needs."""
+    part = next(part for part in make_union([recipe]).parts if part.kind == "mix")
+    return _Draws(ids, seed, step, part).mixtures(recipe.k_base + recipe.k_diff, recipe.alpha)[:3]

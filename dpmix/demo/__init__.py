@@ -1,0 +1,1 @@
+"""How the embedded stand-ins were made: glyphs, tiny encoders, small generator."""

@@ -1,0 +1,184 @@
+"""Public synthetic images, made from public knowledge alone. No private image is read here.
+
+`generate` asks a text-to-image pipeline of diffusers for pictures of class names (the paper's way, Section 4).
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from dpmix.core import files
+from dpmix.core.checks import positive, require, whole
+from dpmix.core.rng import generator
+from dpmix.images.data import ImageSet, folder_name
+
+
+def words(class_name: str) -> str:
+    """A class name as words: "034.bicycle" -> "bicycle", "AnnualCrop" -> "annual crop", "faces-easy-101" -> "faces easy"."""
+    text = re.sub(r"^\d+[._\- ]+|[._\- ]\d{3}$", "", class_name)
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])|[._/\\\-\s]+", " ", text).strip().lower()
+    return text or class_name
+
+
+def generate(
+    pipeline: Any,
+    class_names: Sequence[str],
+    n_per_class: int | None,
+    folder: str | Path,
+    *,
+    seed: int,
+    like: ImageSet | None = None,
+    prompt: str = "a photo of a {}",
+    guidance_scale: float = 1.0,
+    steps: int = 50,
+    batch_size: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Path:
+    """Pictures of class names by a text-to-image pipeline, as an image folder: `folder`/CLASS/00000.png, ...
+
+    Args:
+        pipeline: a pipeline of diffusers, or the name or folder of one on disk (nothing is downloaded; `revision` picks
+            one of several). The pipeline must be public: never fine-tuned on the private images.
+        n_per_class: None makes as many images as the training set `like` has, as the paper does, rounded up per class.
+            Only its size counts: following the private images of each class instead would spend privacy.
+        prompt: text with one {} for the class name as words (`words`).
+        guidance_scale: 1 is without guidance, as in the paper.
+        steps: denoising steps.
+        height, width: pixels; the pipeline's own by default.
+        dtype: what to compute in, such as torch.bfloat16; as it is by default.
+
+    Image i of a class starts from the noise of `(seed, "image", class name, i)`. `manifest.json` says how all were made.
+    A call that was cut short goes on where it stopped, with the very images that it would have made: batches lie at
+    fixed places and a batch with an image missing is made again. Returns `folder`.
+
+    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if
+    there is no such pipeline on disk. Warns about images that the pipeline's safety checker has blackened.
+    """
+    class_names = tuple(class_names)
+    require(len(class_names) > 0, "class_names", class_names, "must name at least one class")
+    places = [folder_name(name) for name in class_names]
+    require(len(set(places)) == len(places), "class_names", class_names, "must differ, also as names of folders")
+    require(prompt.count("{}") == 1, "prompt", prompt, "must hold one {} for the class name")
+    if n_per_class is None:
+        if like is None:
+            raise ValueError(
+                "n_per_class=None: give a number, or like=splits.train for as many as the training set has"
+            )
+        n_per_class = -(-len(like) // len(class_names))
+    for name, value in dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size).items():
+        whole(name, value, 1)
+    positive("guidance_scale", guidance_scale, "; 1 is without guidance")
+    folder = Path(folder)
+    pipe = _pipeline(pipeline, revision).to(device)
+    pipe = pipe if dtype is None else pipe.to(dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    size = {k: v for k, v in dict(height=height, width=width).items() if v is not None}
+    manifest: dict[str, Any] = {
+        "pipeline": pipeline if isinstance(pipeline, str) else type(pipe).__name__,
+        "weights": _fingerprint(pipe),
+        "revision": revision,
+        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        "prompt": prompt,
+        "prompts": {name: prompt.format(words(name)) for name in class_names},
+        "n_per_class": n_per_class,
+        "seed": seed,
+        "seeds": {
+            n: [int(generator(seed, "image", n, i).integers(2**63)) for i in range(n_per_class)] for n in class_names
+        },
+        "guidance_scale": guidance_scale,
+        "steps": steps,
+        "batch_size": batch_size,
+        "size": size,
+        "dtype": str(pipe.dtype),
+        "device": torch.device(device).type,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("dpmix", "torch", "diffusers", "transformers")
+        },
+    }
+    _claim(folder, manifest)
+    wanted = [(c, i) for c in range(len(class_names)) for i in range(n_per_class)]
+    for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
+        batch = wanted[first : first + batch_size]
+        targets = [folder / places[c] / f"{i:05d}.png" for c, i in batch]
+        if all(target.is_file() for target in targets):
+            continue
+        made = pipe(
+            [manifest["prompts"][class_names[c]] for c, _ in batch],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(manifest["seeds"][class_names[c]][i]) for c, i in batch],
+            **size,
+        )
+        flagged = [
+            t for t, bad in zip(targets, getattr(made, "nsfw_content_detected", None) or [], strict=False) if bad
+        ]
+        if flagged:
+            warnings.warn(f"{len(flagged)} images blackened by the safety checker, such as {flagged[0]}", stacklevel=2)
+        for target, image in zip(targets, made.images, strict=True):
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "PNG")
+            files.write(target, buffer.getvalue())
+    return folder
+
+
+def _pipeline(pipeline: Any, revision: str | None) -> Any:
+    if not isinstance(pipeline, (str, Path)):
+        require(callable(pipeline), "pipeline", type(pipeline).__name__, "must be a pipeline of diffusers, or its name")
+        return pipeline
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(pipeline), revision=revision, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"pipeline={str(pipeline)!r}: no text-to-image pipeline with safetensors weights on disk under that name; "
+            f"fetch it (`hf download {pipeline}`) or give the folder of one"
+        ) from error
+
+
+def _fingerprint(pipe: Any) -> str:
+    """Twelve hexadecimal digits that tell apart pipelines with other weights: names, shapes and sums of all tensors."""
+    parts = []
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            parts += [f"{name}.{k} {list(v.shape)} {v.double().sum().item():.6e}" for k, v in part.state_dict().items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _plain(config: Any) -> dict:
+    return {k: v for k, v in sorted(dict(config).items()) if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
+
+
+def _claim(folder: Path, manifest: dict) -> None:
+    """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path)."""
+    path = folder / "manifest.json"
+    if path.is_file():
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            said = "its manifest.json is damaged, so how its images were made is not known; choose another folder"
+            raise ValueError(f"folder={str(folder)!r}: {said}") from error
+        other = [k for k in manifest if k != "pipeline" and json.loads(json.dumps(manifest[k])) != found.get(k)]
+        said = "; ".join(f"{k} {str(found.get(k))[:60]!r}, not {str(manifest[k])[:60]!r}" for k in other[:3])
+        require(not other, "folder", str(folder), f"holds images of another run ({said}); choose another folder")
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
+    require(
+        not strangers, "folder", str(folder), f"must be empty or hold a manifest.json, has {', '.join(strangers[:3])}"
+    )
+    files.write(path, (json.dumps(manifest, indent=1) + "\n").encode())

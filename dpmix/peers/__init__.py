@@ -1,0 +1,1 @@
+"""The same mechanism in other people's idiom."""
