@@ -31,23 +31,10 @@ from dpmix.audit.steps import (
     Records,
     Release,
     Step,
-    bank_release,
-    bank_run,
-    duel,
-    head_oracle,
-    head_step,
-    marked,
-    network_step,
     noisy,
 )  # fmt: skip
 from dpmix.core import checks, rng
 from dpmix.images import data
-
-__all__ = [
-    "RELATIONS", "ROUNDING", "CanaryAudit", "OneRun", "Records", "Release", "Sensitivity", "Step", "auditor",
-    "bank_release", "bank_run", "duel", "head_oracle", "head_step", "lower_bounds", "marked", "network_step",
-    "noise_level", "noisy", "one_run", "sensitivity", "shuffled_epsilon", "step_canary", "worlds",
-]  # fmt: skip
 
 ROUNDING = 1e-5  # relative; what float32 may add to a movement of C
 RELATIONS = {"add": 1.0, "remove": 1.0, "replace": 2.0}  # allowed movement, in clip norms

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -25,6 +25,7 @@ from dpmix.core import accounting, checks, clipping, files, rng, views
 from dpmix.core.transforms import as_float
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What training needs of a frozen encoder: `models.Encoder` has it.
 

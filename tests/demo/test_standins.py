@@ -14,7 +14,7 @@ from dpmix.demo import generator as demo_generator
 from dpmix.demo import glyphs, pretraining, standins
 from dpmix.images import data, overlap
 from dpmix.models import encoders
-from dpmix.models.encoders import tiny as tiny_encoders
+from dpmix.models import tiny as tiny_encoders
 
 
 def naming(encoder: models.Encoder) -> float:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpmix.core.independence import check_no_mixing
 from dpmix.models.wide_resnet import (
     Norm,
     StandardisedConv2d,
-    check_no_mixing,
     initialise,
     standardise,
     standardise_pullback,
