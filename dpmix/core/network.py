@@ -98,7 +98,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = True,
-    stream: str = "",
+    identity: str = "",
     spec: dict[str, Any] | None = None,
     progress: bool = True,
     evaluate: Callable[[nn.Module, int], Any] | None = None,
@@ -115,7 +115,7 @@ def train(
     and the noise is scaled for 2 C (`microbatch`); `microbatch_mix`: "none", "add" or "replace".
 
     `ids` names the examples for the keyed randomness and the partition (their rows, by default), below `places`, the public
-    number of places (by default, as many as there are examples); a place that is not among them is vacant. `stream`
+    number of places (by default, as many as there are examples); a place that is not among them is vacant. `identity`
     tells runs of one seed apart that the arguments do not, such as runs on other data: they must not share noise.
 
     What does not change the result beyond rounding: `physical_batch` (examples at a time), `engine`, `autocast`,
@@ -152,7 +152,7 @@ def train(
         "clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "learning_rate": learning_rate,
         "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps, "momentum": momentum,
         "weight_decay": weight_decay, "ema_decay": ema_decay,
-        "microbatch": microbatch, "microbatch_mix": microbatch_mix, "places": places, "stream": stream,
+        "microbatch": microbatch, "microbatch_mix": microbatch_mix, "places": places, "identity": identity,
         "public images": 0 if public is None else len(public.labels), "model": layout(model), **(spec or {}),
         "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
     }  # fmt: skip
@@ -208,7 +208,7 @@ def train(
         return add_up(clipper.total, seen, world)
 
     def updated(seen: dict[str, int]) -> _State:
-        noise = noise_of(parameters, deviation, seed=seed, step=state.step, stream=own).to(clipper.total)
+        noise = noise_of(parameters, deviation, seed=seed, step=state.step, identity=own).to(clipper.total)
         gradient = (clipper.total + noise) / expected_batch
         velocity = None if state.velocity is None else state.velocity * momentum + gradient
         weights = state.weights - learning_rate * (gradient if velocity is None else velocity)
@@ -268,14 +268,14 @@ def train(
 
 
 def noise_of(
-    parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int, stream: str = ""
+    parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int, identity: str = ""
 ) -> Float[Tensor, " size"]:
-    """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, stream, name).
+    """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, identity, name).
 
-    `stream` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference
+    `identity` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference
     of their weights would be free of it.
     """
-    streams = ((rng.generator(seed, "noise", step, stream, name), p.numel()) for name, p in parameters.items())
+    streams = ((rng.generator(seed, "noise", step, identity, name), p.numel()) for name, p in parameters.items())
     return torch.cat([torch.from_numpy(g.standard_normal(size)) for g, size in streams]) * deviation
 
 

@@ -239,7 +239,7 @@ def compute_network(
         model, train.images, train.labels, recipe=recipe, num_classes=train.num_classes, clip_norm=spec.clip_norm,
         noise_multiplier=m.noise_multiplier, learning_rate=spec.learning_rate,
         expected_batch=spec.batch_size / spec.microbatch, sample_rate=m.sample_rate, steps=m.steps, seed=spec.seed,
-        ids=material.ids, places=material.n, stream=stream(spec),
+        ids=material.ids, places=material.n, identity=stream(spec),
         public=material.public, momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
         microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
         autocast=torch.bfloat16 if compute.precision() == torch.bfloat16 else None,

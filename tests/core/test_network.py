@@ -79,7 +79,7 @@ def streams(monkeypatch):
     seen, real = [], network.noise_of
 
     def recorded(*args, **kwargs):
-        seen.append(kwargs["stream"])
+        seen.append(kwargs["identity"])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(network, "noise_of", recorded)
@@ -163,8 +163,8 @@ def test_noise_differs_between_steps_seeds_and_parameters():
     assert a.dtype == torch.float64 and torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0))
     assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=1))
     assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=2, step=0))
-    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, stream="another run"))
-    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, stream="other"))
+    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, identity="another run"))
+    assert not torch.equal(a, network.noise_of(parameters, 1.0, seed=1, step=0, identity="other"))
     assert a.unique().numel() == a.numel()
 
 
@@ -586,9 +586,9 @@ def test_names_and_places_are_those_of_the_examples(microbatch):
     assert any(not torch.allclose(one.state[name], unnamed.state[name]) for name in one.state), "the order would tell"
 
 
-def test_streams_keep_noise_apart(noises):
+def test_identities_keep_noise_apart(noises):
     train(steps=1)
-    train(steps=1, stream="other data")
+    train(steps=1, identity="other data")
     train(steps=1)
     first, second, third = (torch.cat([t.reshape(-1) for t in drawn.values()]) for drawn in noises)
     assert torch.equal(first, third) and abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.5
