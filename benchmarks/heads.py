@@ -102,7 +102,7 @@ def bank_pass(repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         for count in times:
             start = time.perf_counter()
-            heads.train_bank(
+            heads.train_heads(
                 encoder, train.images, train.labels, many[:count], num_classes=10, expected_batch=128, steps=11, seed=0,
                 progress=False,
             )  # fmt: skip

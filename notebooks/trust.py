@@ -131,7 +131,7 @@ for name, step in steps.items():
     for place in ("natural", "blank, white newcomer", "opponents"):
         attack(name, place, step, worlds[place][0], worlds[place][1].take([0]))
 pixels = models.Encoder(lambda x: x.flatten(1), shape[1], 64, (1,), "pixels")
-for name, factor in (("the method, by train_bank", 1.0), ("half the noise, by train_bank", 0.5)):
+for name, factor in (("the method, by train_heads", 1.0), ("half the noise, by train_heads", 0.5)):
     release = audit.bank_release(recipe, num_classes=num_classes, noise_multiplier=factor * noise, encoder=pixels)
     for place in ("natural", "opponents"):
         records, canary = (as_bytes(part) for part in (worlds[place][0], worlds[place][1].take([0])))
@@ -145,7 +145,7 @@ wide.index.name, wide.columns.names = None, [None, None]
 wide.style.format("{:.2f}", na_rep="–").map(lambda v: "font-weight: bold; color: #b3261e" if v > claimed else "")
 
 # %% [markdown]
-# *Lower bounds on ε at 95 %. The claim is {glue:text}`trust_claimed` in every cell; what exceeds it is bold. The last two rows audit a real step of `heads.train_bank`, noise included.*
+# *Lower bounds on ε at 95 %. The claim is {glue:text}`trust_claimed` in every cell; what exceeds it is bold. The last two rows audit a real step of `heads.train_heads`, noise included.*
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Lower bounds on epsilon of the correct step and of each wrong one, against the claimed epsilon"}}
 sns.set_theme(style="whitegrid", palette=plots.PALETTE, font_scale=0.95)
@@ -190,7 +190,7 @@ crowd = next(audit.worlds(shape, num_classes, 12, seed=1))[1]
 real = audit.bank_release(
     views.Recipe(k_base=4, transform="none"), num_classes=num_classes, noise_multiplier=noise, encoder=pixels
 )
-levels = {"train_bank": audit.noise_level(real(as_bytes(crowd), 0, 0), noise)}
+levels = {"train_heads": audit.noise_level(real(as_bytes(crowd), 0, 0), noise)}
 for chunk in (12, 6, 3):
     release = mutants.noise_per_chunk(steps["the method"], noise, chunk, copies=200)
     levels[f"noise on each of {12 // chunk} physical batch{'es' * (chunk < 12)}"] = audit.noise_level(

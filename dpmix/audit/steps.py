@@ -57,7 +57,7 @@ def head_step(
 ) -> Step:
     """The clipped sum of a linear head: `make_views`, an encoder (default: the pixels themselves), `clipped_head_sums`.
 
-    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_bank`, weight then bias.
+    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_heads`, weight then bias.
     """
 
     def step(records: Records, seed: int, number: int) -> Tensor:
@@ -142,14 +142,14 @@ def bank_release(
     public: views.PublicImages | None = None,
     copies: int = 250,
 ) -> Release:
-    """One real step of `heads.train_bank`, noise included, read off the weights: a bank of `copies` heads, so as many
+    """One real step of `heads.train_heads`, noise included, read off the weights: a bank of `copies` heads, so as many
     releases with independent noise and the same views. They start at `duel`, like `head_step`; `number` must be 0."""
     initial = duel(num_classes, encoder.dim)
     rates = [1.0 + i / copies for i in range(copies)]  # heads must differ; the sum does not depend on the rate
 
     def release(records: Records, seed: int, number: int) -> Tensor:
         checks.require(number == 0, "number", number, "must be 0: a bank of one step; vary the seed")
-        bank = heads.train_bank(
+        bank = heads.train_heads(
             encoder, records.images, records.labels, ids=records.ids, num_classes=num_classes, expected_batch=1,
             sample_rate=1.0, steps=1, seed=seed, public=public, initial=initial, progress=False,
             heads=[heads.Head(recipe=recipe, learning_rate=r, noise_multiplier=noise_multiplier, clip_norm=clip_norm)
@@ -181,7 +181,7 @@ def bank_run(
     train: data.ImageSet, encoder: models.Encoder, bank: Sequence[heads.Head], *, count: int, expected_batch: int,
     steps: int, sample_rate: float, seed: int = 0, progress: bool = False,
 ) -> Callable[[Bool[Tensor, " count"]], Float[Tensor, "R count"]]:  # fmt: skip
-    """For `one_run`: train heads by `heads.train_bank` on a data set and on the canaries that are in.
+    """For `one_run`: train heads by `heads.train_heads` on a data set and on the canaries that are in.
 
     Canary i is an image that turns on feature i of `marked` and nothing else, so the gradients of two canaries are
     orthogonal but for the bias. Its score is the weight of its feature in the direction of its label: with public
@@ -197,7 +197,7 @@ def bank_run(
     private = F.pad(train.images, (0, 0, 0, 0, 0, 2))
 
     def run(included: Tensor) -> Tensor:
-        trained = heads.train_bank(
+        trained = heads.train_heads(
             marked(encoder, count), torch.cat([private, canaries[included]]), torch.cat([train.labels, labels[included]]),
             bank, num_classes=train.num_classes, expected_batch=expected_batch, steps=steps, sample_rate=sample_rate,
             seed=seed, ids=torch.cat([torch.arange(len(train)), len(train) + number[included]]), progress=progress,

@@ -129,9 +129,9 @@ def _train(
     compute: ComputeFlags, observe: heads.Observer | None = None,
 ) -> heads.Bank:  # fmt: skip
     train = material.train
-    return heads.train_bank(
+    return heads.train_heads(
         _encoder(material), train.images, train.labels, bank, num_classes=train.num_classes,
         expected_batch=spec.batch_size, steps=steps, sample_rate=m.sample_rate, seed=passes.training_seed(spec),
-        stream=passes.stream(spec), public=material.public, ids=material.ids, observe=observe,
+        identity=passes.stream(spec), public=material.public, ids=material.ids, observe=observe,
         physical_batch=compute.physical_batch or 128, device=compute.where(), progress=compute.progress,
     )  # fmt: skip

@@ -5,7 +5,7 @@ each view once and trains every head of the bank on the views that are its own. 
 the same Poisson batches, its own learning rate, clip norm and noise multiplier, and noise of its own.
 
 Noise must be independent between heads: the difference of two heads with shared noise would be free of it. It is keyed
-by what the run is (head, encoder, batch size, rate, steps, `stream`), so a head has the same noise alone and in a bank.
+by what the run is (head, encoder, batch size, rate, steps, `identity`), so a head has the same noise alone and in a bank.
 A bank is a tuning tool: its heads share the Poisson batches, so releasing r of them costs as much as one mechanism at
 rate q with the noise multiplier (sum of 1 / sigma_r^2)^(-1/2), which can exceed r times the budget of one.
 """
@@ -93,7 +93,7 @@ class _State:
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def train_bank(
+def train_heads(
     encoder: Encoder,
     images: UInt8[Tensor, "n C H W"],
     labels: Int64[Tensor, " n"],
@@ -111,7 +111,7 @@ def train_bank(
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
-    stream: str = "",
+    identity: str = "",
     spec: dict[str, Any] | None = None,
     progress: bool = True,
     observe: Observer | None = None,
@@ -123,8 +123,8 @@ def train_bank(
     `ids` names the examples for the keyed randomness (their places, by default). `physical_batch` bounds memory and
     never changes the sum beyond rounding. With `checkpoint` the state is saved every `checkpoint_seconds`, at the end and on
     Ctrl-C, and a later call with the same arguments continues bit for bit; one of another run is refused, and `spec`
-    (JSON-able) adds what the caller wants compared, such as a digest of the data. `stream` tells runs of one seed apart that the
-    arguments do not (other data, other initial weights): they must not share noise. `observe(step, features, targets, weights,
+    (JSON-able) adds what the caller wants compared, such as a digest of the data. `identity` tells runs of one seed apart that
+    the arguments do not (other data or initial weights): they must not share noise. `observe(step, features, targets, weights,
     biases)` sees each physical batch before the update: for non-private diagnostics.
 
     The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
@@ -165,10 +165,10 @@ def train_bank(
     told = {
         "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": encoder.name, "n": n,
         "num_classes": num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
-        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16], "stream (digest)": files.digest(stream)[:16],
+        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16], "identity (digest)": files.digest(identity)[:16],
         **(spec or {}),
     }  # fmt: skip
-    run = (encoder.name, num_classes, expected_batch, sample_rate, steps, stream)
+    run = (encoder.name, num_classes, expected_batch, sample_rate, steps, identity)
     streams = [files.digest(repr((run, head))) for head in heads]
     state = _State(weights, biases)
     if checkpoint is not None:

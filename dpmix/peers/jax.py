@@ -98,11 +98,11 @@ def _torch(array: Any) -> Tensor:
     return torch.from_numpy(numpy.array(array))
 
 
-def train_bank(
+def train_heads(
     material: passes.Material, bank: Sequence[heads.Head], m: Mechanism, *, batch_size: int, seed: int,
     compute: ComputeFlags, stream: str = "",
 ) -> heads.Bank:  # fmt: skip
-    """Algorithm 1 for every head, as `heads.train_bank`: the same batches, views and features, clipped and noised in JAX.
+    """Algorithm 1 for every head, as `heads.train_heads`: the same batches, views and features, clipped and noised in JAX.
 
     `m` gives q and T; sigma is each head's. Batches are padded to a fixed size; jax-privacy makes padding count as zero.
     """
@@ -217,7 +217,7 @@ def _compute(
             m = m._replace(noise_multiplier=sigmas[asked])
         mechanisms.append(m)
     start = time.perf_counter()
-    bank = train_bank(
+    bank = train_heads(
         material,
         passes.heads_of(group, mechanisms, material),
         mechanisms[0],

@@ -160,10 +160,10 @@ def compute_heads(
     initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
     # Two specs may come to the same head (an epsilon given as 1 and as 1.0, say): it is trained once.
     unique = list(dict.fromkeys(bank_heads))
-    bank = heads.train_bank(
+    bank = heads.train_heads(
         encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
         sample_rate=mechanisms[0].sample_rate, seed=training_seed(shared), public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, stream=stream(shared), spec=material.origin(group), **common,
+        ids=material.ids, checkpoint=checkpoint, identity=stream(shared), spec=material.origin(group), **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
     for name, images in (("validation", material.validation), ("test", material.test)):
@@ -219,7 +219,7 @@ def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tu
     steps = accounting.steps_for(n=len(public), batch_size=batch, epochs=shared.pretrain_epochs)
     recipe = views.METHODS["self-aug"].for_data(public.flip)
     plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
-    bank = heads.train_bank(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
+    bank = heads.train_heads(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
                             sample_rate=batch / len(public), seed=_public_seed(shared.seed), **common)  # fmt: skip
     return bank.weights[0], bank.biases[0]
 

@@ -205,7 +205,7 @@ def test_microbatches_need_noise_for_two_clip_norms():
 
 
 def test_the_audited_steps_are_the_ones_that_train(public):
-    """`head_step` is one step of `train_bank`, `network_step` one of `network.train`, noise apart."""
+    """`head_step` is one step of `train_heads`, `network_step` one of `network.train`, noise apart."""
     recipe = views.Recipe(k_base=3, k_self=2, k_diff=1, transform="crop")
     records = as_bytes(world("random", size=9)[0])
     step = audit.head_step(recipe, num_classes=CLASSES, clip_norm=0.7, encoder=pixels(), public=public)
@@ -251,7 +251,7 @@ def test_scores_without_a_difference_bound_nothing():
 
 
 def real_audit(multiplier: float, claimed: float, name: str, seed: int) -> audit.CanaryAudit:
-    """Audit one real step of `train_bank` that uses `multiplier` and claims `claimed`."""
+    """Audit one real step of `train_heads` that uses `multiplier` and claims `claimed`."""
     records, canary = map(as_bytes, world(name, seed=seed))
     step = audit.head_step(RECIPE, num_classes=CLASSES, encoder=pixels())
     release = audit.bank_release(RECIPE, num_classes=CLASSES, noise_multiplier=multiplier, encoder=pixels())
@@ -496,10 +496,10 @@ def test_a_seed_that_can_be_guessed_gives_the_noise_away(tmp_path):
     digits, encoder = data.load("digits").train.subset(range(64)), models.encoder("tiny-convnext")
     head = heads.Head(recipe=views.Recipe(k_base=1, transform="none"), learning_rate=1.0, noise_multiplier=20.0)
     about = dict(num_classes=10, expected_batch=64, steps=1, progress=False)
-    bank = heads.train_bank(encoder, digits.images, digits.labels, [head], seed=7, **about)
+    bank = heads.train_heads(encoder, digits.images, digits.labels, [head], seed=7, **about)
     blank = torch.zeros_like(digits.images)  # the attacker has no data, only a guess
     left = [
-        float((bank.weights - heads.train_bank(encoder, blank, digits.labels, [head], seed=guess, **about).weights).norm())
+        float((bank.weights - heads.train_heads(encoder, blank, digits.labels, [head], seed=guess, **about).weights).norm())
         for guess in range(12)
     ]  # fmt: skip
     assert int(np.argmin(left)) == 7 and sorted(left)[1] > 5 * left[7]

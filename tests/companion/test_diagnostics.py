@@ -31,7 +31,7 @@ def replay(material: passes.Material, spec: RunSpec, stages: int) -> torch.Tenso
     train, classes = material.train, material.train.num_classes
     seen = []
     bank = [heads.Head(recipe=spec.recipe, learning_rate=1.0, clip_norm=spec.clip_norm, noise_multiplier=0.0)]
-    heads.train_bank(
+    heads.train_heads(
         material.encoder, train.images, train.labels, bank, num_classes=classes, expected_batch=10, steps=4, seed=0,
         progress=False, observe=lambda step, z, y, w, b: seen.append((step, z, y, w[0], b[0])),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from conftest import CLASSES, DIM, image_set
 from scipy import stats
 
 from dpmix.core import accounting, files, heads, views
-from dpmix.core.heads import Head, train_bank
+from dpmix.core.heads import Head, train_heads
 from dpmix.models.encoders import Encoder
 
 CROP = views.Recipe(k_base=3, transform="crop-flip")
@@ -81,7 +81,7 @@ def close(bank, w, b, row=0, atol=3e-5):
 @pytest.mark.parametrize("head", BANK, ids=["plain", "self-aug", "mix-self", "mix-diff"])
 def test_one_head_equals_the_plain_loop(head, projection, private, public, monkeypatch):
     noise = recorded_noise(monkeypatch)
-    bank = train_bank(projection, private.images, private.labels, [head], public=public, **RUN)
+    bank = train_heads(projection, private.images, private.labels, [head], public=public, **RUN)
     noise = [step[0].double() for step in noise]
     assert len(noise) == 5 and all(step.abs().max() > 0 for step in noise)
     w, b, clipped = reference(projection, private, head, noise, public)
@@ -99,7 +99,7 @@ def test_one_head_equals_the_plain_loop(head, projection, private, public, monke
 
 def test_the_bank_equals_its_heads_alone_in_any_order_and_physical_batch(projection, private, public):
     def run(some, **other):
-        return train_bank(projection, private.images, private.labels, some, public=public, **{**RUN, **other})
+        return train_heads(projection, private.images, private.labels, some, public=public, **{**RUN, **other})
 
     bank = run(BANK)
     for r, head in enumerate(BANK):
@@ -119,20 +119,20 @@ def test_order_of_the_examples_does_not_matter_if_they_keep_their_names(projecti
     """q = 1, so that the order decides nothing about who joins."""
     about = {**RUN, "sample_rate": 1.0, "public": public}
     turn = torch.from_numpy(np.random.default_rng(0).permutation(len(private)))
-    one = train_bank(projection, private.images, private.labels, BANK, **about)
-    two = train_bank(projection, private.images[turn], private.labels[turn], BANK, ids=turn, **about)
+    one = train_heads(projection, private.images, private.labels, BANK, **about)
+    two = train_heads(projection, private.images[turn], private.labels[turn], BANK, ids=turn, **about)
     torch.testing.assert_close(one.weights, two.weights, rtol=0, atol=1e-5)
-    renamed = train_bank(projection, private.images[turn], private.labels[turn], BANK, **about)
+    renamed = train_heads(projection, private.images[turn], private.labels[turn], BANK, **about)
     assert (renamed.weights - one.weights)[1:].abs().max() > 1e-3
 
 
 def test_removing_one_example_moves_one_step_by_at_most_c(projection, private, public):
     about = {**RUN, "sample_rate": 1.0, "public": public, "steps": 1}
     some = [quiet(h) for h in BANK]
-    whole = train_bank(projection, private.images, private.labels, some, **about)
+    whole = train_heads(projection, private.images, private.labels, some, **about)
     for i in (0, 17, 39):
         kept = torch.tensor([j for j in range(40) if j != i])
-        less = train_bank(projection, private.images[kept], private.labels[kept], some, ids=kept, **about)
+        less = train_heads(projection, private.images[kept], private.labels[kept], some, ids=kept, **about)
         for r, head in enumerate(some):
             moved = (whole.weights[r] - less.weights[r]).square().sum() + (
                 whole.biases[r] - less.biases[r]
@@ -144,7 +144,7 @@ def test_removing_one_example_moves_one_step_by_at_most_c(projection, private, p
 def test_start_from_given_weights(projection, private):
     initial = torch.full((CLASSES, DIM), 0.5), torch.full((CLASSES,), -0.25)
     never = {**RUN, "sample_rate": 1e-12}
-    bank = train_bank(projection, private.images, private.labels, [quiet(BANK[0])], initial=initial, **never)
+    bank = train_heads(projection, private.images, private.labels, [quiet(BANK[0])], initial=initial, **never)
     assert (bank.weights == 0.5).all() and (bank.biases == -0.25).all(), "nobody joined, nothing was added"
     assert bank.views == 0
 
@@ -170,7 +170,7 @@ def noise(private, monkeypatch):
     bank = [base, replace(base, learning_rate=1.5), replace(base, clip_norm=0.25, noise_multiplier=4.0),
             replace(base, noise_multiplier=2.0000001), replace(base, recipe=CROP)]  # fmt: skip
     seen = recorded_noise(monkeypatch)
-    train_bank(wide(), private.images, private.labels, bank, **RUN)
+    train_heads(wide(), private.images, private.labels, bank, **RUN)
     return torch.stack(seen)
 
 
@@ -202,7 +202,7 @@ def test_an_empty_batch_adds_noise_and_counts(private, monkeypatch):
     """Nobody ever joins: what is left is -eta / B times the sum of the noise, over the expected B."""
     seen = recorded_noise(monkeypatch)
     head = Head(recipe=PLAIN, learning_rate=2.0, clip_norm=0.5, noise_multiplier=3.0)
-    bank = train_bank(wide(), private.images, private.labels, [head], **{**RUN, "sample_rate": 1e-12})
+    bank = train_heads(wide(), private.images, private.labels, [head], **{**RUN, "sample_rate": 1e-12})
     assert len(seen) == 5 and bank.views == 0
     both = torch.cat([bank.weights, bank.biases[..., None]], dim=-1)
     torch.testing.assert_close(both, -2.0 / RUN["expected_batch"] * sum(seen))
@@ -215,13 +215,13 @@ def test_the_noise_of_a_run_is_its_own(private, monkeypatch):
     seen = recorded_noise(monkeypatch)
     head = Head(recipe=PLAIN, learning_rate=2.0, clip_norm=0.5, noise_multiplier=3.0)
     for other in ({}, dict(seed=4), dict(sample_rate=0.3), dict(steps=6), dict(expected_batch=9)):
-        train_bank(wide(), private.images, private.labels, [head], **{**RUN, **other})
-    train_bank(wide(), private.images, private.labels, [replace(head, recipe=CROP)], **RUN)
-    train_bank(replace(wide(), name="other"), private.images, private.labels, [head], **RUN)
+        train_heads(wide(), private.images, private.labels, [head], **{**RUN, **other})
+    train_heads(wide(), private.images, private.labels, [replace(head, recipe=CROP)], **RUN)
+    train_heads(replace(wide(), name="other"), private.images, private.labels, [head], **RUN)
     flat = np.stack([step.flatten().numpy() for step in seen])
     assert np.abs(np.corrcoef(flat)[np.triu_indices(len(flat), 1)]).max() * flat.shape[1] ** 0.5 < 6
     seen.clear()
-    train_bank(wide(), private.images, private.labels, [head], **RUN)
+    train_heads(wide(), private.images, private.labels, [head], **RUN)
     assert torch.equal(seen[0].flatten(), torch.from_numpy(flat[0])), "and the same run has the same noise"
 
 
@@ -247,27 +247,27 @@ def same(one, two):
 @pytest.mark.parametrize("after", [0, 1, 4, 9])
 def test_ctrl_c_in_the_middle_of_a_step_and_going_on(after, projection, private, public, tmp_path):
     about = {**RUN, "public": public, "physical_batch": 3, "checkpoint": tmp_path / "bank"}
-    whole = train_bank(projection, private.images, private.labels, BANK, **{**about, "checkpoint": None})
+    whole = train_heads(projection, private.images, private.labels, BANK, **{**about, "checkpoint": None})
     with pytest.raises(KeyboardInterrupt):
-        train_bank(projection, private.images, private.labels, BANK, observe=Stop(after), **about)
+        train_heads(projection, private.images, private.labels, BANK, observe=Stop(after), **about)
     seen = []
-    went_on = train_bank(
+    went_on = train_heads(
         projection, private.images, private.labels, BANK, observe=lambda *a: seen.append(a[0]), **about
     )
     assert same(went_on, whole)
     assert (seen[0] > 0) == (after > 3), "it went on, rather than anew"
-    lost = train_bank(projection, private.images, private.labels, BANK, **{**about, "checkpoint": tmp_path / "none"})
+    lost = train_heads(projection, private.images, private.labels, BANK, **{**about, "checkpoint": tmp_path / "none"})
     assert same(lost, whole)
 
 
 def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private, tmp_path):
     """An interrupt before each line of the loop in turn. Once it could fall between the weights and the step number."""
-    code = heads.train_bank
+    code = heads.train_heads
     while hasattr(code, "__wrapped__"):
         code = code.__wrapped__
     about = {**RUN, "steps": 2, "checkpoint": tmp_path / "bank"}
     some = BANK[:2]
-    whole = train_bank(projection, private.images, private.labels, some, **{**about, "checkpoint": None})
+    whole = train_heads(projection, private.images, private.labels, some, **{**about, "checkpoint": None})
 
     def interrupted(n):
         stop = Stop(n)
@@ -282,7 +282,7 @@ def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private
         old = sys.gettrace()
         sys.settrace(trace)
         try:
-            train_bank(projection, private.images, private.labels, some, **about)
+            train_heads(projection, private.images, private.labels, some, **about)
         except KeyboardInterrupt:
             return True
         finally:
@@ -292,7 +292,7 @@ def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private
     n = went_on = 0
     while interrupted(n):
         went_on += about["checkpoint"].exists()
-        assert same(train_bank(projection, private.images, private.labels, some, **about), whole), n
+        assert same(train_heads(projection, private.images, private.labels, some, **about), whole), n
         files.remove_checkpoint(about["checkpoint"])
         n += 1
     assert n > 60 and went_on > 30
@@ -300,29 +300,29 @@ def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private
 
 def test_a_checkpoint_in_the_course_of_training(projection, private, tmp_path):
     path = tmp_path / "bank"
-    whole = train_bank(projection, private.images, private.labels, BANK[:2], **RUN)
+    whole = train_heads(projection, private.images, private.labels, BANK[:2], **RUN)
     seen = []
 
     def observe(step, *rest):
         seen.append(path.exists())
 
-    first = train_bank(projection, private.images, private.labels, BANK[:2], observe=observe, checkpoint=path,
+    first = train_heads(projection, private.images, private.labels, BANK[:2], observe=observe, checkpoint=path,
                        checkpoint_seconds=0.0, **RUN)  # fmt: skip
     assert same(first, whole) and not seen[0] and seen[-1]
-    again = train_bank(projection, private.images, private.labels, BANK[:2], checkpoint=path, observe=Stop(0), **RUN)
+    again = train_heads(projection, private.images, private.labels, BANK[:2], checkpoint=path, observe=Stop(0), **RUN)
     assert same(again, whole), "a finished run is read, not trained"
 
 
 @pytest.mark.parametrize("change", [dict(seed=9), dict(steps=6), dict(expected_batch=7), dict(sample_rate=0.21)])
 def test_the_checkpoint_of_another_run_is_refused_by_what_differs(change, projection, private, tmp_path):
     about = {**RUN, "checkpoint": tmp_path / "bank", "checkpoint_seconds": 0.0}
-    train_bank(projection, private.images, private.labels, BANK[:2], **about)
+    train_heads(projection, private.images, private.labels, BANK[:2], **about)
     differs = rf"{next(iter(change))}.* there, .* here"
     said = rf"checkpoint='.*bank': belongs to another run \(.*{differs}.*give another path or remove it"
     with pytest.raises(ValueError, match=said):
-        train_bank(projection, private.images, private.labels, BANK[:2], **{**about, **change})
+        train_heads(projection, private.images, private.labels, BANK[:2], **{**about, **change})
     with pytest.raises(ValueError, match=r"belongs to another run \(heads: '2 \(digest"):
-        train_bank(projection, private.images, private.labels, BANK[1::-1], **about)
+        train_heads(projection, private.images, private.labels, BANK[1::-1], **about)
 
 
 # Faulty and extreme images.
@@ -345,13 +345,13 @@ def test_black_white_and_huge_images_never_break_a_run(projection, private):
     images[3], images[7], images[11, 0, 0, 0] = 0, 255, 255
     about = {**RUN, "sample_rate": 1.0}
     some = [quiet(BANK[0]), replace(quiet(BANK[0]), clip_norm=1.0)]
-    bank = train_bank(brittle(projection), images, private.labels, some, **about)
+    bank = train_heads(brittle(projection), images, private.labels, some, **about)
     assert bank.weights.isfinite().all() and bank.biases.isfinite().all()
     kept = torch.tensor([i for i in range(40) if i not in (3, 7)])
-    without = train_bank(brittle(projection), images[kept], private.labels[kept], some, ids=kept, **about)
+    without = train_heads(brittle(projection), images[kept], private.labels[kept], some, ids=kept, **about)
     torch.testing.assert_close(bank.weights, without.weights)
     assert bank.dropped - without.dropped == 2 * 2 * 5, "two images, two heads, five steps"
-    plain = train_bank(projection, images, private.labels, some, **about)
+    plain = train_heads(projection, images, private.labels, some, **about)
     assert plain.dropped == 0
 
 
@@ -374,7 +374,7 @@ def test_a_bank_learns(projection):
     labels = torch.arange(60) % 3
     images = (labels * 100 + 20).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
     some = [Head(recipe=PLAIN, learning_rate=20.0, noise_multiplier=s) for s in (0.0, 1000.0)]
-    bank = train_bank(projection, images, labels, some, **{**RUN, "steps": 150, "expected_batch": 30})
+    bank = train_heads(projection, images, labels, some, **{**RUN, "steps": 150, "expected_batch": 30})
     right, wrong = heads.accuracy(bank, heads.encode(projection, images), labels)
     assert right > 0.95 and wrong < 0.8
 
@@ -392,13 +392,13 @@ def test_a_bank_learns(projection):
 def test_bad_input_is_refused_before_any_training(change, said, projection, private):
     about = dict(images=private.images, labels=private.labels, heads=[BANK[0]], **RUN, observe=Stop(0))
     with pytest.raises(ValueError, match=said) as caught:
-        train_bank(projection, **{**about, **change})
+        train_heads(projection, **{**about, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_a_batch_as_large_as_the_public_population_may_exceed_the_examples(projection, private):
     """N may be public knowledge from elsewhere: the number that happens to be here decides nothing, not even an error."""
-    train_bank(
+    train_heads(
         projection, private.images, private.labels, [BANK[0]], **{**RUN, "expected_batch": 50, "sample_rate": 1.0}
     )
 
@@ -418,5 +418,5 @@ def test_a_whole_number_is_the_same_head():
 
 def test_one_example_alone(projection):
     one = image_set(1)
-    bank = train_bank(projection, one.images, one.labels, [BANK[0]], **{**RUN, "expected_batch": 1})
+    bank = train_heads(projection, one.images, one.labels, [BANK[0]], **{**RUN, "expected_batch": 1})
     assert bank.weights.isfinite().all() and bank.views == 5

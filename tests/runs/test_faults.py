@@ -49,7 +49,7 @@ def start(folder, specs=SPECS, compute=COMPUTE):
     try:
         torch.set_num_threads(1)
         warnings.filterwarnings("error", message=".*(checksum|damaged|cannot be read).*")
-        real, load = heads.train_bank, heads._load
+        real, load = heads.train_heads, heads._load
 
         def train(*args, **kwargs):
             with (BASE / "log").open("a") as log:
@@ -62,7 +62,7 @@ def start(folder, specs=SPECS, compute=COMPUTE):
                 log.write(f"{folder} at {state.step}\n")
             return state
 
-        heads.train_bank, heads._load = train, went_on
+        heads.train_heads, heads._load = train, went_on
         experiments.run_all(specs, compute=compute, store=experiments.Store(BASE / folder))
         status = 0
     except KeyboardInterrupt:
@@ -450,7 +450,7 @@ def test_a_store_that_may_not_be_written_is_refused_before_training_and_can_be_r
         raise AssertionError("training began")
 
     monkeypatch.setattr(Path, "open", closed)
-    monkeypatch.setattr(heads, "train_bank", train)
+    monkeypatch.setattr(heads, "train_heads", train)
     assert run(TINY, compute=COMPUTE, store=store) == first
     with pytest.raises(
         OSError, match=r"cannot write .*: no permission to write there; choose .* DPMIX_STORE"
@@ -516,7 +516,7 @@ def test_a_checkpoint_that_is_no_checkpoint_is_refused_and_never_unpickled(tmp_p
     encoder = models.Encoder(lambda x: x.flatten(1), 8, 64, (1,), "pixels")
     about = dict(num_classes=4, expected_batch=2, steps=1, seed=0, progress=False)
     with pytest.raises(ValueError, match=r"checkpoint='.*bank': damaged .*; remove it to start afresh"):
-        heads.train_bank(encoder, images, labels, [head], checkpoint=path, **about)
+        heads.train_heads(encoder, images, labels, [head], checkpoint=path, **about)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
     with pytest.raises(ValueError, match=r"checkpoint='.*bank': damaged .*; remove it to start afresh"):
         network.train(model, images, labels, recipe=head.recipe, clip_norm=1, noise_multiplier=1, learning_rate=1,
@@ -572,7 +572,7 @@ def test_a_class_that_nobody_has_is_trained_and_tested_all_the_same():
     labels = torch.arange(12) % 2  # of three classes
     encoder = models.Encoder(lambda x: x.flatten(1), 8, 64, (1,), "pixels")
     head = heads.Head(recipe=views.Recipe(k_base=2, transform="crop"), learning_rate=1.0, noise_multiplier=1.0)
-    bank = heads.train_bank(
+    bank = heads.train_heads(
         encoder, images, labels, [head], num_classes=3, expected_batch=6, steps=3, seed=0, progress=False
     )
     assert bank.weights.shape == (1, 3, 64) and bank.weights.isfinite().all()
