@@ -101,12 +101,17 @@ def _load_public(
 def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) -> Material:
     """Load and check everything that the pass needs, before any training. Errors name what is missing and the remedy."""
     encoder = None
-    image_size = None
+    image_size = shared.image_size
     if not shared.from_scratch:
-        encoder = models.encoder(shared.model, shared.weights).to(compute.where(), compute.precision())
+        encoder = models.encoder(shared.model, shared.weights, image_size=shared.image_size).to(
+            compute.where(), compute.precision()
+        )
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
+        for name, wired in (("momentum", 0.0), ("redraw", True), ("feature_scaling", "none")):
+            said = "is not wired up for heads yet"
+            checks.require(getattr(shared, name) == wired, name, getattr(shared, name), said)
     needs = any(s.uses_synthetic for s in group)
     if needs:
         data.find_public(

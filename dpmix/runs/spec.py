@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from dpmix.models import encoders
 
 TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
 PUBLIC = ("synthetic", "synthetic-half", "half-2")
+FEATURE_SCALING = ("none",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class RunSpec:
     """All that may change the result of one private training run. Refuses bad values by name, before any work.
 
     Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
-    scratch); `weights` a file for the encoder. `train_on` says which examples are the private set ("half-1" and "half-2"
+    scratch); `weights` a file for the encoder, `image_size` the side of the square that it takes (None: its own),
+    `feature_scaling` what becomes of its features before the head. `train_on` says which examples are the private set ("half-1" and "half-2"
     are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public images), `public` where
     `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half has), `pretrain_epochs`
     how long plain SGD runs on the synthetic images first (Table 6).
@@ -36,9 +38,10 @@ class RunSpec:
     `population` is the N of q = batch_size / N and T = round(epochs * N / batch_size); by default the number of private
     examples less the validation share, which then counts as public knowledge.
 
-    Training: `recipe` of views, `clip_norm` C, `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`,
-    `seed` (None: fresh entropy, kept in the local store only). A published seed, or one used twice, voids the guarantee.
-    Networks only: `momentum`, `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
+    Training: `recipe` of views, drawn anew at every step or, with `redraw=False`, once an example; `clip_norm` C, `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`,
+    `seed` (None: fresh entropy, kept in the local store only; never shown by `repr`), `momentum`.
+    A published seed, or one used twice, voids the guarantee.
+    Networks only: `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
     """
 
     recipe: views.Recipe
@@ -47,6 +50,9 @@ class RunSpec:
     dataset: str = "digits"
     model: str = "tiny-convnext"
     weights: str | None = None
+    image_size: int | None = None
+    feature_scaling: str = "none"
+    redraw: bool = True
     train_on: str = "all"
     public: str = "synthetic"
     pretrain_epochs: float = 0.0
@@ -57,7 +63,7 @@ class RunSpec:
     clip_norm: float = 1.0
     batch_size: int = 128
     epochs: float = 10.0
-    seed: int | None = 0
+    seed: int | None = field(default=0, repr=False)
     momentum: float = 0.0
     weight_decay: float = 0.0
     ema_decay: float | None = None
@@ -83,7 +89,11 @@ class RunSpec:
             checks.whole("population", self.population, 1)
         if self.seed is not None:
             checks.whole("seed", self.seed)
-        for name, options in (("accountant", accounting.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC)):
+        if self.image_size is not None:
+            checks.whole("image_size", self.image_size, 1)
+        checks.require(isinstance(self.redraw, bool), "redraw", self.redraw, "must be True or False")
+        for name, options in (("accountant", accounting.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
+                              ("feature_scaling", FEATURE_SCALING)):  # fmt: skip
             checks.one_of(name, getattr(self, name), options)
         said = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
         checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, said)
@@ -106,8 +116,8 @@ class RunSpec:
         halved = self.train_on.startswith("half")
         checks.require(self.microbatch == 1 or not halved, "microbatch", self.microbatch, said)
         # What the other kind of run would leave unread is refused.
-        unread = ("pretrain_epochs", "weights") if self.from_scratch else (
-            "momentum", "weight_decay", "ema_decay", "microbatch", "microbatch_mix")  # fmt: skip
+        unread = ("pretrain_epochs", "weights", "redraw", "feature_scaling") if self.from_scratch else (
+            "weight_decay", "ema_decay", "microbatch", "microbatch_mix")  # fmt: skip
         kind = "a network from scratch" if self.from_scratch else "a linear head on a frozen encoder"
         for f in fields(self):
             if f.name in unread:

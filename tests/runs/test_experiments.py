@@ -69,7 +69,10 @@ BAD = [
     (dict(recipe="mix-self"), "recipe='mix-self': must be a views.Recipe"), (dict(model="resnet"), "model='resnet': unknown; "),
     (dict(momentum=1.0, model="wrn-16-4"), "momentum=1.0"), (dict(ema_decay=1.0, model="wrn-16-4"), "ema_decay=1.0"),
     (dict(weight_decay=-0.1, model="wrn-16-4"), "weight_decay=-0.1"), (dict(pretrain_epochs=-1.0), "pretrain_epochs=-1.0"),
-    (dict(momentum=0.9), "momentum=0.9: means nothing for a linear head on a frozen encoder, 'tiny-convnext'; leave it out"),
+    (dict(ema_decay=0.9), "ema_decay=0.9: means nothing for a linear head on a frozen encoder, 'tiny-convnext'; leave it out"),
+    (dict(redraw=False, model="wrn-10-1"), "redraw=False: means nothing for a network from scratch, 'wrn-10-1'; leave it out"),
+    (dict(redraw=1), "redraw=1: must be True or False"), (dict(image_size=0), "image_size=0: must be a whole number of at least 1"),
+    (dict(feature_scaling="all"), "feature_scaling='all': unknown; known are none"),
     (dict(microbatch=2), "microbatch=2: means nothing for a linear head"),
     (dict(pretrain_epochs=1.0, model="wrn-10-1"), "pretrain_epochs=1.0: means nothing for a network from scratch"),
     (dict(model="wrn-11-1"), "model='wrn-11-1': must be wrn-DEPTH-WIDTH with a depth of 6 n + 4"),
@@ -162,6 +165,15 @@ def test_a_delta_that_protects_nobody_is_warned_about():
         warnings.simplefilter("error")
         spec.mechanism(SPEC, 1437)
         spec.mechanism(replace(loose, epsilon=None), 1437)
+
+
+def test_no_text_of_a_run_shows_its_seed(shared):
+    """`print(run(...))` is the natural thing to do, and what a notebook shows without being asked."""
+    seed = 2**100 + 987_654_321
+    secret = replace(SPEC, seed=seed)
+    result = replace(shared[1][0], spec=secret)
+    for shown in (repr(secret), str(secret), f"{result}", repr([result])):
+        assert "learning_rate" in shown and str(seed) not in shown and "seed" not in shown
 
 
 # The mechanism.
@@ -273,12 +285,12 @@ def test_every_field_of_a_spec_changes_the_key(tmp_path):
         recipe=replace(TINY, k_base=3), epsilon=4.0, learning_rate=5.0, dataset="cifar10", model="tiny-vit", train_on="half-1",
         public="synthetic-half", pretrain_epochs=1.0, validation=0.1, delta=1e-6, accountant="prv", population=1000,
         clip_norm=0.5,
-        batch_size=128, epochs=3.0, seed=1, weights="random",
+        batch_size=128, epochs=3.0, seed=1, weights="random", image_size=32, redraw=False, momentum=0.9,
     )  # fmt: skip
     wrn = replace(SPEC, model="wrn-10-1")
-    network = dict(momentum=0.9, weight_decay=0.1, ema_decay=0.9, microbatch=2)
+    network = dict(weight_decay=0.1, ema_decay=0.9, microbatch=2)
     pairs = replace(wrn, microbatch=2)
-    assert other.keys() | network.keys() | {"microbatch_mix"} == {f.name for f in fields(RunSpec)}
+    assert other.keys() | network.keys() | {"microbatch_mix", "feature_scaling"} == {f.name for f in fields(RunSpec)}
     keys = {experiments.key(replace(SPEC, **{name: value})) for name, value in other.items()}
     keys |= {experiments.key(replace(wrn, **{name: value})) for name, value in network.items()}
     keys |= {experiments.key(s) for s in (SPEC, wrn, replace(pairs, microbatch_mix="add"))}
