@@ -28,19 +28,19 @@ class RunSpec:
 
     Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
     scratch); `weights` a file for the encoder, `image_size` the side of the square that it takes (None: its own),
-    `feature_scaling` what becomes of its features before the head. `train_on` says which examples are the private set ("half-1" and "half-2"
-    are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public images), `public` where
-    `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half has), `pretrain_epochs`
-    how long plain SGD runs on the synthetic images first (Table 6).
+    `feature_scaling` what becomes of its features before the head. `train_on` says which examples are the private set
+    ("half-1" and "half-2" are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public
+    images), `public` where `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half
+    has), `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
     `validation` is the share of the private set kept out of training, for choosing a learning rate.
 
     Privacy: `epsilon` (None: no noise, no guarantee), `delta`, `accountant`; adjacency is add/remove of one example.
     `population` is the N of q = batch_size / N and T = round(epochs * N / batch_size); by default the number of private
     examples less the validation share, which then counts as public knowledge.
 
-    Training: `recipe` of views, drawn anew at every step or, with `redraw=False`, once an example; `clip_norm` C, `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`,
-    `seed` (None: fresh entropy, kept in the local store only; never shown by `repr`), `momentum`.
-    A published seed, or one used twice, voids the guarantee.
+    Training: `recipe` of views, drawn anew at every step or, with `redraw=False`, once an example; `clip_norm` C,
+    `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`, `momentum`, `seed`. None draws the seed: it is
+    kept in the local store only, and no other run can be released. No text of a spec shows a seed.
     Networks only: `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
     """
 
