@@ -11,7 +11,7 @@ import pandas as pd
 
 from dpmix.core.checks import one_of, require
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "paper"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "paper"
 
 
 @dataclass(frozen=True)

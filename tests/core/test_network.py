@@ -378,7 +378,7 @@ def test_nothing_is_left_lying_about(tmp_path):
 def script(text, folder):
     """A file that imports this module's helpers; run with one thread, because it forks."""
     path = folder / "script.py"
-    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n" + textwrap.dedent(text))
+    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(text))
     return path
 
 

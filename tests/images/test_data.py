@@ -776,7 +776,7 @@ def test_public_images_in_folders_take_classes_and_shape_of_the_private(load, tm
     make_sun397(tmp_path)
     public = lambda **more: data.public_images("sun397", tmp_path, cache=tmp_path / "cache", **more)  # noqa: E731
     with pytest.raises(
-        FileNotFoundError, match=r"no synthetic images in .*sun397/CLASS/; make them with dpmix\.synthesis"
+        FileNotFoundError, match=r"no synthetic images in .*sun397/CLASS/; make them with dpmix\.images\.synthesis"
     ):
         public()
     with pytest.warns(UserWarning):

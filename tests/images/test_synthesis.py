@@ -142,7 +142,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(pipeline, made, tmp_path
 def test_killed_in_the_middle_and_resumed(pipeline, tmp_path):
     folder = tmp_path / "out"
     asked = dict(class_names=["cat", "dog"], n_per_class=20, seed=1, steps=2, batch_size=2, progress=False)
-    code = f"from dpmix import synthesis; synthesis.generate({str(pipeline)!r}, folder={str(folder)!r}, **{asked!r})"
+    code = f"from dpmix.images import synthesis; synthesis.generate({str(pipeline)!r}, folder={str(folder)!r}, **{asked!r})"
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

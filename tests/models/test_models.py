@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dpmix import models
+from dpmix.models import encoders
 
 ALL = ("tiny-vit", "tiny-convnext", "timm:test_vit", "timm:test_convnext", "open_clip:test-tiny")
 
@@ -235,7 +236,7 @@ def test_open_clip_weights_from_data_weights(tmp_path, monkeypatch, small_clip):
     assert torch.equal(by_argument, by_name)
     assert not torch.allclose(by_name, models.encoder("open_clip:test-tiny", "random").features(images), atol=1e-3)
     # a published tag is found under data/weights/
-    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda arch: ["good"])
     monkeypatch.setattr(
         open_clip, "get_pretrained_cfg", lambda arch, tag: {"hf_hub": "a/b/", "url": "", "std": (1, 1, 1)}
@@ -290,7 +291,7 @@ def test_weights_are_compared_with_the_checksum_that_comes_with_them(tmp_path):
 
 def test_a_bit_that_flips_after_the_first_use_is_seen_and_a_new_file_is_taken(tmp_path, monkeypatch):
     """Without a checksum beside it; nothing is written beside the file."""
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(encoders, "CACHE", tmp_path / "cache")
     path = tmp_path / "mine" / "w.safetensors"
     path.parent.mkdir()
     save_file(Small().state_dict(), path)
@@ -378,7 +379,7 @@ def test_unknown_names_offer_near_matches():
 def test_absent_weights_say_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path, name, place, page):
     import huggingface_hub
 
-    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError) as caught:
         models.encoder(name)
