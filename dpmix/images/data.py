@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpmix.core.checks import one_of, require, whole
-from dpmix.images.image_cache import Copies, decode, duplicates, no_linked_folders, pixel_hash
-from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, stratified_split
+from dpmix.images.image_cache import Copies, decode, duplicates, pixel_hash
+from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, printable, scan, stratified_split, where
 
 _HERE = Path(__file__).resolve().parents[2]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -133,11 +133,11 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
 
 def _report_copies(name: str, copies: Copies, called: Callable[[int], str]) -> None:
     """Counts and examples, for the owner of the data: computed without noise, so not for release."""
-    if copies.some:
-        told = f"{copies.train} training images repeat another, {copies.test} test images are in the training set too"
-        some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.some)
-        why = "the guarantee covers each copy alone, and test accuracy is too high; not for release"
-        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}", stacklevel=3)
+    if copies.train or copies.test:
+        told = f"{len(copies.train)} training images repeat another, {len(copies.test)} test images are in the training set too"
+        some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
+        why = "the guarantee covers each copy alone" + ", and test accuracy is too high" * bool(copies.test)
+        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}; not for release", stacklevel=3)
 
 
 def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing | Splits:
@@ -151,22 +151,23 @@ def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing
     one_of("dataset", name, NAMES)
     if name == "digits":
         return _load_digits()
-    known = KNOWN[name]
-    if not download and not (root / known.folder).is_dir():
+    known, place = KNOWN[name], where(name, root)
+    if not download and not place.is_dir():
+        plain = f" (or put train/CLASS/IMAGE and test/CLASS/IMAGE into {root / known.plain})" if known.plain else ""
         raise FileNotFoundError(
             f"dataset={name!r}: {known.title} is not on disk; get it from {known.page} and unpack it to "
-            f"{root / known.folder}, or pass download=True; "
+            f"{root / known.folder}{plain}, or pass download=True; "
             "works now: papermill notebooks/table3.ipynb -p dataset digits"
         )
     # Older ones write wherever the names in an archive point to, and torchvision lets them.
     said = "this Python does not check names in archives; take 3.11.4 or later, or unpack the archive by hand"
     require(not download or hasattr(tarfile, "data_filter"), "download", True, said)
-    no_linked_folders(root / known.folder)
+    batches = name.startswith("cifar") and place.name == Path(known.folder).name
     try:
-        found = _load_cifar(name, root, download) if name.startswith("cifar") else list_known(name, root, download)
+        found = _load_cifar(name, root, download) if batches else list_known(name, root, download)
     except (RuntimeError, KeyError, ValueError, FileNotFoundError, tarfile.TarError) as error:
         why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
-        raise ValueError(f"dataset={name!r}: {root / known.folder} is {why}") from error
+        raise ValueError(f"dataset={name!r}: {place} is {why}") from error
     if isinstance(found, Listing) and len(found.files) != known.images:
         told = f"{len(found.files):,} images where {known.title} has {known.images:,}"
         warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=3)
@@ -200,9 +201,10 @@ def load(
     found = find(name, root, download=download)
     if isinstance(found, Splits):
         return found
-    base, files, labels, n, class_names = found
-    images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, size=image_size)
-    _report_copies(name, copies, lambda i: files[i].relative_to(base).as_posix())
+    base, files, labels, n, class_names, _ = found
+    shape: dict = dict(size=native, channels=3) if native else dict(size=image_size)
+    images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, **shape)
+    _report_copies(name, copies, lambda i: printable(files[i].relative_to(base)))
     train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
     facts = dict(files=[f.relative_to(base).as_posix() for f in files], labels=labels, train=n, content=content)
     return Splits(train, test, _digest(class_names=class_names, shape=list(images.shape[1:]), **facts))
@@ -256,22 +258,24 @@ def public_images(
     if name == "digits":
         return _synthetic_digits()
     base = find_public(name, root)
-    from torchvision import datasets
-
-    no_linked_folders(base)
-    found = datasets.ImageFolder(base, allow_empty=True)
+    found = scan(base)
     class_names = like.class_names if like else tuple(found.classes)
     place = {folder_name(c): i for i, c in enumerate(class_names)}
     extra = sorted(set(found.classes) - set(place))
     require(not extra, "dataset", name, f"{base} holds folders of no class: {', '.join(extra[:5])}")
-    files = [Path(f) for f, _ in found.samples]
-    labels = np.array([place[found.classes[c]] for _, c in found.samples], dtype=np.int64)
+    files, labels = found.files, np.array([place[found.classes[c]] for c in found.labels], dtype=np.int64)
     _every_class(labels, class_names, name, str(base))
     channels, height, width = like.images.shape[1:] if like else (None, None, None)
     size = (height, width) if height and width else None
     label = f"synthetic {name}"
-    images, *_ = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
-    return ImageSet(images, torch.from_numpy(labels), class_names, like.flip if like else True)
+    made = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
+    public = ImageSet(made.images, torch.from_numpy(labels), class_names, like.flip if like else True)
+    repeats = [copy for copy, _ in made.copies.train]
+    if not repeats:
+        return public
+    told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"
+    warnings.warn(f"dataset={name!r}: {told}", stacklevel=2)
+    return public.subset(np.setdiff1d(np.arange(len(files)), repeats))
 
 
 def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, where: str) -> None:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from dpmix.core.checks import require
 
 DEFAULT_SIZE = 224
-_FORMAT = 3
+_FORMAT = 4
 _BLOCK = 1 << 26
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
 # Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
@@ -49,12 +49,11 @@ _VERIFIED: set[tuple[str, int, int]] = set()
 
 
 class Copies(NamedTuple):
-    """How many training images repeat an earlier one, how many test images equal a training image, and some of both as
-    pairs (copy, original) of places."""
+    """Exact copies as pairs (copy, original) of places: training images that repeat an earlier one, and test images that
+    equal a training image."""
 
-    train: int
-    test: int
-    some: list[tuple[int, int]]
+    train: list[tuple[int, int]]
+    test: list[tuple[int, int]]
 
 
 class Decoded(NamedTuple):
@@ -75,14 +74,7 @@ def duplicates(hashes: Sequence[bytes | str], train: int) -> Copies:
             (within if i < train else across).append((i, first[h]))
         elif i < train:
             first[h] = i
-    return Copies(len(within), len(across), within[:2] + across[:2])
-
-
-def no_linked_folders(base: Path) -> None:
-    """Refuse links to folders below `base`: torchvision follows them, out of `base` or round in circles."""
-    for parent, folders, _ in os.walk(base):
-        linked = [str(Path(parent, f)) for f in folders if Path(parent, f).is_symlink()]
-        require(not linked, "dataset", str(base), f"{linked[:1]} is a link to a folder; put the folder itself there")
+    return Copies(within, across)
 
 
 def _inside(base: Path, files: Sequence[Path]) -> None:
@@ -288,8 +280,8 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
         if _checksum(images) != body["pixels"]:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
-    train, test, some = body["copies"]
-    return Decoded(images, body["content"], Copies(train, test, [(copy, original) for copy, original in some]))
+    copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
+    return Decoded(images, body["content"], copies)
 
 
 def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:

@@ -3,16 +3,21 @@
 A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`.
 """
 
+import os
+import warnings
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dpmix.core.checks import require
 from dpmix.core.rng import generator
-from dpmix.images.image_cache import no_linked_folders
 
 SPLIT_SEED = 0  # of every split that the authors of a data set did not fix; part of the data, not of a run
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_NO_PHOTOS = ("@eadir", "__macosx", "thumbs.db", "desktop.ini", "#recycle", "lost+found")
+_PARTS = ("train", "test", "val", "valid", "validation", "training", "testing")
 
 
 def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
@@ -34,18 +39,23 @@ def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) 
 
 
 class Known(NamedTuple):
-    """A data set of the paper: title, its project's page, its folder below `root`, how many images are published."""
+    """A data set: title, its project's page, its folder below `root`, how many images are published, a second layout
+    (`train/CLASS/IMAGE` and `test/CLASS/IMAGE` in that folder) and how many classes that has."""
 
     title: str
     page: str
     folder: str
     images: int
+    plain: str = ""
+    classes: int = 0
 
 
+_CIFAR = "www.cs.toronto.edu/~kriz/cifar.html"
 KNOWN = {
-    "cifar10": Known("CIFAR-10", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-10-batches-py", 60_000),
-    "cifar100": Known("CIFAR-100", "www.cs.toronto.edu/~kriz/cifar.html", "cifar-100-python", 60_000),
+    "cifar10": Known("CIFAR-10", _CIFAR, "cifar-10-batches-py", 60_000, "cifar10", 10),
+    "cifar100": Known("CIFAR-100", _CIFAR, "cifar-100-python", 60_000, "cifar100", 100),
     "eurosat": Known("EuroSAT (RGB)", "github.com/phelber/EuroSAT", "eurosat/2750", 27_000),
+    "caltech101": Known("Caltech-101", "data.caltech.edu/records/20086", "caltech101/101_ObjectCategories", 8_677),
     "caltech256": Known("Caltech-256", "data.caltech.edu/records/20087", "caltech256/256_ObjectCategories", 30_607),
     "sun397": Known("SUN397", "vision.princeton.edu/projects/2010/SUN", "SUN397", 108_754),
     "pets": Known("Oxford-IIIT Pet", "www.robots.ox.ac.uk/~vgg/data/pets", "oxford-iiit-pet", 7_349),
@@ -53,57 +63,184 @@ KNOWN = {
 
 
 class Listing(NamedTuple):
-    """Image files inside `base`: the first `train` of them are for training, the others for testing."""
+    """Image files inside `base`: the first `train` of them are for training, the others for testing.
+
+    `left_out` counts, by suffix, the files that are not taken.
+    """
 
     base: Path
     files: list[Path]
     labels: np.ndarray
     train: int
     class_names: tuple[str, ...]
+    left_out: Counter[str]
+
+
+class Found(NamedTuple):
+    """The class folders of one folder, in alphabetical order, their images (sorted, folder by folder), and what was left
+    out: files by suffix, `inner` the names of the folders inside each class folder."""
+
+    classes: list[str]
+    files: list[Path]
+    labels: list[int]
+    left_out: Counter[str]
+    inner: list[set[str]]
+
+
+def printable(name: str | Path) -> str:
+    """A file name that can be printed anywhere: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
+def hidden(name: str) -> bool:
+    """Files and folders that no photographer made: dot files, thumbnails and the leavings of other systems."""
+    return name.startswith((".", "~$")) or name.lower() in _NO_PHOTOS
+
+
+def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
+    """`base/CLASS/**/IMAGE`, without what is `hidden`, at every level, and without the class folders `but`.
+
+    Raises ValueError for links to folders (they lead out of `base` or round in circles) and for the name of a class that
+    is no UTF-8.
+    """
+    found = Found([], [], [], Counter(), [])
+    with os.scandir(base) as entries:
+        top = sorted((e.name, e.is_dir()) for e in entries if not hidden(e.name) and e.name not in but)
+    for name, is_folder in top:
+        if not is_folder:
+            found.left_out["in no class folder"] += 1
+            continue
+        said = "is no UTF-8, so it cannot name a class in a file of results; rename it"
+        require(printable(name) == name, "dataset", f"{printable(base / name)}", said)
+        found.inner.append(set())
+        for parent, folders, names in sorted(_walk(base / name)):
+            if parent == str(base / name):
+                found.inner[-1].update(folders)
+            for file in sorted(names):
+                suffix = Path(file).suffix.lower()
+                if suffix in SUFFIXES:
+                    found.files.append(Path(parent, file))
+                    found.labels.append(len(found.classes))
+                else:
+                    found.left_out[suffix or "without suffix"] += 1
+        found.classes.append(name)
+    return found
+
+
+def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
+    """`os.walk` without what is hidden; ValueError for a link to a folder."""
+    seen = []
+    _refuse_link(folder)
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not hidden(f))
+        for inner in folders:
+            _refuse_link(Path(parent, inner))
+        seen.append((parent, folders[:], [n for n in names if not hidden(n)]))
+    return seen
+
+
+def _refuse_link(folder: Path) -> None:
+    require(not folder.is_symlink(), "dataset", printable(folder), "is a link to a folder; put the folder itself there")
 
 
 def list_folder(base: Path) -> Listing:
-    """`base/train/CLASS/*` and `base/test/CLASS/*` through torchvision's ImageFolder, with the same classes in both."""
-    from torchvision import datasets
+    """`base/train/CLASS/IMAGE` and `base/test/CLASS/IMAGE` with the same classes in both; or `base/CLASS/IMAGE`, where a
+    fifth of each class becomes the test set (`stratified_split`).
 
+    Raises ValueError where classes differ or are empty, or where the folders are one level too deep; FileNotFoundError
+    where a part is absent. Warns of files that are left out.
+    """
+    name = f"folder:{base}"
+    if not base.is_dir():
+        raise FileNotFoundError(f"dataset={name!r}: no such folder; wanted are train/CLASS/IMAGE and test/CLASS/IMAGE")
+    if not any(p.name.lower() in _PARTS for p in base.iterdir() if p.is_dir()):
+        whole = scan(base, but=("synthetic",))
+        _levels(base, name, whole)
+        _left_out(name, whole.left_out)
+        return _split(whole, base, "folder")
     for part in ("train", "test"):
         if not (base / part).is_dir():
-            raise FileNotFoundError(f"dataset='folder:{base}': no folder {base / part}; wanted are {part}/CLASS/IMAGE")
-    no_linked_folders(base)
-    train, test = (datasets.ImageFolder(base / part, allow_empty=True) for part in ("train", "test"))
+            raise FileNotFoundError(f"dataset={name!r}: no folder {base / part}; wanted are {part}/CLASS/IMAGE")
+    train, test = scan(base / "train"), scan(base / "test")
+    _levels(base / "train", name, train)
     for part, ours, theirs in (("train", train, test), ("test", test, train)):
         lost = sorted(set(theirs.classes) - set(ours.classes))
-        require(not lost, "dataset", f"folder:{base}", f"{part}/ lacks the class folders {', '.join(lost)}")
-    for part, found in (("train", train), ("test", test)):
-        empty = [f"{part}/{c}" for i, c in enumerate(found.classes) if i not in set(found.targets)]
-        require(not empty, "dataset", f"folder:{base}", f"no images in {', '.join(empty)}")
-    samples = train.samples + test.samples
-    files, labels = [Path(f) for f, _ in samples], np.array([c for _, c in samples], dtype=np.int64)
-    return Listing(base, files, labels, len(train), tuple(train.classes))
+        require(not lost, "dataset", name, f"{part}/ lacks the class folders {', '.join(lost)}")
+    for part, found in (("train/", train), ("test/", test)):
+        _none_empty(name, found, part)
+    _left_out(name, train.left_out + test.left_out)
+    return _joined(base, train, test)
+
+
+def _joined(base: Path, train: Found, test: Found) -> Listing:
+    labels = np.array(train.labels + test.labels, dtype=np.int64)
+    left_out = train.left_out + test.left_out
+    return Listing(base, train.files + test.files, labels, len(train.files), tuple(train.classes), left_out)
+
+
+def _split(found: Found, base: Path, name: str) -> Listing:
+    """80/20, stratified."""
+    _none_empty(name, found, "")
+    labels = np.array(found.labels, dtype=np.int64)
+    train, test = stratified_split(labels, name)
+    order = np.concatenate([train, test])
+    files = [found.files[i] for i in order]
+    return Listing(base, files, labels[order], len(train), tuple(found.classes), found.left_out)
+
+
+def _none_empty(name: str, found: Found, part: str) -> None:
+    empty = [part + c for i, c in enumerate(found.classes) if i not in set(found.labels)]
+    require(not empty, "dataset", name, f"no images in {', '.join(empty)} (taken are {' '.join(SUFFIXES)})")
+
+
+def _levels(base: Path, name: str, found: Found) -> None:
+    """Refuse one class, and folders inside class folders that look like the classes."""
+    shared = sorted(set.intersection(*found.inner)) if found.inner else []
+    deeper = f"are the classes its folders ({', '.join(shared[:3])})? Put them directly into {base}"
+    only = f"one class alone, {found.classes[:1]}; {deeper if shared else 'a classifier needs two'}"
+    require(len(found.classes) != 1, "dataset", name, only)
+    told = (
+        f"every class folder ({', '.join(found.classes[:3])}) holds the same folders; {deeper.replace('its', 'those')}"
+    )
+    require(len(shared) < 2, "dataset", name, told)
+
+
+def _left_out(name: str, left_out: Counter[str]) -> None:
+    if left_out:
+        told = ", ".join(f"{n:,} {suffix}" for suffix, n in left_out.most_common())
+        warnings.warn(f"dataset={name!r}: files left out: {told}; taken are {' '.join(SUFFIXES)}", stacklevel=4)
+
+
+def where(name: str, root: Path) -> Path:
+    """The folder below `root` in which a data set of `KNOWN` lies, or would."""
+    known = KNOWN[name]
+    plain = root / known.plain
+    return plain if known.plain and not (root / known.folder).is_dir() and plain.is_dir() else root / known.folder
 
 
 def list_known(name: str, root: Path, download: bool) -> Listing:
-    """The files of one of the paper's data sets, found by torchvision's class for it."""
-    from torchvision import datasets
+    """The files of a data set of `KNOWN`; torchvision's class fetches it and, for Pets and SUN397, knows its lists."""
+    from torchvision import datasets  # two seconds, and not everyone needs it
 
+    known, base = KNOWN[name], where(name, root)
     if name == "pets":
         parts = [datasets.OxfordIIITPet(root, split, download=download) for split in ("trainval", "test")]
         files, labels = [f for p in parts for f in p._images], np.array([c for p in parts for c in p._labels])
-        return Listing(root / KNOWN[name].folder, files, labels, len(parts[0]), tuple(parts[0].classes))
-    if name == "eurosat":
-        found: Any = datasets.EuroSAT(root, download=download)
-        pairs, classes = [(Path(f), c) for f, c in found.samples], found.classes
-    elif name == "caltech256":
-        found = datasets.Caltech256(str(root), download=download)
-        numbered = zip(found.y, found.index, strict=True)
-        folder, classes = root / KNOWN[name].folder, found.categories
-        pairs = [(folder / classes[c] / f"{c + 1:03d}_{i:04d}.jpg", c) for c, i in numbered]
-    else:
+        return Listing(base, files, labels, len(parts[0]), tuple(parts[0].classes), Counter())
+    if name == "sun397":
         found = datasets.SUN397(root, download=download)
-        pairs, classes = list(zip(found._image_files, found._labels, strict=True)), found.classes
-    pairs.sort(key=lambda pair: (pair[1], pair[0].as_posix()))
-    labels = np.array([c for _, c in pairs], dtype=np.int64)
-    train, test = stratified_split(labels, name)
-    order = np.concatenate([train, test])
-    files = [pairs[i][0] for i in order]
-    return Listing(root / KNOWN[name].folder, files, labels[order], len(train), tuple(classes))
+        pairs = sorted(zip(found._image_files, found._labels, strict=True), key=lambda p: (p[1], p[0].as_posix()))
+        both = Found(found.classes, [f for f, _ in pairs], [c for _, c in pairs], Counter(), [])
+        return _split(both, base, name)
+    if name.startswith("cifar"):
+        for part in ("train", "test"):
+            if not (base / part).is_dir():
+                raise FileNotFoundError(f"no folder {base / part}")
+        train, test = scan(base / "train"), scan(base / "test")
+        require(train.classes == test.classes, "test", test.classes[:3], "must have the classes of train")
+        require(len(train.classes) == known.classes, "train", len(train.classes), f"must have {known.classes} classes")
+        return _joined(base, train, test)
+    if download:
+        kinds = dict(eurosat=datasets.EuroSAT, caltech101=datasets.Caltech101, caltech256=datasets.Caltech256)
+        kinds[name](str(root), download=True)
+    return _split(scan(base, but=("BACKGROUND_Google",)), base, name)

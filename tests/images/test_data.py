@@ -203,6 +203,40 @@ def test_a_cifar_batch_that_is_not_the_published_one_is_never_unpickled(load, tm
     assert (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_in_class_folders(load, tmp_path, name, classes):
+    names = [f"{c:03d}" for c in range(classes)]
+    wanted = {}
+    for part, count in (("train", 2), ("test", 1)):
+        for c in reversed(range(classes)):
+            for i in range(count):
+                seed = 10 * c + i + 5 * (part == "test")
+                path = save(tmp_path / name / part / names[c] / f"{i}.png", seed, height=32, width=32)
+                wanted[part, c, i] = np.asarray(Image.open(path)).transpose(2, 0, 1)
+    with pytest.warns(UserWarning, match="images where CIFAR-.* has 60,000"):
+        splits = load(name, tmp_path)
+    assert splits.train.class_names == tuple(names) and splits.train.flip
+    assert splits.train.labels.tolist() == [c for c in range(classes) for _ in range(2)]
+    assert splits.test.labels.tolist() == list(range(classes))
+    assert np.array_equal(splits.train.images[3], wanted["train", 1, 1])
+    assert np.array_equal(splits.test.images[7], wanted["test", 7, 0])
+    shutil.rmtree(tmp_path / name / "train" / names[3])
+    with pytest.raises(ValueError, match=f"dataset='{name}': .*{name} is incomplete or damaged .*the classes of train"):
+        load(name, tmp_path)
+    shutil.rmtree(tmp_path / name / "test" / names[3])
+    with pytest.raises(ValueError, match=f"train={classes - 1}: must have {classes} classes"):
+        load(name, tmp_path)
+    shutil.rmtree(tmp_path / name / "test")
+    with pytest.raises(ValueError, match=r"no folder .*test"):
+        load(name, tmp_path)
+
+
+def test_official_cifar_batches_come_before_class_folders(load, tmp_path, monkeypatch):
+    images = make_cifar(tmp_path, datasets.CIFAR10, monkeypatch, 10, "labels")
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)
+    assert np.array_equal(load("cifar10", tmp_path).test.images.numpy(), images[-1].reshape(-1, 3, 32, 32))
+
+
 def make_eurosat(root: Path) -> None:
     for c, name in enumerate(("AnnualCrop", "Forest", "SeaLake")):
         for i in range(10):
@@ -240,13 +274,27 @@ def make_pets(root: Path) -> None:
         (base / "annotations" / f"{part}.txt").write_text("".join(lines))
 
 
-MAKERS = dict(eurosat=make_eurosat, caltech256=make_caltech256, sun397=make_sun397, pets=make_pets)
+def make_caltech101(root: Path) -> None:
+    for c, name in enumerate(("Faces", "BACKGROUND_Google", "accordion")):
+        for i in range(5):
+            path = root / "caltech101" / "101_ObjectCategories" / name / f"image_{i + 1:04d}.jpg"
+            save(path, 100 * c + i, height=20 + i, width=40 - i)
+
+
+MAKERS = dict(
+    eurosat=make_eurosat,
+    caltech101=make_caltech101,
+    caltech256=make_caltech256,
+    sun397=make_sun397,
+    pets=make_pets,
+)
 
 
 @pytest.mark.parametrize(
     ("name", "train", "test", "shape", "classes"),
     [
         ("eurosat", 24, 6, (3, 64, 64), ("AnnualCrop", "Forest", "SeaLake")),
+        ("caltech101", 8, 2, (3, 224, 224), ("Faces", "accordion")),
         ("caltech256", 12, 3, (3, 224, 224), ("001.ak47", "002.american-flag", "003.clutter")),
         ("sun397", 12, 3, (3, 224, 224), ("abbey", "apartment_building/outdoor", "beach")),
         ("pets", 6, 6, (3, 224, 224), ("Abyssinian", "American Bulldog")),
@@ -262,7 +310,12 @@ def test_image_data_sets_in_their_official_layout(load, tmp_path, no_decoding, n
     assert (splits.test.labels.bincount() == test // len(classes)).all()
     assert (splits.train.labels.bincount() == train // len(classes)).all()
 
-    kind = dict(eurosat=datasets.EuroSAT, caltech256=datasets.Caltech256, sun397=datasets.SUN397)
+    kind = dict(
+        eurosat=datasets.EuroSAT,
+        caltech101=datasets.Caltech101,
+        caltech256=datasets.Caltech256,
+        sun397=datasets.SUN397,
+    )
     sources = (
         [datasets.OxfordIIITPet(root, s) for s in ("trainval", "test")] if name == "pets" else [kind[name](str(root))]
     )
@@ -435,7 +488,7 @@ def test_links_that_leave_the_folder_are_refused(load, tmp_path):
         load(f"folder:{base}")
     outer.unlink()
     (base / "train" / "cat" / "loop").symlink_to("..")
-    with pytest.raises(ValueError, match=r"loop'\] is a link to a folder"):
+    with pytest.raises(ValueError, match=r"loop': is a link to a folder"):
         load(f"folder:{base}")
     linked = tmp_path / "linked"
     (base / "train" / "cat" / "loop").unlink()
@@ -781,14 +834,18 @@ def test_public_images_in_folders_take_classes_and_shape_of_the_private(load, tm
         public()
     with pytest.warns(UserWarning):
         private = load("sun397", tmp_path, image_size=24).train
+    folder = tmp_path / "synthetic" / "sun397"
     for name in ("beach", "abbey"):
-        save(tmp_path / "synthetic" / "sun397" / name / "0.png", 7 + len(name), height=50, width=50)
+        save(folder / name / "0.png", 7 + len(name), height=50, width=50)
     with pytest.raises(ValueError, match=r"1 classes have no synthetic images in .*: apartment_building/outdoor"):
         public(like=private)
     save(tmp_path / "synthetic" / "sun397" / data.folder_name("apartment_building/outdoor") / "0.png", 9)
     found = public(like=private)
     assert found.images.shape == (3, 3, 24, 24) and found.class_names == private.class_names
     assert found.labels.tolist() == [0, 1, 2]
+    shutil.copy(folder / "beach" / "0.png", folder / "beach" / "1.png")
+    with pytest.warns(UserWarning, match="1 of 4 synthetic images repeat another one exactly and are left out"):
+        assert torch.equal(public(like=private).images, found.images)
     save(tmp_path / "synthetic" / "sun397" / "bich" / "0.png", 9)
     with pytest.raises(ValueError, match="holds folders of no class: bich"):
         public(like=private)
