@@ -271,11 +271,12 @@ def public_images(
     made = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
     public = ImageSet(made.images, torch.from_numpy(labels), class_names, like.flip if like else True)
     repeats = [copy for copy, _ in made.copies.train]
-    if not repeats:
-        return public
-    told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"
-    warnings.warn(f"dataset={name!r}: {told}", stacklevel=2)
-    return public.subset(np.setdiff1d(np.arange(len(files)), repeats))
+    if repeats:
+        told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"
+        warnings.warn(f"dataset={name!r}: {told}", stacklevel=2)
+        public = public.subset(np.setdiff1d(np.arange(len(files)), repeats))
+        _every_class(public.labels.numpy(), class_names, name, str(base))
+    return public
 
 
 def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, where: str) -> None:

@@ -836,7 +836,7 @@ def test_public_images_in_folders_take_classes_and_shape_of_the_private(load, tm
         private = load("sun397", tmp_path, image_size=24).train
     folder = tmp_path / "synthetic" / "sun397"
     for name in ("beach", "abbey"):
-        save(folder / name / "0.png", 7 + len(name), height=50, width=50)
+        save(folder / name / "0.png", ord(name[0]), height=50, width=50)
     with pytest.raises(ValueError, match=r"1 classes have no synthetic images in .*: apartment_building/outdoor"):
         public(like=private)
     save(tmp_path / "synthetic" / "sun397" / data.folder_name("apartment_building/outdoor") / "0.png", 9)
@@ -846,6 +846,13 @@ def test_public_images_in_folders_take_classes_and_shape_of_the_private(load, tm
     shutil.copy(folder / "beach" / "0.png", folder / "beach" / "1.png")
     with pytest.warns(UserWarning, match="1 of 4 synthetic images repeat another one exactly and are left out"):
         assert torch.equal(public(like=private).images, found.images)
+    for file in ("0.png", "1.png"):
+        shutil.copy(folder / "abbey" / "0.png", folder / "beach" / file)
+    with (
+        pytest.warns(UserWarning, match="2 of 4 synthetic"),
+        pytest.raises(ValueError, match=r"1 classes have .*: beach"),
+    ):
+        public(like=private)
     save(tmp_path / "synthetic" / "sun397" / "bich" / "0.png", 9)
     with pytest.raises(ValueError, match="holds folders of no class: bich"):
         public(like=private)
