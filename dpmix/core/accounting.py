@@ -171,11 +171,11 @@ def steps_for(*, n: int, batch_size: int, epochs: float) -> int:
     return max(1, round(epochs * n / batch_size))
 
 
-def poisson_batch(n: int, sample_rate: float, *, seed: int, step: int) -> Int64[Tensor, " b"]:
+def poisson_batch(n: int, sample_rate: float, *, seed: rng.Seed, step: int) -> Int64[Tensor, " b"]:
     """The ids that join step `step`: each of 0..n-1 independently with probability `sample_rate`, in order.
 
     b is random, may be 0, and is never a divisor. Algorithm 1, line "Take a random sample". The draw of example i
-    depends on (seed, step, i) only: appending examples changes nobody else's membership.
+    depends on (seed, step, i) only: appending examples changes nobody else's membership. `seed=None` takes fresh entropy.
     """
     checks.whole("n", n, 0)
     checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")

@@ -213,7 +213,7 @@ class Clipper:
         examples instead of examples; one that uses a parameter without calling its layer would leave a part unclipped.
         The weights are moved a little meanwhile: zeros, as heads often start from, would hide what lies below them.
         """
-        draw, parameters = rng.generator(0, "probe"), list(self.parameters.values())
+        draw, parameters = rng.generator(0, "probe of the layers"), list(self.parameters.values())
         noise = lambda *size: torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)  # noqa: E731
         images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
         kept = [p.detach().clone() for p in parameters]

@@ -102,7 +102,7 @@ def train_heads(
     num_classes: int,
     expected_batch: int,
     steps: int,
-    seed: int,
+    seed: rng.Seed,
     sample_rate: float | None = None,
     public: views.PublicImages | None = None,
     initial: tuple[Tensor, Tensor] | None = None,
@@ -127,8 +127,13 @@ def train_heads(
     the arguments do not (other data or initial weights): they must not share noise. `observe(step, features, targets, weights,
     biases)` sees each physical batch before the update: for non-private diagnostics.
 
-    The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
+    `seed=None` takes fresh entropy. The released quantity is each head's last iterate.
+
+    Raises ValueError on bad input before any training.
     """
+    said = "a run with checkpoints must be given its seed, to go on with it"
+    checks.require(seed is not None or checkpoint is None, "seed", None, said)
+    seed = rng.as_seed(seed)
     n = len(labels)
     checks.require(
         len(images) == n > 0, "images", len(images), f"must have as many examples as labels ({n}), and at least 1"
@@ -238,7 +243,7 @@ def _add_noise(
     _, num_classes, dim = weights.shape
     for r, (head, stream) in enumerate(zip(heads, streams, strict=True)):
         if head.noise_multiplier:
-            draw = rng.generator(seed, "noise", step, stream).standard_normal((num_classes, dim + 1))
+            draw = rng.standard_noise((num_classes, dim + 1), stream, seed=seed, step=step)
             noise = torch.from_numpy(draw * (head.noise_multiplier * head.clip_norm)).to(weights)
             weights[r] += noise[:, :dim]
             biases[r] += noise[:, dim]

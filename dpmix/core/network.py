@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def train(
     expected_batch: Number,
     sample_rate: Number,
     steps: int,
-    seed: int | None,
+    seed: rng.Seed,
     public: views.PublicImages | None = None,
     momentum: Number = 0.0,
     weight_decay: Number = 0.0,
@@ -136,6 +137,7 @@ def train(
     if seed is None:
         require(checkpoint is None, "seed", None, "a run with checkpoints must be given its seed, to go on with it")
         seed = from_first(rng.fresh_seed(), world)
+    seed = rng.as_seed(seed)
     model.to(device)
     check_model(model, images, num_classes)
     clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
@@ -275,8 +277,8 @@ def noise_of(
     `identity` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference
     of their weights would be free of it.
     """
-    streams = ((rng.generator(seed, "noise", step, identity, name), p.numel()) for name, p in parameters.items())
-    return torch.cat([torch.from_numpy(g.standard_normal(size)) for g, size in streams]) * deviation
+    draws = [rng.standard_noise((p.numel(),), identity, name, seed=seed, step=step) for name, p in parameters.items()]
+    return torch.from_numpy(np.concatenate(draws)) * deviation
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ The parts are keyed apart: base views by their transform, mixtures by the pool t
 same views whether it is computed alone or in a union with others, and a smaller k takes the first of a larger one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -149,11 +149,12 @@ class Union:
         ids: Int64[Tensor, " b"],
         *,
         num_classes: int,
-        seed: int,
+        seed: rng.Seed,
         step: int,
         public: PublicImages | None = None,
     ) -> Views:
         """The union's views of these examples; the arguments are those of `make_views`."""
+        seed = rng.as_seed(seed)
         if images.dtype != torch.uint8:
             images = transforms.as_float(images)
         shape = images.shape[1], images.shape[2], images.shape[3]
@@ -195,14 +196,17 @@ class _Draws:
     """The keyed randomness of one part: one stream an example, so nothing depends on the batch around it."""
 
     def __init__(self, ids: Tensor, seed: int, step: int, part: Part) -> None:
-        self.count = part.count
-        self.keys = [(seed, "views", step, int(i), part.kind, *part.key) for i in ids]
+        self.count, self.seed = part.count, seed
+        self.keys = [(step, int(i), part.kind, *part.key) for i in ids]
+
+    def _streams(self, *more: str) -> Iterator[np.random.Generator]:
+        return (rng.generator(self.seed, "views", *key, *more) for key in self.keys)
 
     def _stack(self, rows: list[np.ndarray], *shape: int) -> Tensor:
         return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, *shape, dtype=torch.float64)
 
     def uniform(self, each: int) -> Float[Tensor, "b k each"]:
-        return self._stack([rng.generator(*key).random((self.count, each)) for key in self.keys], self.count, each)
+        return self._stack([stream.random((self.count, each)) for stream in self._streams()], self.count, each)
 
     def mixtures(self, pool: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First and second member [b, k], lambda ~ Beta(alpha, alpha) [b, k], and the centre of a box [b, k, 2]."""
@@ -210,7 +214,7 @@ class _Draws:
         first = (uniforms[..., 0] * pool).long()
         second = (uniforms[..., 1] * (pool - 1)).long()
         second = second + (second >= first) if pool > 1 else first
-        rows = [rng.generator(*key, "lambda").beta(alpha, alpha, self.count) for key in self.keys]
+        rows = [stream.beta(alpha, alpha, self.count) for stream in self._streams("lambda")]
         return first, second, self._stack(rows, self.count), uniforms[..., 2:]
 
 
@@ -261,7 +265,7 @@ def make_views(
     recipe: Recipe,
     *,
     num_classes: int,
-    seed: int,
+    seed: rng.Seed,
     step: int,
     public: PublicImages | None = None,
 ) -> Views:
@@ -272,8 +276,8 @@ def make_views(
 
     View k of example i depends on example i, on public images and on (seed, step, i) only: not on the other examples,
     their number or their order. A part with k = 0 is absent. lambda = 1 gives the first member, lambda = 0 the second.
-    A pool of one member mixes it with itself. An empty batch gives tensors with b = 0. Raises ValueError where
-    k_diff > 0 and `public` is missing or does not fit.
+    A pool of one member mixes it with itself. An empty batch gives tensors with b = 0. `seed=None` takes fresh entropy.
+    Raises ValueError where k_diff > 0 and `public` is missing or does not fit.
     """
     union = Union((recipe,))
     return union.make(images, labels, ids, num_classes=num_classes, seed=seed, step=step, public=public)

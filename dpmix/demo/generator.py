@@ -55,7 +55,7 @@ def train_generator(
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 1)
     positive("learning_rate", learning_rate)
-    network = initialise(_unet(int(labels.max()) + 1), generator(seed, "initial", "generator")).train()
+    network = initialise(_unet(int(labels.max()) + 1), seed, "generator").train()
     average = {k: v.clone() for k, v in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     noising: Any = DDPMScheduler(**_NOISING)
@@ -92,7 +92,7 @@ def sample_generator(
     batch_size: int = 250,
     progress: bool = True,
 ) -> UInt8[Tensor, "n 1 8 8"]:
-    """One image for each label by DDIM (Song et al., 2021). Image i starts from the noise of `(seed, "sample", i)`."""
+    """One image for each label by DDIM (Song et al., 2021). Image i starts from the noise of `(seed, "synthetic digit", i)`."""
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 1)
     classes = state["class_embedding.weight"].shape[0]
@@ -106,7 +106,7 @@ def sample_generator(
     for first in tqdm(range(0, len(labels), batch_size), desc="sample", disable=not progress, mininterval=1):
         ids = range(first, min(first + batch_size, len(labels)))
         x = torch.stack(
-            [torch.from_numpy(generator(seed, "sample", i).standard_normal((1, 8, 8))) for i in ids]
+            [torch.from_numpy(generator(seed, "synthetic digit", i).standard_normal((1, 8, 8))) for i in ids]
         ).float()
         for t in denoising.timesteps:
             x = denoising.step(network(x, t, labels[first : first + len(x)]).sample, t, x).prev_sample

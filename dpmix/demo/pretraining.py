@@ -35,7 +35,7 @@ def pretrain(
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 2)
     positive("learning_rate", learning_rate)
-    network = initialise(build(name), generator(seed, "initial", name))
+    network = initialise(build(name), seed, name)
     classes = int(labels.max()) + 1
     directions = nn.Parameter(torch.from_numpy(generator(seed, "directions").normal(size=(classes, 64))).float())
     matrices = [p for p in network.parameters() if p.ndim >= 2]

@@ -86,7 +86,7 @@ def make_encoder(
     start = _clock()
     state, losses = pretraining.pretrain(name, public.images, public.labels, seed=seed, steps=steps, progress=progress)
     path = folder / f"{name}.safetensors"
-    about = _about("dpmix.models.encoders.pretrain", seed, steps, public, losses, start)
+    about = _about("dpmix.demo.pretraining.pretrain", seed, steps, public, losses, start)
     _write(path, safetensors.torch.save(state), about)
     if probe_on is not None:
         about["probe"] = probe(models.encoder(name, path), probe_on)
@@ -106,13 +106,13 @@ def make_digits(
     """Train the small diffusion model on rendered digits, sample from it, write both."""
     start = _clock()
     state, losses = generator.train_generator(digits.images, digits.labels, seed=seed, steps=steps, progress=progress)
-    about = _about("dpmix.images.synthesis.train_generator", seed, steps, digits, losses, start)
+    about = _about("dpmix.demo.generator.train_generator", seed, steps, digits, losses, start)
     state = {k: v.half() for k, v in state.items()}  # half the size; the shipped digits come from what is shipped
     _write(folder / "generator.safetensors", safetensors.torch.save(state), about)
     start = _clock()
     labels = torch.arange(10 * per_digit) % 10
     images = generator.sample_generator(state, labels, seed=seed, progress=progress)
-    drawn = _about("dpmix.images.synthesis.sample_generator", seed, generator.SAMPLE_STEPS, digits, [], start)
+    drawn = _about("dpmix.demo.generator.sample_generator", seed, generator.SAMPLE_STEPS, digits, [], start)
     drawn |= {"images": len(images), "class_names": list(digits.class_names), "generator_sha256": about["sha256"]}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.numpy(), labels=labels.numpy())

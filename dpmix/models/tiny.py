@@ -5,11 +5,12 @@ Both take one channel of 16x16 and give 64 features of unit norm. ReLU and few t
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dpmix.core import rng
 
 NAMES = ("tiny-vit", "tiny-convnext")
 
@@ -86,13 +87,17 @@ def build(name: str) -> nn.Module:
     return network.to_empty(device="cpu")
 
 
-def initialise(network: nn.Module, rng: np.random.Generator) -> nn.Module:
-    """Fill every parameter from `rng`: matrices and kernels normal with variance 1/fan-in, gains one, the rest zero."""
+def initialise(network: nn.Module, seed: int, name: str) -> nn.Module:
+    """Fill every parameter, keyed by the network's name.
+
+    Matrices and kernels are normal with variance 1/fan-in, gains one, the rest zero.
+    """
+    stream = rng.generator(seed, "initial", name)
     with torch.no_grad():
-        for name, value in network.named_parameters():
+        for parameter, value in network.named_parameters():
             if value.ndim >= 2:
-                draw = rng.normal(0, 1 / math.sqrt(value[0].numel()), value.shape)
+                draw = stream.normal(0, 1 / math.sqrt(value[0].numel()), value.shape)
                 value.copy_(torch.from_numpy(draw))
             else:
-                value.fill_(float(name.endswith("weight")))
+                value.fill_(float(parameter.endswith("weight")))
     return network

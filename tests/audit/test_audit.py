@@ -68,7 +68,7 @@ laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChe
        side=st.integers(1, 9), channels=st.sampled_from([1, 3]), seed=st.integers(0, 10**6))  # fmt: skip
 def test_one_example_moves_the_sum_of_a_head_by_at_most_c(recipe, classes, size, clip, side, channels, seed):
     shape = (channels, side, side)
-    images = torch.from_numpy(rng.generator(seed).integers(0, 256, (4, *shape)).astype(np.uint8))
+    images = torch.from_numpy(rng.generator(seed, "public images").integers(0, 256, (4, *shape)).astype(np.uint8))
     names = tuple(map(str, range(classes)))
     synthetic = data.ImageSet(images, torch.arange(4) % classes, names)
     step = audit.head_step(views.Recipe(**recipe), num_classes=classes, clip_norm=clip, public=synthetic)
