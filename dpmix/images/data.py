@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpmix.core.checks import one_of, require, whole
-from dpmix.images.image_cache import Copies, decode, duplicates, pixel_hash
-from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, printable, scan, stratified_split, where
+from dpmix.images.image_cache import FORMAT, Copies, decode, duplicates, pixel_hash, printable
+from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
 
 _HERE = Path(__file__).resolve().parents[2]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -60,6 +60,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:  # no pixels and no labels, wherever it is printed
+        shape = " × ".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({len(self):,} images, {shape}, {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -134,10 +138,27 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
 def _report_copies(name: str, copies: Copies, called: Callable[[int], str]) -> None:
     """Counts and examples, for the owner of the data: computed without noise, so not for release."""
     if copies.train or copies.test:
-        told = f"{len(copies.train)} training images repeat another, {len(copies.test)} test images are in the training set too"
+        told = (
+            f"{len(copies.train)} training images repeat another, {len(copies.test)} test images equal a training image"
+        )
         some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
         why = "the guarantee covers each copy alone" + ", and test accuracy is too high" * bool(copies.test)
-        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}; not for release", stacklevel=3)
+        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}; not for release", stacklevel=4)
+
+
+ODDITIES = {
+    "transparent": "are transparent in places; those are white now",
+    "frames": "hold several frames; the first is taken",
+    "other size": "have another size than the others, so all are fitted to one square; give image_size, or remove them",
+    "not grey": "are in colour, the others grey, so all get three channels; make them grey, or remove them",
+}
+
+
+def _report_odd(name: str, odd: dict[str, list[int]], called: Callable[[int], str]) -> None:
+    for what, said in ODDITIES.items():
+        if odd.get(what):
+            some = ", ".join(map(called, odd[what][:3]))
+            warnings.warn(f"dataset={name!r}: {len(odd[what]):,} images ({some}) {said}", stacklevel=4)
 
 
 def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing | Splits:
@@ -180,8 +201,9 @@ def load(
     """Training and test set of a data set: always the same images in the same order.
 
     Args:
-        name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE.
-        root: where the six data sets of the paper lie, each in the layout that torchvision expects.
+        name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE
+            (then a fifth of each class becomes the test set).
+        root: where the named data sets lie, each in the layout that torchvision expects; CIFAR also as class folders.
         image_size: side of the square to which image files are resized and cropped. None: as they are if all have the
             same size, else 224. Digits and CIFAR keep their own size.
         download: let torchvision fetch what is missing (Python 3.11.4 or later).
@@ -190,8 +212,9 @@ def load(
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
 
-    Raises FileNotFoundError for absent data, ValueError for data that do not fit; warns about exact copies, with some of
-    their names. Archives are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that
+    are left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives
+    are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
     """
     if image_size is not None:
         whole("image_size", image_size, 1)
@@ -203,11 +226,13 @@ def load(
         return found
     base, files, labels, n, class_names, _ = found
     shape: dict = dict(size=native, channels=3) if native else dict(size=image_size)
-    images, content, copies = decode(files, base, cache=Path(cache), label=name, train=n, **shape)
-    _report_copies(name, copies, lambda i: printable(files[i].relative_to(base)))
+    images, content, copies, odd = decode(files, base, cache=Path(cache), label=name, train=n, **shape)
+    called = lambda i: printable(files[i].relative_to(base))  # noqa: E731
+    _report_copies(name, copies, called)
+    _report_odd(name, odd, called)
     train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
     facts = dict(files=[f.relative_to(base).as_posix() for f in files], labels=labels, train=n, content=content)
-    return Splits(train, test, _digest(class_names=class_names, shape=list(images.shape[1:]), **facts))
+    return Splits(train, test, _digest(class_names=class_names, decoding=FORMAT, shape=list(images.shape[1:]), **facts))
 
 
 def folder_name(class_name: str) -> str:
@@ -270,6 +295,7 @@ def public_images(
     label = f"synthetic {name}"
     made = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
     public = ImageSet(made.images, torch.from_numpy(labels), class_names, like.flip if like else True)
+    _report_odd(label, made.odd, lambda i: printable(files[i].relative_to(base)))
     repeats = [copy for copy, _ in made.copies.train]
     if repeats:
         told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"

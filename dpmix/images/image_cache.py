@@ -11,9 +11,7 @@ with its sha256 the first time that a process uses it (1 to 2 GB/s), which finds
 a damaged entry is named and decoded again. Processes that want to decode into the same folder take turns.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
@@ -21,10 +19,10 @@ import os
 import platform
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +30,17 @@ import numpy as np
 import PIL
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from dpmix.core import files as whole_files
 from dpmix.core.checks import require
+from dpmix.images import decoding
 
 DEFAULT_SIZE = 224
-_FORMAT = 4
+FORMAT = 5  # of the decoding: another one makes other pixels of the same files
 _BLOCK = 1 << 26
-_GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
+_RARE = 0.1  # images of another size or colour than this share of all are oddities, of which the owner is told
 # Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
 _KNOWN = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", _KNOWN)
@@ -57,11 +56,14 @@ class Copies(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Pixels of the files in their order, a sha256 over the files' bytes, and what `duplicates` found."""
+    """Pixels of the files in their order, a sha256 over the files' bytes, what `duplicates` found, and the places of what
+    is out of the ordinary: "turned", "transparent", "frames" (`decoding.pixels`), and where the files decide size and
+    channels, "other size" and "not grey"."""
 
     images: UInt8[Tensor, "n C H W"]
     content: str
     copies: Copies
+    odd: dict[str, list[int]]
 
 
 def duplicates(hashes: Sequence[bytes | str], train: int) -> Copies:
@@ -87,6 +89,11 @@ def _inside(base: Path, files: Sequence[Path]) -> None:
     )
 
 
+def printable(name: str | Path) -> str:
+    """A file name that can be printed anywhere: bytes that are no UTF-8 as \\x.."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
 def pixel_hash(image: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=12).hexdigest()
 
@@ -105,30 +112,26 @@ def decode(
 
     Args:
         size: side of the square, or (height, width). None keeps the size that all files share; where sizes differ it
-            means 224. An image of another size is resized (bicubic, until it covers the wanted size), then cropped at
-            its centre.
-        channels: 1 or 3. None means 1 if every file is greyscale, else 3. Transparency is dropped.
+            means 224. How an image of another size is fitted: `decoding.pixels`.
+        channels: 1 or 3. None means 1 if every file is greyscale, else 3.
         train: how many of the files, the first ones, are training images (for the count of duplicates).
 
-    Raises ValueError naming the files that cannot be decoded; then nothing is cached. EXIF rotation is ignored, as in
-    torchvision.
+    Raises ValueError naming the files that cannot be decoded; then nothing is cached.
     """
     _inside(base, files)
     names = [f.relative_to(base).as_posix() for f in files]
     stats = [f.stat() for f in files]
-    facts = [_FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
+    facts = [FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
     entry = cache / _seal(facts)[:32]
     listing = _seal([train, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])
     if (found := _read(entry, listing)) is not None:
         return found
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _turn(cache) as alone:
-            if alone and (found := _read(entry, listing, warn=False)) is not None:  # another process was faster
+        with whole_files.lock(cache / ".lock"):
+            if (found := _read(entry, listing, warn=False)) is not None:  # another process was faster
                 return found
-            if alone:  # so these belong to processes that died
-                for stale in (*cache.glob("*.u8.*.tmp"), *cache.glob("*.json.*.tmp")):
-                    stale.unlink()
+            for stale in (*cache.glob("*.u8.*.tmp"), *cache.glob(".*.json.*.tmp")):  # of processes that died
+                stale.unlink()
             _write(entry, listing, files, names, label, train, size, channels)
     except OSError as error:
         why = f"cannot be written ({error.strerror or error}); free space or name another folder"
@@ -138,28 +141,24 @@ def decode(
     return found
 
 
-def _header(path: Path) -> tuple[int, int, str] | None:
-    """(width, height, mode), None where the decoding pass will find out what is wrong."""
-    try:
-        with Image.open(path) as image:
-            return *image.size, image.mode
-    except Exception:
-        return None
-
-
-def _pixels(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
-    """One file's bytes as uint8 `[channels, height, width]`."""
-    with Image.open(BytesIO(data)) as opened:
-        require(opened.mode in _GREY + _COLOUR, "mode", opened.mode, "not 8 bits a channel")
-        image = opened.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        from torchvision.transforms import InterpolationMode  # two seconds, and not everyone needs it
-        from torchvision.transforms import functional as F
-
-        w, h = image.size
-        cover = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
-        image = F.center_crop(F.resize(image, list(cover), InterpolationMode.BICUBIC), [height, width])
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+def _chosen(
+    headers: Sequence[decoding.Header | None], size: int | tuple[int, int] | None, channels: int | None
+) -> tuple[int, int, int, dict[str, list[int]]]:
+    """Height, width and channels where the files decide, with the places of the few that decided for all."""
+    odd: dict[str, list[int]] = {}
+    known = [(i, h) for i, h in enumerate(headers) if h]
+    if size is None:
+        sizes = Counter((h.height, h.width) for _, h in known)
+        size, most = sizes.most_common(1)[0] if sizes else (DEFAULT_SIZE, 0)
+        if len(sizes) > 1 and most >= (1 - _RARE) * len(known):
+            odd["other size"] = [i for i, h in known if (h.height, h.width) != size]
+        size = size if len(sizes) == 1 else DEFAULT_SIZE
+    if channels is None:
+        coloured = [i for i, h in known if not h.grey]
+        channels = 3 if coloured or not known else 1
+        if 0 < len(coloured) <= _RARE * len(known):
+            odd["not grey"] = coloured
+    return *(size if isinstance(size, tuple) else (size, size)), channels, odd
 
 
 def _write(
@@ -176,35 +175,30 @@ def _write(
     partial = entry.with_name(f"{entry.name}.u8.{os.getpid()}.tmp")
     try:
         # The pool is left before the file: no thread may write to a file that is closed.
-        with partial.open("wb") as out, _pool() as pool:
-            if size is None or channels is None:
-                headers = [h for h in _each(pool, lambda i: _header(files[i]), len(files)) if h]
-                sizes = {(h, w) for w, h, _ in headers}
-                size = size or (sizes.pop() if len(sizes) == 1 else DEFAULT_SIZE)
-                channels = channels or (1 if headers and all(mode in _GREY for *_, mode in headers) else 3)
-            height, width = size if isinstance(size, tuple) else (size, size)
-            shape = (len(files), channels, height, width)
-            each = channels * height * width
+        with partial.open("wb") as out, decoding.bombs_refused(), _pool() as pool:
+            unknown = size is None or channels is None
+            headers = list(_each(pool, lambda i: decoding.header(files[i]), len(files))) if unknown else []
+            height, width, depth, odd = _chosen(headers, size, channels)
+            each = depth * height * width
 
-            def one(i: int) -> tuple[str, str, str]:
-                """Write image i. Returns its file's hash, its pixels' hash, what went wrong."""
+            def one(i: int) -> tuple[str, str, list[str], str]:
+                """Write image i. Returns its file's hash, its pixels' hash, what was done to it, what went wrong."""
                 try:
                     data = files[i].read_bytes()
-                    pixels = np.ascontiguousarray(_pixels(data, height, width, channels))
-                except UnidentifiedImageError:
-                    return "", "", "not an image"
+                    pixels, done = decoding.pixels(data, height, width, depth)
+                    pixels = np.ascontiguousarray(pixels)
                 except Exception as error:  # Pillow raises many kinds; all of them are reported below
-                    return "", "", str(error) or type(error).__name__
+                    return "", "", [], decoding.reason(error)
                 # Not through a map: there a full disk kills the process.
                 if os.pwrite(out.fileno(), pixels.data, i * each) != each:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return hashlib.sha256(data).hexdigest(), pixel_hash(pixels), ""
+                return hashlib.sha256(data).hexdigest(), pixel_hash(pixels), done, ""
 
             decoded = _each(pool, one, len(files))
             # Shares and times only: how many private images there are is nobody's business.
             bar = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-            done = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
-            bad = [f"{name!r} ({why[:80]})" for name, (*_, why) in zip(names, done, strict=True) if why]
+            told = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
+            bad = [f"{printable(name)!r} ({why})" for name, (*_, why) in zip(names, told, strict=True) if why]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             many = f"{len(bad)} of {len(files)} images cannot be decoded: {listed}; repair or remove them"
             require(not bad, "dataset", label, many)
@@ -214,16 +208,19 @@ def _write(
         partial.replace(entry.with_suffix(".u8"))
     finally:
         partial.unlink(missing_ok=True)
-    body = {
+    for i, (_, _, done, _) in enumerate(told):
+        for what in done:
+            odd.setdefault(what, []).append(i)
+    shape = (len(files), depth, height, width)
+    record = {
         "listing": listing,
         "shape": shape,
         "pixels": _checksum(_map(entry.with_suffix(".u8"), shape)),
-        "content": hashlib.sha256("".join(h for h, *_ in done).encode()).hexdigest(),
-        "copies": duplicates([h for _, h, _ in done], train),
+        "content": hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest(),
+        "copies": duplicates([h for _, h, *_ in told], train),
+        "odd": odd,
     }
-    record = entry.with_name(f"{entry.name}.json.{os.getpid()}.tmp")
-    record.write_text(json.dumps({"body": body, "sha256": _seal(body)}))
-    record.replace(entry.with_suffix(".json"))
+    whole_files.write_json(entry.with_suffix(".json"), record)
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -263,13 +260,8 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
     pixels, record = entry.with_suffix(".u8"), entry.with_suffix(".json")
     if not (pixels.is_file() and record.is_file()):
         return None
-    try:
-        stored = json.loads(record.read_text())
-        body = stored["body"]
-        require(stored["sha256"] == _seal(body), "sha256", stored["sha256"], "differs")
-    except (ValueError, KeyError, TypeError):
-        return _damaged(record, "not a whole record", warn)
-    if body["listing"] != listing:
+    body = whole_files.read_json(record)
+    if body is None or body["listing"] != listing:
         return None
     shape, state = body["shape"], pixels.stat()
     if state.st_size != np.prod(shape):
@@ -281,32 +273,10 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
-    return Decoded(images, body["content"], copies)
+    return Decoded(images, body["content"], copies, body["odd"])
 
 
 def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:
     if warn:
         warnings.warn(f"{path}: damaged cache entry ({why}); decoding again", stacklevel=4)
     return None
-
-
-@contextlib.contextmanager
-def _turn(cache: Path) -> Iterator[bool]:
-    """Wait for this process's turn to write into the folder; the system ends the turn of a process that dies.
-
-    Yields False on file systems without locks: then two processes may decode the same images, each to its own name.
-    """
-    handle = os.open(cache, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            warnings.warn(f"{cache}: another process is decoding images; waiting for it", stacklevel=4)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ import numpy as np
 
 from dpmix.core.checks import require
 from dpmix.core.rng import generator
+from dpmix.images.image_cache import printable
 
 SPLIT_SEED = 0  # of every split that the authors of a data set did not fix; part of the data, not of a run
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -85,11 +86,6 @@ class Found(NamedTuple):
     labels: list[int]
     left_out: Counter[str]
     inner: list[set[str]]
-
-
-def printable(name: str | Path) -> str:
-    """A file name that can be printed anywhere: bytes that are no UTF-8 as \\x.."""
-    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
 
 
 def hidden(name: str) -> bool:

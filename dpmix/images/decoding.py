@@ -1,0 +1,97 @@
+"""One image file's bytes to pixels: what Pillow would pass over in silence is turned upright, laid on white, or refused."""
+
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dpmix.core.checks import require
+
+GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
+GROUND = (255, 255, 255, 255)
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_STRIP = 16  # an image longer than this many times its width is cut to its middle before it is enlarged
+
+
+class Header(NamedTuple):
+    """Size as it will be seen, that is upright, and whether the file is greyscale."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def header(path: Path) -> Header | None:
+    """None where decoding will find out what is wrong."""
+    try:
+        with Image.open(path) as image:
+            size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _SIDEWAYS else image.size
+            return Header(*size, image.mode in GREY)
+    except Exception:
+        return None
+
+
+@contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Pillow only warns, without a file name, of images of more than 89 million pixels. Around threads, not inside them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be decoded, in a few whole words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+    return textwrap.shorten(str(error) or type(error).__name__, 120, placeholder=" ...")
+
+
+def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
+    """The image, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first
+    of several taken).
+
+    An image of another size is resized (bicubic, until it covers the wanted size), then cropped at its centre; a strip is
+    cut to its middle before that, so that memory stays bounded. Raises ValueError for more than 8 bits a channel, and
+    whatever Pillow raises.
+    """
+    done = []
+    with Image.open(BytesIO(data)) as opened:
+        deep = any(bits in str(tile) for tile in opened.tile for bits in (";16", ";12"))  # cut to the high byte else
+        require(opened.mode in GREY + COLOUR and not deep, "mode", opened.mode, "not 8 bits a channel")
+        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # a telephone's MPO holds previews
+            done.append("frames")
+        image: Image.Image = opened
+        if opened.getexif().get(_ORIENTATION, 1) in (2, 3, 4, *_SIDEWAYS):
+            image = ImageOps.exif_transpose(opened)
+            done.append("turned")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if np.asarray(image.getchannel("A")).min() < 255:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
+                done.append("transparent")
+        image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = _fitted(image, height, width)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1), done
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """What torchvision's Resize and CenterCrop give, for the images that a camera makes."""
+    w, h = image.size
+    longest = _STRIP * min(w, h)
+    if max(w, h) > longest:
+        left, top = max(0, (w - longest) // 2), max(0, (h - longest) // 2)
+        image = image.crop((left, top, left + min(w, longest), top + min(h, longest)))
+        w, h = image.size
+    cover = (int(w * height / h), height) if height * w >= width * h else (width, int(h * width / w))
+    left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
+    return image.resize(cover, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
