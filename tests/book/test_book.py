@@ -2,6 +2,7 @@
 and the module is built in floors as DESIGN draws it."""
 
 import ast
+import importlib
 import os
 import pkgutil
 import re
@@ -143,13 +144,15 @@ def test_a_name_that_does_not_exist_is_seen():
 @pytest.mark.parametrize("page", [*CHAPTERS, ROOT / "README.md"], ids=names([*CHAPTERS, ROOT / "README.md"]))
 def test_python_in_the_text_is_python(page):
     for block in re.findall(r"```\{?(?:python|code-cell)\}?[^\n]*\n(.*?)```", page.read_text(), re.S):
-        ast.parse(textwrap.dedent(block))
+        assert names_unknown_to_rooms(textwrap.dedent(block)) == []
 
 
 def names_unknown_to_rooms(source: str) -> list[str]:
     """`room.name` in a notebook, imported from dpmix, where the room has no such name."""
     tree, rooms, unknown = ast.parse(source), {}, []
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            rooms |= {a.name: importlib.import_module(a.name) for a in node.names if a.name == "dpmix"}
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpmix":
             for alias in node.names:
                 try:
@@ -179,6 +182,8 @@ def test_a_name_that_moved_away_is_seen():
     assert names_unknown_to_rooms("from dpmix.companion import plots as p\np.PALETTE, p.nothing") == [
         "dpmix.companion.plots.nothing"
     ]
+    assert names_unknown_to_rooms("import dpmix\ndpmix.run, dpmix.rum") == ["dpmix.rum"]
+    assert names_unknown_to_rooms("from dpmix import experiments") == ["dpmix.experiments"]
     assert names_unknown_to_rooms("from dpmix.runs.spec import ComputeFlags, Nobody") == ["dpmix.runs.spec.Nobody"]
 
 
