@@ -19,6 +19,7 @@ book: $(READY)
 	mv book/_build/code.new book/_build/code
 	@# What went wrong is said again at the end, with the last lines of each failed page; the next call reads all pages again
 	@# (Sphinx would take the failed ones for done) and executes those alone that failed.
+	@$(BIN)/python book/execute.py
 	@rm -rf book/_build/html/reports; set -o pipefail; \
 	{ $(BIN)/jupyter-book build -W --keep-going book/ 2>&1 1>&3 | tee book/_build/warnings >&2; } 3>&1 || { \
 	rm -rf book/_build/.doctrees; echo "The book is not whole:"; \

@@ -2,7 +2,7 @@
 and the module is built in floors as DESIGN draws it."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -13,8 +13,10 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
+import nbformat
 import pytest
 import yaml
+from jupyter_cache import get_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -231,15 +233,37 @@ def test_nothing_in_the_module_uses_global_randomness_or_unpickles_or_prints():
     )
 
 
+def test_pages_are_executed_into_the_cache_that_the_book_reads(tmp_path, monkeypatch, capsys):
+    """What ran is not run again; what failed is left to the book, which says why."""
+    spec = importlib.util.spec_from_file_location("execute", BOOK / "execute.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    (tmp_path / "_toc.yml").write_text("parts:\n- {chapters: [{file: good}, {file: bad}, {file: prose}]}\n")
+    for name, line in (("good", "print(6 * 7)"), ("bad", "1 / 0")):
+        page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line)])
+        page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(page, tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(program, "BOOK", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["execute.py", "--at-a-time", "1"])
+    program.main()
+    said = capsys.readouterr().out
+    assert re.search(r"good: done in \d+ s, \d left", said) and re.search(r"bad: failed \(\w+\) in", said)
+    cache = get_cache(tmp_path / "_build" / ".jupyter_cache")
+    assert [path.stem for path in program.missing(program.pages(), cache)] == ["bad"]
+    _, merged = cache.merge_match_into_notebook(nbformat.read(tmp_path / "good.ipynb", as_version=4))
+    assert merged.cells[0].outputs[0].text == "42\n"
+
+
 def project_with(tmp_path, program: str) -> dict:
     """A project with our Makefile, whose `jupyter-book` is the shell script `program`: the environment to run make in."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("book/_build", "dpmix", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    path = tmp_path / ".venv/bin/jupyter-book"
-    path.write_text(f"#!/bin/sh\n{program}\n")
-    path.chmod(0o755)
+    for name, text in (("jupyter-book", program), ("python", "exit 0")):
+        path = tmp_path / ".venv/bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
     (tmp_path / ".venv/.ready").touch()
     # without the variables of a make that runs the tests
     return {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}

@@ -343,6 +343,7 @@ def test_writers_and_readers_at_once_see_whole_files(tmp_path, recwarn):
 
 
 def test_records_are_as_closed_as_the_umask_asks(tmp_path):
-    script = "import os, pathlib, sys; os.umask(0o077); from dpmix.core.files import write_json as w; w(pathlib.Path(sys.argv[1]), {})"
+    closed = "import os, pathlib, sys; os.umask(0o077); from dpmix.core import files;"
+    script = f"{closed} files.write_json(pathlib.Path(sys.argv[1]), {{}})"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.json")], check=True)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600
