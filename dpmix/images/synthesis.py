@@ -13,14 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm import tqdm
 
 from dpmix.core import files
 from dpmix.core.checks import positive, require, whole
 from dpmix.core.rng import generator
 from dpmix.images.data import ImageSet, folder_name
+
+_ATTEMPTS = 8
 
 
 def words(class_name: str) -> str:
@@ -67,7 +71,9 @@ def generate(
     fixed places and a batch with an image missing is made again. Returns `folder`.
 
     Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if
-    there is no such pipeline on disk. Warns about images that the pipeline's safety checker has blackened.
+    there is no such pipeline on disk; RuntimeError if an image fails eight times. What the pipeline's safety checker has
+    blackened, or what is not finite or of one colour, is drawn again with `(seed, "image", class name, i, attempt)`; the
+    manifest lists it, and a warning counts it.
     """
     class_names = tuple(class_names)
     require(len(class_names) > 0, "class_names", class_names, "must name at least one class")
@@ -97,9 +103,7 @@ def generate(
         "prompts": {name: prompt.format(words(name)) for name in class_names},
         "n_per_class": n_per_class,
         "seed": seed,
-        "seeds": {
-            n: [int(generator(seed, "image", n, i).integers(2**63)) for i in range(n_per_class)] for n in class_names
-        },
+        "seeds": {n: [_seed(seed, n, i) for i in range(n_per_class)] for n in class_names},
         "guidance_scale": guidance_scale,
         "steps": steps,
         "batch_size": batch_size,
@@ -110,30 +114,65 @@ def generate(
             name: importlib.metadata.version(name) for name in ("dpmix", "torch", "diffusers", "transformers")
         },
     }
-    _claim(folder, manifest)
+    again = _claim(folder, manifest)
     wanted = [(c, i) for c in range(len(class_names)) for i in range(n_per_class)]
-    for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
-        batch = wanted[first : first + batch_size]
-        targets = [folder / places[c] / f"{i:05d}.png" for c, i in batch]
-        if all(target.is_file() for target in targets):
-            continue
+
+    def draw(some: list[tuple[int, int]], attempt: int) -> list[Image.Image | None]:
+        """The images at these places, None for one that is blackened or not finite."""
+        names = [class_names[c] for c, _ in some]
+        seeds = [_seed(seed, n, i, attempt) for n, (_, i) in zip(names, some, strict=True)]
         made = pipe(
-            [manifest["prompts"][class_names[c]] for c, _ in batch],
+            [manifest["prompts"][n] for n in names],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(manifest["seeds"][class_names[c]][i]) for c, i in batch],
+            generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
+            output_type="np",
             **size,
         )
-        flagged = [
-            t for t, bad in zip(targets, getattr(made, "nsfw_content_detected", None) or [], strict=False) if bad
+        flags = getattr(made, "nsfw_content_detected", None) or [False] * len(some)
+        good = [
+            bool(np.isfinite(x).all() and np.ptp(x) > 0) and not bad for x, bad in zip(made.images, flags, strict=True)
         ]
-        if flagged:
-            warnings.warn(f"{len(flagged)} images blackened by the safety checker, such as {flagged[0]}", stacklevel=2)
-        for target, image in zip(targets, made.images, strict=True):
+        return [_picture(x) if ok else None for x, ok in zip(made.images, good, strict=True)]
+
+    for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
+        batch = wanted[first : first + batch_size]
+        targets = {(c, i): folder / places[c] / f"{i:05d}.png" for c, i in batch}
+        if all(target.is_file() for target in targets.values()):
+            continue
+        made: dict[tuple[int, int], Image.Image | None] = dict.fromkeys(batch)
+        for attempt in range(_ATTEMPTS):
+            todo = [place for place in batch if made[place] is None]
+            made |= zip(todo, draw(todo, attempt), strict=True) if todo else ()
+            again |= {str(targets[place].relative_to(folder)): attempt for place in todo if attempt}
+        lost = [str(targets[place].relative_to(folder)) for place in batch if made[place] is None]
+        if lost:
+            said = f"{_ATTEMPTS} draws in a row were blackened by the safety checker or not finite; change the prompt"
+            raise RuntimeError(f"class_names: {lost[0]}: {said}, the class or the dtype")
+        if again:
+            files.write(folder / "manifest.json", _json(manifest | {"drawn_again": again}))
+        for place, image in made.items():
             buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "PNG")
-            files.write(target, buffer.getvalue())
+            image.save(buffer, "PNG")  # type: ignore[union-attr]
+            files.write(targets[place], buffer.getvalue())
+    if again:
+        told = (
+            f"{len(again)} images were blackened by the safety checker or not finite, and drawn again with another key"
+        )
+        warnings.warn(f"{told}, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
     return folder
+
+
+def _seed(seed: int, class_name: str, i: int, attempt: int = 0) -> int:
+    return int(generator(seed, "image", class_name, i, *([attempt] if attempt else [])).integers(2**63))
+
+
+def _picture(x: np.ndarray) -> Image.Image:
+    return Image.fromarray((x * 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _json(manifest: dict) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def _pipeline(pipeline: Any, revision: str | None) -> Any:
@@ -164,8 +203,10 @@ def _plain(config: Any) -> dict:
     return {k: v for k, v in sorted(dict(config).items()) if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
 
 
-def _claim(folder: Path, manifest: dict) -> None:
-    """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path)."""
+def _claim(folder: Path, manifest: dict) -> dict[str, int]:
+    """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path).
+
+    Returns which of its images were drawn again."""
     path = folder / "manifest.json"
     if path.is_file():
         try:
@@ -176,9 +217,10 @@ def _claim(folder: Path, manifest: dict) -> None:
         other = [k for k in manifest if k != "pipeline" and json.loads(json.dumps(manifest[k])) != found.get(k)]
         said = "; ".join(f"{k} {str(found.get(k))[:60]!r}, not {str(manifest[k])[:60]!r}" for k in other[:3])
         require(not other, "folder", str(folder), f"holds images of another run ({said}); choose another folder")
-        return
+        return found.get("drawn_again", {})
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
     require(
         not strangers, "folder", str(folder), f"must be empty or hold a manifest.json, has {', '.join(strangers[:3])}"
     )
-    files.write(path, (json.dumps(manifest, indent=1) + "\n").encode())
+    files.write(path, _json(manifest))
+    return {}

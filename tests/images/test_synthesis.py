@@ -272,11 +272,11 @@ def test_guidance_is_off_unless_asked_for(pipeline, made, tmp_path):
     assert contents(guided)["a_bay/00000.png"] != contents(made)["a_bay/00000.png"]
 
 
-class Blackening:
-    """A pipeline whose safety checker blackens the second image of every batch."""
+class Failing:
+    """A pipeline whose safety checker blackens, or whose decoder spoils, the second image of its first calls."""
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, pipe, how, calls=1):
+        self.pipe, self.how, self.left = pipe, how, calls
 
     def __getattr__(self, name):
         return getattr(self.pipe, name)
@@ -286,15 +286,45 @@ class Blackening:
 
     def __call__(self, *args, **kwargs):
         out = self.pipe(*args, **kwargs)
-        out.nsfw_content_detected = [k == 1 for k in range(len(out.images))]
+        out.nsfw_content_detected = [False] * len(out.images)
+        if self.left and len(out.images) > 1:
+            self.left -= 1
+            out.nsfw_content_detected[1] = self.how == "flagged"
+            if self.how == "black":
+                out.images[1] = 0
+            if self.how == "nan":
+                out.images[1, 2, 3, 0] = np.nan
         return out
 
 
-def test_blackened_images_are_named(pipeline, tmp_path):
+@pytest.mark.parametrize("how", ["flagged", "black", "nan"])
+def test_images_that_failed_are_drawn_again_with_another_key(pipeline, made, tmp_path, how):
     from diffusers import DiffusionPipeline
 
-    with pytest.warns(UserWarning, match=r"1 images blackened by the safety checker, such as .*00001\.png"):
-        generate(Blackening(DiffusionPipeline.from_pretrained(str(pipeline))), tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(str(pipeline))
+    with pytest.warns(UserWarning, match=r"1 images .* drawn again with another key, such as 034.bicycle/00001\.png"):
+        folder = generate(Failing(pipe, how), tmp_path / "out")
+    found, whole = contents(folder), contents(made)
+    changed = {name for name in whole if found[name] != whole[name]}
+    assert changed == {"034.bicycle/00001.png", "manifest.json"}
+    assert np.asarray(Image.open(folder / "034.bicycle/00001.png")).std() > 1
+    assert json.loads(found["manifest.json"])["drawn_again"] == {"034.bicycle/00001.png": 1}
+    (folder / "034.bicycle/00000.png").unlink()  # resuming meets the same failure, and makes the same images
+    with pytest.warns(UserWarning, match="drawn again"):
+        generate(Failing(pipe, how), folder)
+    assert contents(folder) == found
+
+
+def test_what_always_fails_ends_with_a_word(pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(str(pipeline))
+    pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))
+    with pytest.raises(
+        RuntimeError, match=r"034\.bicycle/00000\.png: 8 draws in a row were blackened .* or not finite"
+    ):
+        generate(pipe, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_bad_input_is_one_line(pipeline, tmp_path):
