@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpmix.core import checks
+from dpmix.core import checks, precision
 from dpmix.core.clipping_network import ClippedSum, clipped_gradient_sum
 
 __all__ = ["ClippedSum", "HeadSums", "clipped_gradient_sum", "clipped_head_sums"]
@@ -38,6 +38,7 @@ def clipped_head_sums(
     biases: Float[Tensor, "R num_classes"],
     clip_norms: Float[Tensor, " R"],
     view_weights: Float[Tensor, "R K"],
+    present: int | None = None,
 ) -> HeadSums:
     """Sum over examples of the clipped, view-averaged cross-entropy gradient, for R linear heads at once.
 
@@ -47,48 +48,74 @@ def clipped_head_sums(
     ``|G|^2 = sum_kl w_k w_l (delta_k . delta_l) (z_k . z_l + 1)``, and the clipped sum is one matrix product per group of
     heads that share their views: no per-example gradient is ever stored, and memory is b * K * R * num_classes.
 
-    Guarantee: example i contributes a matrix of norm at most C, whatever its features. The Gram norm of views that
-    nearly cancel has a rounding error; it is bounded and added before clipping, which shrinks an ordinary contribution
-    by some 1e-5 (float32). An example with features or gradients that are not finite contributes exactly zero.
+    Guarantee: example i contributes a matrix of norm at most C (1 + 1e-5), whatever its features and whatever precision
+    PyTorch is told to use elsewhere (`precision`). The Gram norm of views that nearly cancel has a rounding error; it is
+    bounded and added before clipping, which shrinks an ordinary contribution by some 1e-5 (float32). An example with
+    features or gradients that are not finite contributes exactly zero.
 
+    `present`: the first so many examples count; those after them are padding to a batch of fixed size and add nothing, so
+    that nobody's rounding depends on how many stand beside them (a kernel may be chosen by the number of rows).
     b = 0 gives zeros; K = 1 is plain DP-SGD; an infinite clip norm gives the plain sum. Computed in the dtype of the
-    weights; features of a narrower type are widened first. On a GPU float32 products must not run in TF32 (PyTorch's
-    default). Raises ValueError for a clip norm that is not positive or shapes that do not fit.
+    weights, float32 or float64; features of a narrower type are widened first. Raises ValueError for another dtype, a
+    clip norm that is not positive or shapes that do not fit.
     """
-    heads, num_classes, dim = weights.shape
+    heads, _, dim = weights.shape
     b, k, got = features.shape
+    present = b if present is None else present
     checks.require(got == dim, "features.shape", tuple(features.shape), f"the heads take features of dimension {dim}")
     checks.require(bool((clip_norms > 0).all()), "clip_norms", clip_norms.tolist(), "must be positive")
+    wide = weights.dtype in (torch.float32, torch.float64)
+    checks.require(wide, "weights.dtype", weights.dtype, "must be float32 or float64, or no clip would be exact")
+    checks.require(0 <= present <= b, "present", present, f"must lie in 0..{b}, the number of examples")
     features, targets = features.to(weights.dtype), targets.to(weights.dtype)
     sums, bias_sums, norms = torch.zeros_like(weights), torch.zeros_like(biases), weights.new_zeros(b, heads)
-    groups, member = torch.unique(view_weights, dim=0, return_inverse=True)
+    groups, group_of = torch.unique(view_weights, dim=0, return_inverse=True)
     for g, row in enumerate(groups):
-        views, members = row.nonzero()[:, 0], int((member == g).sum())
-        own = slice(None) if members == heads else (member == g).nonzero()[:, 0]  # a slice is not copied
-        z, y = (features, targets) if len(views) == k else (features[:, views], targets[:, views])
-        w = row[views].to(weights.dtype)
-        flat = z.reshape(b * len(views), dim)
-        # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
-        logits = torch.addmm(biases[own].reshape(-1), flat, weights[own].reshape(-1, dim).T)
-        delta = logits.view(b, len(views), members, num_classes).softmax(dim=-1).sub_(y[:, :, None])
-        gram = (z @ z.transpose(-1, -2)).add_(1.0).mul_(torch.outer(w, w))
-        # |G|^2 = sum_k delta_k . (sum_l gram_kl delta_l): one matrix product an example, whatever the number of heads.
-        across = (gram @ delta.flatten(2)).view_as(delta).mul_(delta)
-        squared = across.sum(dim=(1, 3)).clamp_(min=0)
-        # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
-        lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()[..., None]
-        error = (torch.linalg.vector_norm(delta, dim=-1) * lengths).sum(dim=1).square()
-        error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes, len(views) ** 2) ** 0.5
-        # Logit gradients so small that their squares vanish can meet features that are large.
-        reach = lengths.sum(dim=1).square()
-        error += reach * (torch.finfo(weights.dtype).tiny * num_classes)
-        finite = (squared + error).isfinite()
-        if not finite.all():  # zero times infinity is no number: take the example out of both factors
-            delta = delta.masked_fill(~finite[:, None, :, None], 0.0)
-            flat = flat.masked_fill(~flat.isfinite(), 0.0)
-        scale = (clip_norms[own].to(weights.dtype) / (squared + error).sqrt()).clamp(max=1.0).masked_fill(~finite, 0.0)
-        columns = delta.mul_(scale[:, None, :, None] * w[:, None, None]).view(b * len(views), members * num_classes)
-        sums[own] = (columns.T @ flat).view(members, num_classes, dim)
-        bias_sums[own] = columns.sum(dim=0).view(members, num_classes)
-        norms[:, own] = squared.sqrt().masked_fill(~finite, torch.nan)
+        chosen = row.nonzero()[:, 0]
+        # a slice is not copied
+        members = slice(None) if len(groups) == 1 else (group_of == g).nonzero()[:, 0]
+        x, y = (features, targets) if len(chosen) == k else (features[:, chosen], targets[:, chosen])
+        averaged = row[chosen].to(weights.dtype)
+        with precision.full(weights.device):
+            sums[members], bias_sums[members], norms[:, members] = _of_a_group(
+                x, y, weights[members], biases[members], clip_norms[members].to(weights.dtype), averaged, present
+            )
     return HeadSums(sums, bias_sums, norms)
+
+
+def _of_a_group(
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    clip_norms: Tensor,
+    averaged: Tensor,
+    present: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums and norms of heads that average the same views, with the same weights `averaged` [K]."""
+    heads, num_classes, dim = weights.shape
+    b, k, _ = features.shape
+    flat = features.reshape(b * k, dim)
+    # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
+    logits = torch.addmm(biases.reshape(-1), flat, weights.reshape(-1, dim).T)
+    delta = logits.view(b, k, heads, num_classes).softmax(dim=-1).sub_(targets[:, :, None])
+    gram = (features @ features.mT).add_(1.0).mul_(torch.outer(averaged, averaged))
+    # |G|^2 = sum_k delta_k . (sum_l gram_kl delta_l): one matrix product an example, whatever the number of heads.
+    across = (gram @ delta.flatten(2)).view_as(delta).mul_(delta)
+    squared = across.sum(dim=(1, 3)).clamp_(min=0)
+    # Largest rounding error of the line above: the terms in absolute value, times the error of a dot product.
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()[..., None]
+    error = (torch.linalg.vector_norm(delta, dim=-1) * lengths).sum(dim=1).square()
+    error *= 4 * torch.finfo(weights.dtype).eps * max(dim, num_classes, k**2) ** 0.5
+    # Logit gradients so small that their squares vanish can meet features that are large.
+    error += lengths.sum(dim=1).square() * (torch.finfo(weights.dtype).tiny * num_classes)
+    finite = (squared + error).isfinite()
+    scale = (clip_norms / (squared + error).sqrt()).clamp(max=1.0).masked_fill(~finite, 0.0)
+    scale[present:] = 0.0
+    # Zero times infinity is no number: take an example without a finite norm out of both factors.
+    if not finite.all():
+        delta, flat = delta.masked_fill(~finite[:, None, :, None], 0.0), flat.masked_fill(~flat.isfinite(), 0.0)
+    columns = delta.mul_(scale[:, None, :, None] * averaged[:, None, None]).view(b * k, heads * num_classes)
+    norms = squared.sqrt().masked_fill(~finite, torch.nan)
+    norms[present:] = 0.0
+    return (columns.T @ flat).view_as(weights), columns.sum(dim=0).view_as(biases), norms

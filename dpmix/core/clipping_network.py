@@ -12,14 +12,13 @@ Engines, all equal to the slow oracle:
   the first batch it is compared with autograd on public noise, and refused for a model that it does not fit.
 * `vmap`: vmap of grad (`torch.func`), for every layer that torch.func can map. `auto` takes it on a GPU otherwise.
 
-Precision: norms, clipping and sums are float32 (float64 for a float64 model), and blocks of a norm add up in float64.
-`autocast=torch.bfloat16` runs forward and backward in bfloat16: the gradients are rounded, but the rounded gradient is
-what is measured, clipped and added, so the bound stands. No global flag is touched: whether float32 products on a GPU
-may run in TF32 is `torch.backends`' business (cuDNN convolutions: yes by default) and, like bfloat16, costs accuracy of
-the gradient but never the bound.
+Precision: norms, clipping and sums are float32 (float64 for a float64 model), blocks of a norm add up in float64, and the
+products that apply the clip keep all their bits (`precision`). Forward and backward run in float32, or in bfloat16 with
+`autocast=torch.bfloat16`, whatever autocast is around them; PyTorch's flags may let float32 products of theirs run in
+TF32 or bfloat16. That rounds the gradients, but the rounded gradient is what is measured, clipped and added.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpmix.core import rng
+from dpmix.core import precision, rng
 from dpmix.core.checks import one_of, require, whole
-from dpmix.core.independence import check_no_mixing
+from dpmix.core.independence import check_layers, check_network
 from dpmix.core.layer_gradients import ELSE, recording, without_rule
 
 ENGINES = ("auto", "loop", "grouped", "vmap")
@@ -67,16 +66,18 @@ def clipped_gradient_sum(
     format of the views; autocast: None or torch.bfloat16.
     An example whose gradient is not finite (or too large for its norm to be) contributes exactly zero and is counted;
     no exception depends on the data. b = 0 gives zeros; K = 1 is plain DP-SGD; an infinite clip norm the plain sum.
-    Raises ValueError for BatchNorm and the like, an unknown engine, shapes that do not fit or K = 0.
+    Raises ValueError for a model that mixes examples (`independence`), an unknown engine, shapes that do not fit or K = 0.
     """
     clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
+    check_network(model, images.shape[2:])
     if physical_batch is not None:
         whole("physical_batch", physical_batch, 1)
     step = physical_batch or max(len(images), 1)
     norms = [images.new_zeros(0)]
     for start in range(0, len(images), step):
         part = slice(start, start + step)
-        norms.append(clipper.add(images[part], targets[part], None if view_weights is None else view_weights[part]))
+        weights = None if view_weights is None else view_weights[part]
+        norms.append(clipper.add(images[part], targets[part], weights, pad_to=step))
     return ClippedSum(clipper.grads(), torch.cat(norms), clipper.engine, int(clipper.non_finite))
 
 
@@ -99,7 +100,7 @@ class Clipper:
         one_of("engine", engine, ENGINES)
         require(clip_norm == float("inf") or clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
         require(autocast in (None, torch.bfloat16), "autocast", autocast, "must be None or torch.bfloat16")
-        check_no_mixing(model)
+        check_layers(model)
         self.model, self.clip_norm, self.autocast, self.channels_last = model, clip_norm, autocast, channels_last
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         require(len(self.parameters) > 0, "model", type(model).__name__, "has no parameter with requires_grad")
@@ -112,10 +113,8 @@ class Clipper:
         if engine == "auto":
             engine = "loop" if self.device.type != "cuda" else "vmap" if left_over else "grouped"
         require(engine != "grouped" or not left_over, "engine", engine, f"has no rule for {left_over}; {ELSE}")
-        self.engine = engine
+        self.engine, self.fits = engine, engine != "grouped"
         self.unfold = self.device.type != "cpu" if unfold is None else unfold  # measured: see benchmarks/network.py
-        self._own: Tensor | None = None
-        self.unprobed = self.engine == "grouped"
 
     def reset(self) -> None:
         """Start a new sum."""
@@ -131,8 +130,14 @@ class Clipper:
         images: Float[Tensor, "b K C H W"],
         targets: Float[Tensor, "b K num_classes"],
         view_weights: Float[Tensor, "b K"] | None = None,
+        *,
+        pad_to: int = 0,
     ) -> Float[Tensor, " b"]:
-        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device."""
+        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device.
+
+        `pad_to`: batches of fewer examples are filled up with blank ones of weight zero, so that a kernel that is chosen
+        by the size of the batch does not round the others differently when somebody joins. `loop` takes each alone.
+        """
         b, k = images.shape[:2]
         require(k > 0, "K", k, "an example needs at least one view")
         require(targets.shape[:2] == (b, k), "targets.shape", tuple(targets.shape), f"must begin with {(b, k)}")
@@ -140,17 +145,20 @@ class Clipper:
         images, targets, weights = images.to(self.device, self.dtype), targets.to(self.device), weights.to(self.device)
         if not b:
             return self.total.new_zeros(0)
-        run = {"loop": self._loop, "grouped": self._grouped, "vmap": self._vmap}[self.engine]
-        squares = run(images, targets, weights)
+        with torch.autocast(self.device.type, enabled=False):  # for the backward too
+            if self.engine == "loop":
+                squares = self._loop(images, targets, weights)
+            else:
+                images, targets, weights = (_padded(t, pad_to) for t in (images, targets, weights))
+                each = self._vmap if self.engine == "vmap" else self._grouped
+                squares = self._clip_and_add(each(images, targets, weights), b, len(images))
         norms = squares.sqrt()
         self.non_finite += (~norms.isfinite()).sum()
         return norms.to(self.total.dtype)
 
-    def _format(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-    def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+    def _logits(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n num_classes"]:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.model(images.contiguous(memory_format=torch.channels_last) if self.channels_last else images)
 
     def _scale(self, squares: Tensor) -> Tensor:
         """min(1, C / norm), and 0 where the norm is not finite."""
@@ -158,101 +166,99 @@ class Clipper:
         return torch.where(squares.isfinite(), scale, torch.zeros_like(scale)).to(self.total.dtype)
 
     def _loop(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Squared norms [b]; adds the clipped gradients itself, one example at a time."""
         parameters, squares = list(self.parameters.values()), []
-        own = torch.empty_like(self.total) if self._own is None else self._own  # the example's gradient
-        self._own, places = own, list(unflatten(own, self.parameters).values())
+        gradient = torch.empty_like(self.total)
+        places = list(unflatten(gradient, self.parameters).values())
         for x, target, weight in zip(images, targets, weights, strict=True):
-            with self._precision():
-                logits = self.model(self._format(x))
-            grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
+            grads = torch.autograd.grad(_loss(self._logits(x), target, weight), parameters, allow_unused=True)
             for place, g in zip(places, grads, strict=True):
                 place.zero_() if g is None else place.copy_(g)
-            squares.append(_squared_norms(own[None])[0])
+            squares.append(_squared_norms(gradient[None])[0])
             scale = self._scale(squares[-1])
             if self.device.type == "cpu":  # no device to wait for: one pass instead of two
                 if float(scale) > 0:
-                    self.total.add_(own, alpha=float(scale))
+                    self.total.add_(gradient, alpha=float(scale))
             else:
-                self.total.add_(own.nan_to_num_(0.0, 0.0, 0.0).mul_(scale))
+                self.total.add_(gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(scale))
         return torch.stack(squares)
 
-    def _vmap(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _vmap(self, images: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Per-example gradients [b, numel] by parameter."""
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         fixed = {name: t for name, t in tensors if name not in self.parameters}
 
         def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-            return _loss(torch.func.functional_call(self.model, parameters | fixed, (x,)), target, weight)
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                logits = torch.func.functional_call(self.model, parameters | fixed, (x,))
+            return _loss(logits, target, weight)
 
         values = {name: p.detach() for name, p in self.parameters.items()}
-        with self._precision():
-            each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(values, images, targets, weights)
-        return self._clip_and_add({name: g.flatten(1) for name, g in each.items()}, len(images))
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(values, images, targets, weights)
+        return {name: g.flatten(1) for name, g in each.items()}
 
-    def _grouped(self, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        if self.unprobed:
-            self._probe(images.shape[2:], targets.shape[-1])
-            self.unprobed = False
-        each = self._by_layers(images, targets, weights)
-        return self._clip_and_add({n: each[id(p)] for n, p in self.parameters.items() if id(p) in each}, len(images))
-
-    def _by_layers(self, images: Tensor, targets: Tensor, weights: Tensor) -> dict[int, Tensor]:
-        """Per-example gradients [b, numel] by the rules of the layers, keyed by id(parameter)."""
+    def _grouped(self, images: Tensor, targets: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Per-example gradients [b, numel] by parameter, by the rules of the layers; none for a parameter not called."""
+        if not self.fits:
+            self._compare_with_autograd(images.shape[2:], targets.shape[-1])
+            self.fits = True
         each: dict[int, Tensor] = {}
         with recording(self.model, len(images), each, self.unfold):
-            x = self._format(images.flatten(0, 1)).detach().requires_grad_()
-            with self._precision():
-                logits = self.model(x)
+            x = images.flatten(0, 1).detach().requires_grad_()
             # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
-            torch.autograd.grad(_loss(logits, targets.flatten(0, 1), weights.flatten()), x)
-        return each
+            torch.autograd.grad(_loss(self._logits(x), targets.flatten(0, 1), weights.flatten()), x)
+        return {name: each[id(p)] for name, p in self.parameters.items() if id(p) in each}
 
-    def _probe(self, shape: torch.Size, num_classes: int) -> None:
+    def _compare_with_autograd(self, shape: torch.Size, num_classes: int) -> None:
         """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise.
 
         One that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all
         examples instead of examples; one that uses a parameter without calling its layer would leave a part unclipped.
-        The weights are moved a little meanwhile: zeros, as heads often start from, would hide what lies below them.
+        The weights of the copy are moved a little: zeros, as heads often start from, would hide what lies below them.
         """
-        draw, parameters = rng.generator(0, "probe of the layers"), list(self.parameters.values())
-        noise = lambda *size: torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)  # noqa: E731
-        images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
-        kept = [p.detach().clone() for p in parameters]
-        try:
-            with torch.no_grad():
-                for p in parameters:
-                    p.add_(noise(*p.shape), alpha=0.02)
-            each = self._by_layers(images, targets, weights)
-            for i, (x, target, weight) in enumerate(zip(images, targets, weights, strict=True)):
-                with self._precision():
-                    logits = self.model(self._format(x))
-                grads = torch.autograd.grad(_loss(logits, target, weight), parameters, allow_unused=True)
-                length = torch.cat([g.flatten() for g in grads if g is not None]).norm()
-                for (name, p), g in zip(self.parameters.items(), grads, strict=True):
-                    if g is not None and id(p) not in each:
-                        said = (
-                            f"is used without calling its layer, so engine='grouped' does not see its gradient; {ELSE}"
-                        )
-                        raise ValueError(f"model: {name!r} {said}")
-                    # bfloat16 rounds to a 256th
-                    if g is not None and not (each[id(p)][i] - g.flatten()).norm() <= 0.1 * g.norm() + 0.01 * length:
-                        said = f"gets its input in another order than examples and their views in front; {ELSE}"
-                        raise ValueError(f"model: the layer of {name!r} {said}")
-        finally:
-            with torch.no_grad():
-                for p, before in zip(parameters, kept, strict=True):
-                    p.copy_(before)
+        draw, trial = rng.generator(0, "probe of the layers"), copy.deepcopy(self)
+        trial.clip_norm, trial.fits = float("inf"), True
 
-    def _clip_and_add(self, each: dict[str, Tensor], b: int) -> Tensor:
-        """`each`: per-example gradients [b, numel]; emptied here, a layer at a time."""
-        squares = torch.zeros(b, dtype=torch.float64, device=self.device)
+        def noise(*size: int) -> Tensor:
+            return torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)
+
+        images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
+        with torch.no_grad():
+            for p in trial.parameters.values():
+                p.add_(noise(*p.shape), alpha=0.02)
+        each = trial._grouped(images, targets, weights)
+        for i in range(3):
+            trial.reset()
+            trial._loop(images[i : i + 1], targets[i : i + 1], weights[i : i + 1])
+            for name, g in trial.grads().items():
+                if name not in each:
+                    why = f"is used without calling its layer, so engine='grouped' does not see its gradient; {ELSE}"
+                    if g.norm() > 0:
+                        raise ValueError(f"model: {name!r} {why}")
+                # bfloat16 rounds to a 256th
+                elif not (each[name][i] - g.flatten()).norm() <= 0.1 * g.norm() + 0.01 * trial.total.norm():
+                    why = f"gets its input in another order than examples and their views in front; {ELSE}"
+                    raise ValueError(f"model: the layer of {name!r} {why}")
+
+    def _clip_and_add(self, each: dict[str, Tensor], b: int, rows: int) -> Tensor:
+        """Squared norms [b] of per-example gradients [rows, numel], padding last; emptied here, a layer at a time."""
+        squares = torch.zeros(rows, dtype=torch.float64, device=self.device)
         for name, g in each.items():
             each[name] = g = g.to(self.total.dtype)
             squares += _squared_norms(g)
-        scale, dropped = self._scale(squares), ~squares.isfinite()
-        for name, total in unflatten(self.total, self.parameters).items():
-            if name in each:  # a product of a vector and a matrix, which is never TF32
-                total += (scale @ each.pop(name).masked_fill(dropped[:, None], 0.0)).view_as(total)
-        return squares
+        absent = ~squares.isfinite()
+        absent[b:] = True
+        scale = self._scale(squares).masked_fill(absent, 0.0)
+        with precision.full(self.device):
+            for name, total in self.grads().items():
+                if name in each:
+                    g = each.pop(name).masked_fill(absent[:, None], 0.0)
+                    total += (scale @ g).view_as(total)
+        return squares[:b]
+
+
+def _padded(t: Tensor, rows: int) -> Tensor:
+    return t if len(t) >= rows else torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])])
 
 
 def unflatten(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

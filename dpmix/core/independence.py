@@ -1,31 +1,140 @@
-"""The refusal of models in which one example's output depends on another's: no clipping would bound that."""
+"""The refusal of networks and encoders that let one example's output depend on another's: no clipping would bound that."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dpmix.core import rng
 
-def check_no_mixing(model: nn.Module, probe: Float[Tensor, "n ..."] | None = None) -> None:
-    """Refuse a model in which one example's output depends on another's: clipping would bound nothing.
+# Relative. Ten thousand neighbours that each mix in so much move a gradient by less than its float32 rounding.
+TIGHT = 1e-9
+_LARGE, _HUGE = 3 * 10**7, 2 * 10**8  # parameters: fewer images, no copy in float64
+_passed: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
-    By name: BatchNorm of every kind (also frozen: its statistics came from somewhere) and normalisation that keeps
-    running statistics. With `probe`, at least two inputs that are not private, also by behaviour: the output for the
-    first must not change when the others are left out.
-    Raises ValueError naming the layer and the remedy.
-    """
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse by name what mixes a batch in training: BatchNorm of every kind (also frozen: its statistics came from
+    somewhere) and normalisation that keeps running statistics. Raises ValueError naming the layer and the remedy."""
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase) and (layer.track_running_stats or "BatchNorm" in type(layer).__name__):
             raise ValueError(
                 f"model: layer {name or 'model'!r} is {type(layer).__name__}, which mixes the examples of a batch, so "
                 "clipping bounds nobody's influence; replace it with nn.GroupNorm (as wide_resnet does) or nn.LayerNorm"
             )
-    if probe is not None:
-        with torch.no_grad():
-            together, alone = model(probe)[:1].double(), model(probe[:1]).double()
-        scale = float(alone.abs().max()) + 1e-6
-        if not float((together - alone).abs().max()) <= 1e-2 * scale:
+
+
+def check_network(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """`check_layers` and `check_no_mixing` for images of `shape` [C, H, W]; nothing is done twice for a model that is
+    still built as it was when it passed."""
+    built = (tuple(shape), model.training, *((n, type(m), *map(str, _settings(m))) for n, m in model.named_modules()))
+    if _passed.get(model) != built:
+        check_layers(model)
+        check_no_mixing(model, shape)
+        _passed[model] = built
+
+
+def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model") -> None:
+    """Refuse a network or encoder whose output for an image depends on the images beside it, or is not finite.
+
+    Behaviour on public noise: each image alone, among all, and among half of them at another place, in a float64 copy,
+    where rounding cannot hide a mixture. Trainable weights of the copy are moved a little: a head or a gate that starts
+    at zero would hide what lies below it. Where the copy cannot run (a model that insists on its own dtype, or is huge)
+    the model itself is asked whether an output changes when the neighbours do, in batches of one size.
+    Raises ValueError naming `name` and, where it can be found, the layer.
+    """
+    size = sum(p.numel() for p in model.parameters())
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    noise = torch.from_numpy(rng.generator(0, "mixing probe").random((3 if size > _LARGE else 8, *shape))).to(like)
+    with _quietly(noise.device):
+        model = copy.deepcopy(model)
+        answer = model(noise)
+        if not bool(answer.isfinite().all()):
+            raise ValueError(f"{name}: answers public noise with numbers that are not finite; look at its weights")
+        if size <= _HUGE:
+            try:
+                moved, noise = _moved(model.double()), noise.double()
+                together, alone = moved(noise), torch.cat([moved(x[None]) for x in noise])
+                half = len(noise) // 2
+                pairs = [(together, alone), (moved(noise[half:]), alone[half:])]
+                good = all(_close(a, b, TIGHT) for a, b in pairs)
+            except (RuntimeError, TypeError):
+                model, noise = model.to(like.dtype), noise.to(like.dtype)
+                good = _same_among_others(model, noise)
+        else:
+            good = _same_among_others(model, noise)
+        if not good:
             raise ValueError(
-                "model: the output for an image changes when other images are left out of the batch, so clipping "
-                "bounds nobody's influence; remove what mixes the batch (and any dropout)"
+                f"{name}: the output for an image changes when other images are left out of the batch{_where(model, noise)}, "
+                "so clipping bounds nobody's influence; remove what mixes the batch (and any dropout)"
             )
+
+
+def _settings(layer: nn.Module) -> Iterator[object]:
+    """What a layer is told beside its weights."""
+    for key, value in vars(layer).items():
+        if isinstance(value, (bool, int, float, str, tuple)) or callable(value):
+            yield key, value
+
+
+@contextmanager
+def _quietly(device: torch.device) -> Iterator[None]:
+    """Without gradients, autocast or a trace in the global random state."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
+        yield
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    draw = rng.generator(0, "moved weights")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.from_numpy(draw.standard_normal(p.shape)).to(p), alpha=0.02)
+    return model
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    a, b = a.double(), b.double()
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * (float(b.abs().max()) + 1e-30)
+
+
+def _same_among_others(model: nn.Module, noise: Float[Tensor, "n ..."]) -> bool:
+    """Whether each half of the outputs stays when the other half's images become others (batches of one size round
+    alike), and whether an image alone comes out nearly the same (they do not)."""
+    together, others = model(noise), 1 - noise
+    odd = torch.arange(len(noise), device=noise.device) % 2 == 1
+    stay = [
+        _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others))[keep], together[keep], 1e-6)
+        for keep in (odd, ~odd)
+    ]
+    return all(stay) and all(_close(model(x[None])[0], y, 2**-6) for x, y in zip(noise, together, strict=True))
+
+
+def _where(model: nn.Module, noise: Float[Tensor, "n ..."]) -> str:
+    """The first layer at which the first image's numbers differ between all images and itself alone."""
+    runs: list[list] = []
+    for images in (noise, noise[:1]):
+        runs.append([])
+        note: Callable = partial(_note, runs[-1])
+        hooks = [
+            m.register_forward_hook(partial(note, name)) for name, m in model.named_modules() if not [*m.children()]
+        ]
+        model(images)
+        for hook in hooks:
+            hook.remove()
+    for (name, kind, *among), (_, _, *alone) in zip(*runs, strict=False):
+        for side, a, b in zip((" before", " by"), among, alone, strict=True):
+            if not _close(a, b, 1e-6):
+                return f",{side} layer {name!r} ({kind})"
+    return ""
+
+
+def _note(run: list, name: str, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        run.append((name or "model", type(layer).__name__, args[0][:1].clone(), output[:1].clone()))

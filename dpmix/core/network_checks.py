@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dpmix.core import microbatch as micro
 from dpmix.core import rng, views
 from dpmix.core.checks import positive, require, whole
-from dpmix.core.independence import check_no_mixing
+from dpmix.core.independence import check_layers, check_network
 
 
 def check_arguments(given: dict[str, Any]) -> None:
@@ -39,18 +39,20 @@ def check_arguments(given: dict[str, Any]) -> None:
 
 
 def check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Run the model on three images of pure noise: it must take them, answer with logits and not mix them."""
+    """Run the model on three images of pure noise: it must take them, answer with finite logits and not mix them."""
     like = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
     probe = torch.from_numpy(rng.generator(0, "probe").random((3, *images.shape[1:]))).to(like)
-    check_no_mixing(model)
+    check_layers(model)
     try:
         with torch.no_grad():
-            got = tuple(model(probe).shape)
+            answer = tuple(model(probe).shape)
     except RuntimeError as error:
-        shape, said = tuple(images.shape[1:]), str(error).splitlines()[0]
-        raise ValueError(f"images: the model does not take images of shape {shape} ({said})") from None
-    require(got == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {got}")
-    check_no_mixing(model, probe)
+        shape, why = tuple(images.shape[1:]), str(error).splitlines()[0]
+        raise ValueError(f"images: the model does not take images of shape {shape} ({why})") from None
+    require(
+        answer == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {answer}"
+    )
+    check_network(model, images.shape[1:])
 
 
 def check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dpmix.core import files
 from dpmix.core.checks import one_of, positive, require, whole
+from dpmix.core.independence import check_no_mixing
 from dpmix.images.data import CACHE, PROJECT, PUBLIC
 from dpmix.models.tiny import NAMES as TINY
 from dpmix.models.tiny import build
@@ -159,6 +160,7 @@ def _wrap(
     frozen = Frozen(network, name, size, channels, mean, std, mode)
     shape = frozen._chunk(torch.zeros(1, channels[0], size, size)).shape
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
+    check_no_mixing(frozen, (channels[0], size, size), f"encoder {name!r}")
     return Encoder(frozen, size, shape[1], channels, name)
 
 
