@@ -7,17 +7,17 @@ import hashlib
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpmix.core.checks import one_of, require, whole
-from dpmix.images.image_cache import FORMAT, Copies, decode, duplicates, pixel_hash, printable
+from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable
 from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
+from dpmix.images.sets import ImageSet as ImageSet
+from dpmix.images.sets import Splits as Splits
 
 _HERE = Path(__file__).resolve().parents[2]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -26,69 +26,6 @@ CACHE = PROJECT / "data" / "cache"
 PUBLIC = PROJECT / "data" / "public"
 RESULTS = PROJECT / "data" / "results"
 PathLike = str | Path
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images. `images` may lie over a memory map: index it, do not copy it needlessly.
-
-    `class_names[labels[i]]` names the class of image i. `flip` says whether a mirrored image keeps its label (false for
-    digits). Raises ValueError for any other dtype or shape, for labels that do not fit and for repeated class names.
-    """
-
-    images: Tensor  # uint8 [n, C, H, W]
-    labels: Tensor  # int64 [n]
-    class_names: tuple[str, ...]
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        for name, array, dtype, dims in (
-            ("images", self.images, torch.uint8, 4),
-            ("labels", self.labels, torch.int64, 1),
-        ):
-            good = array.dtype == dtype and array.ndim == dims
-            require(good, name, f"{array.dtype} {list(array.shape)}", f"must be {dtype} with {dims} dimensions")
-        require(min(self.images.shape[1:]) > 0, "images", list(self.images.shape), "must hold at least one pixel each")
-        require(
-            len(self.images) == len(self.labels), "labels", len(self.labels), f"must match {len(self.images)} images"
-        )
-        require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", self.class_names, "must differ")
-        if len(self.labels):
-            low, high = int(self.labels.min()), int(self.labels.max())
-            last = len(self.class_names) - 1
-            require(low >= 0 and high <= last, "labels", f"{low}..{high}", f"must lie in 0..{last}, one per class name")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:  # no pixels and no labels, wherever it is printed
-        shape = " × ".join(map(str, self.images.shape[1:]))
-        return f"ImageSet({len(self):,} images, {shape}, {self.num_classes} classes)"
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def subset(self, ids: Tensor | np.ndarray | Sequence[int] | slice) -> "ImageSet":
-        """The images `ids`, in that order (a slice is a view, anything else a copy)."""
-        ids = ids if isinstance(ids, slice) else torch.as_tensor(ids, dtype=torch.int64)
-        return ImageSet(self.images[ids], self.labels[ids], self.class_names, self.flip)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training and test set. `digest` (sha256, hex) tells apart any two splits, file lists, labels or contents."""
-
-    train: ImageSet
-    test: ImageSet
-    digest: str
-
-    def __post_init__(self) -> None:
-        for field in ("class_names", "flip"):
-            ours, theirs = getattr(self.train, field), getattr(self.test, field)
-            require(ours == theirs, f"test.{field}", theirs, f"must equal train.{field}={ours!r}")
-        ours, theirs = self.train.images.shape[1:], self.test.images.shape[1:]
-        require(ours == theirs, "test.images", list(theirs), f"must have the shape of train.images, {list(ours)}")
 
 
 def _digest(**parts: object) -> str:
@@ -116,6 +53,7 @@ def _load_digits() -> Splits:
 
 
 NAMES = ("digits", *KNOWN, "folder:PATH")
+_NATIVE = {"digits": 8, "cifar10": 32, "cifar100": 32}
 
 
 def _load_cifar(name: str, root: Path, download: bool) -> Splits:
@@ -130,20 +68,9 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
     sets = [ImageSet(x, y, tuple(parts[0].classes)) for x, y in tensors]
     n = len(images[0])
     found = duplicates([pixel_hash(x) for part in images for x in part], n)
-    _report_copies(name, found, lambda i: f"training image {i}" if i < n else f"test image {i - n}")
+    _report(name, found, {}, lambda i: f"training image {i}" if i < n else f"test image {i - n}")
     content = dict(train=images[0], test=images[1], train_labels=labels[0], test_labels=labels[1])
     return Splits(sets[0], sets[1], _digest(name=name, class_names=parts[0].classes, **content))
-
-
-def _report_copies(name: str, copies: Copies, called: Callable[[int], str]) -> None:
-    """Counts and examples, for the owner of the data: computed without noise, so not for release."""
-    if copies.train or copies.test:
-        told = (
-            f"{len(copies.train)} training images repeat another, {len(copies.test)} test images equal a training image"
-        )
-        some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
-        why = "the guarantee covers each copy alone" + ", and test accuracy is too high" * bool(copies.test)
-        warnings.warn(f"dataset={name!r}: exact copies: {told} ({some}); {why}; not for release", stacklevel=4)
 
 
 ODDITIES = {
@@ -154,11 +81,23 @@ ODDITIES = {
 }
 
 
-def _report_odd(name: str, odd: dict[str, list[int]], called: Callable[[int], str]) -> None:
-    for what, said in ODDITIES.items():
-        if odd.get(what):
-            some = ", ".join(map(called, odd[what][:3]))
-            warnings.warn(f"dataset={name!r}: {len(odd[what]):,} images ({some}) {said}", stacklevel=4)
+def _report(name: str, copies: Copies, odd: dict[str, list[int]], called: Callable[[int], str]) -> None:
+    """Counts and examples, for the owner of the data: computed without noise, so not for release."""
+    told = []
+    if copies.train or copies.test:
+        some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
+        told += [
+            f"exact copies: {len(copies.train)} training images repeat another, {len(copies.test)} test images equal a "
+            f"training image ({some}); the guarantee covers each copy alone"
+            f"{', and test accuracy is too high' * bool(copies.test)}; not for release"
+        ]
+    told += [
+        f"{len(odd[what]):,} images ({', '.join(map(called, odd[what][:3]))}) {said}"
+        for what, said in ODDITIES.items()
+        if odd.get(what)
+    ]
+    for line in told:
+        warnings.warn(f"dataset={name!r}: {line}", stacklevel=4)
 
 
 def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing | Splits:
@@ -218,21 +157,25 @@ def load(
     """
     if image_size is not None:
         whole("image_size", image_size, 1)
-    native = {"digits": 8, "cifar10": 32, "cifar100": 32}.get(name)
+    native = _NATIVE.get(name)
     fits = image_size in (None, native) or not native
     require(fits, "image_size", image_size, f"{name} is {native} pixels wide; leave it out")
     found = find(name, root, download=download)
     if isinstance(found, Splits):
         return found
     base, files, labels, n, class_names, _ = found
-    shape: dict = dict(size=native, channels=3) if native else dict(size=image_size)
-    images, content, copies, odd = decode(files, base, cache=Path(cache), label=name, train=n, **shape)
-    called = lambda i: printable(files[i].relative_to(base))  # noqa: E731
-    _report_copies(name, copies, called)
-    _report_odd(name, odd, called)
+    images, content, copies, odd = opened(name, found, image_size=image_size, cache=cache)
+    _report(name, copies, odd, lambda i: printable(files[i].relative_to(base)))
     train, test = (ImageSet(images[p], torch.from_numpy(labels[p]), class_names) for p in (slice(n), slice(n, None)))
     facts = dict(files=[f.relative_to(base).as_posix() for f in files], labels=labels, train=n, content=content)
     return Splits(train, test, _digest(class_names=class_names, decoding=FORMAT, shape=list(images.shape[1:]), **facts))
+
+
+def opened(name: str, found: Listing, *, image_size: int | None = None, cache: PathLike = CACHE) -> Decoded:
+    """The images of a listing, with all that `load` warns of."""
+    native = _NATIVE.get(name)
+    shape: dict = dict(size=native, channels=3) if native else dict(size=image_size)
+    return decode(found.files, found.base, cache=Path(cache), label=name, train=found.train, **shape)
 
 
 def folder_name(class_name: str) -> str:
@@ -295,7 +238,7 @@ def public_images(
     label = f"synthetic {name}"
     made = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
     public = ImageSet(made.images, torch.from_numpy(labels), class_names, like.flip if like else True)
-    _report_odd(label, made.odd, lambda i: printable(files[i].relative_to(base)))
+    _report(label, Copies([], []), made.odd, lambda i: printable(files[i].relative_to(base)))
     repeats = [copy for copy, _ in made.copies.train]
     if repeats:
         told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"

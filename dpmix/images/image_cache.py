@@ -39,7 +39,6 @@ from dpmix.images import decoding
 
 DEFAULT_SIZE = 224
 FORMAT = 5  # of the decoding: another one makes other pixels of the same files
-_BLOCK = 1 << 26
 _RARE = 0.1  # images of another size or colour than this share of all are oddities, of which the owner is told
 # Without it, Linux refuses a private map larger than the memory. Python names it from 3.13 on.
 _KNOWN = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
@@ -215,7 +214,7 @@ def _write(
     record = {
         "listing": listing,
         "shape": shape,
-        "pixels": _checksum(_map(entry.with_suffix(".u8"), shape)),
+        "pixels": _checksum(entry.with_suffix(".u8")),
         "content": hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest(),
         "copies": duplicates([h for _, h, *_ in told], train),
         "odd": odd,
@@ -247,12 +246,9 @@ def _map(path: Path, shape: Sequence[int]) -> UInt8[Tensor, "n C H W"]:
         ).view(*shape)
 
 
-def _checksum(images: Tensor) -> str:
-    """sha256 over the sha256 of each block of 64 MB, so that blocks can be hashed in parallel."""
-    flat = images.view(-1).numpy()
-    with _pool() as pool:
-        blocks = pool.map(lambda i: hashlib.sha256(flat[i : i + _BLOCK].data).hexdigest(), range(0, len(flat), _BLOCK))
-        return hashlib.sha256("".join(blocks).encode()).hexdigest()
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
@@ -266,14 +262,13 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
     shape, state = body["shape"], pixels.stat()
     if state.st_size != np.prod(shape):
         return _damaged(pixels, f"{state.st_size} bytes instead of {np.prod(shape)}", warn)
-    images = _map(pixels, shape)
     seen = (str(pixels.resolve()), state.st_size, state.st_mtime_ns)
     if seen not in _VERIFIED:
-        if _checksum(images) != body["pixels"]:
+        if _checksum(pixels) != body["pixels"]:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
-    return Decoded(images, body["content"], copies, body["odd"])
+    return Decoded(_map(pixels, shape), body["content"], copies, body["odd"])
 
 
 def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:

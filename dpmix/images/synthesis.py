@@ -76,85 +76,33 @@ def generate(
     manifest lists it, and a warning counts it.
     """
     class_names = tuple(class_names)
-    require(len(class_names) > 0, "class_names", class_names, "must name at least one class")
     places = [folder_name(name) for name in class_names]
-    require(len(set(places)) == len(places), "class_names", class_names, "must differ, also as names of folders")
+    require(len(set(places)) == len(places) > 0, "class_names", class_names, "must differ, also as names of folders")
     require(prompt.count("{}") == 1, "prompt", prompt, "must hold one {} for the class name")
     if n_per_class is None:
-        if like is None:
-            raise ValueError(
-                "n_per_class=None: give a number, or like=splits.train for as many as the training set has"
-            )
-        n_per_class = -(-len(like) // len(class_names))
+        said = "give a number, or like=splits.train for as many as the training set has"
+        require(like is not None, "n_per_class", None, said)
+        n_per_class = -(-len(like or ()) // len(class_names))
     for name, value in dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size).items():
         whole(name, value, 1)
     positive("guidance_scale", guidance_scale, "; 1 is without guidance")
-    folder = Path(folder)
-    pipe = _pipeline(pipeline, revision).to(device)
+    folder, pipe = Path(folder), _pipeline(pipeline, revision).to(device)
     pipe = pipe if dtype is None else pipe.to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    size = {k: v for k, v in dict(height=height, width=width).items() if v is not None}
+    asked = dict(n_per_class=n_per_class, seed=seed, guidance_scale=guidance_scale, steps=steps, batch_size=batch_size)
     manifest: dict[str, Any] = {
         "pipeline": pipeline if isinstance(pipeline, str) else type(pipe).__name__,
-        "weights": _fingerprint(pipe),
         "revision": revision,
-        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
         "prompt": prompt,
         "prompts": {name: prompt.format(words(name)) for name in class_names},
-        "n_per_class": n_per_class,
-        "seed": seed,
-        "seeds": {n: [_seed(seed, n, i) for i in range(n_per_class)] for n in class_names},
-        "guidance_scale": guidance_scale,
-        "steps": steps,
-        "batch_size": batch_size,
-        "size": size,
-        "dtype": str(pipe.dtype),
-        "device": torch.device(device).type,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("dpmix", "torch", "diffusers", "transformers")
-        },
+        "size": {k: v for k, v in dict(height=height, width=width).items() if v is not None},
+        **asked,
+        **_made_with(pipe, device),
     }
     again = _claim(folder, manifest)
-    wanted = [(c, i) for c in range(len(class_names)) for i in range(n_per_class)]
-
-    def draw(some: list[tuple[int, int]], attempt: int) -> list[Image.Image | None]:
-        """The images at these places, None for one that is blackened or not finite."""
-        names = [class_names[c] for c, _ in some]
-        seeds = [_seed(seed, n, i, attempt) for n, (_, i) in zip(names, some, strict=True)]
-        made = pipe(
-            [manifest["prompts"][n] for n in names],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
-            output_type="np",
-            **size,
-        )
-        flags = getattr(made, "nsfw_content_detected", None) or [False] * len(some)
-        good = [
-            bool(np.isfinite(x).all() and np.ptp(x) > 0) and not bad for x, bad in zip(made.images, flags, strict=True)
-        ]
-        return [_picture(x) if ok else None for x, ok in zip(made.images, good, strict=True)]
-
+    wanted = [(c, i) for c in class_names for i in range(n_per_class)]
     for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
-        batch = wanted[first : first + batch_size]
-        targets = {(c, i): folder / places[c] / f"{i:05d}.png" for c, i in batch}
-        if all(target.is_file() for target in targets.values()):
-            continue
-        made: dict[tuple[int, int], Image.Image | None] = dict.fromkeys(batch)
-        for attempt in range(_ATTEMPTS):
-            todo = [place for place in batch if made[place] is None]
-            made |= zip(todo, draw(todo, attempt), strict=True) if todo else ()
-            again |= {str(targets[place].relative_to(folder)): attempt for place in todo if attempt}
-        lost = [str(targets[place].relative_to(folder)) for place in batch if made[place] is None]
-        if lost:
-            said = f"{_ATTEMPTS} draws in a row were blackened by the safety checker or not finite; change the prompt"
-            raise RuntimeError(f"class_names: {lost[0]}: {said}, the class or the dtype")
-        if again:
-            files.write(folder / "manifest.json", _json(manifest | {"drawn_again": again}))
-        for place, image in made.items():
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")  # type: ignore[union-attr]
-            files.write(targets[place], buffer.getvalue())
+        _make(pipe, wanted[first : first + batch_size], folder, manifest, again)
     if again:
         told = (
             f"{len(again)} images were blackened by the safety checker or not finite, and drawn again with another key"
@@ -163,12 +111,47 @@ def generate(
     return folder
 
 
-def _seed(seed: int, class_name: str, i: int, attempt: int = 0) -> int:
-    return int(generator(seed, "image", class_name, i, *([attempt] if attempt else [])).integers(2**63))
+def _make(pipe: Any, batch: list[tuple[str, int]], folder: Path, manifest: dict, again: dict[str, int]) -> None:
+    """The images (class name, number) of one batch as files, unless all are there; `again` notes what was drawn again."""
+    names = {(c, i): f"{folder_name(c)}/{i:05d}.png" for c, i in batch}
+    if all((folder / name).is_file() for name in names.values()):
+        return
+    made: dict[tuple[str, int], Image.Image] = {}
+    for attempt in range(_ATTEMPTS):
+        todo = [place for place in batch if place not in made]
+        made |= _draw(pipe, todo, manifest, attempt) if todo else {}
+        again |= {names[place]: attempt for place in todo if attempt}
+    for place in batch:
+        if place not in made:
+            said = f"{_ATTEMPTS} draws in a row were blackened by the safety checker or not finite"
+            raise RuntimeError(f"class_names: {names[place]}: {said}; change the prompt, the class or the dtype")
+    if again:
+        files.write(folder / "manifest.json", _json(manifest | {"drawn_again": again}))
+    for place in batch:
+        buffer = io.BytesIO()
+        made[place].save(buffer, "PNG")
+        files.write(folder / names[place], buffer.getvalue())
 
 
-def _picture(x: np.ndarray) -> Image.Image:
-    return Image.fromarray((x * 255).round().astype(np.uint8)).convert("RGB")
+def _draw(pipe: Any, places: list[tuple[str, int]], manifest: dict, attempt: int) -> dict[tuple[str, int], Image.Image]:
+    """What comes of one call, without the images that are blackened, not finite or of one colour."""
+    more = [attempt] if attempt else []
+    seeds = [int(generator(manifest["seed"], "image", name, i, *more).integers(2**63)) for name, i in places]
+    made = pipe(
+        [manifest["prompts"][name] for name, _ in places],
+        num_inference_steps=manifest["steps"],
+        guidance_scale=manifest["guidance_scale"],
+        generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
+        output_type="np",
+        **manifest["size"],
+    )
+    flags = getattr(made, "nsfw_content_detected", None) or [False] * len(places)
+    good = [np.isfinite(x).all() and np.ptp(x) > 0 and not bad for x, bad in zip(made.images, flags, strict=True)]
+    pictures = (
+        Image.fromarray((x * 255).round().astype(np.uint8)) for x, ok in zip(made.images, good, strict=True) if ok
+    )
+    kept = (place for place, ok in zip(places, good, strict=True) if ok)
+    return dict(zip(kept, pictures, strict=True))
 
 
 def _json(manifest: dict) -> bytes:
@@ -197,6 +180,17 @@ def _fingerprint(pipe: Any) -> str:
         if isinstance(part, torch.nn.Module):
             parts += [f"{name}.{k} {list(v.shape)} {v.double().sum().item():.6e}" for k, v in part.state_dict().items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _made_with(pipe: Any, device: str | torch.device) -> dict[str, Any]:
+    libraries = ("dpmix", "torch", "diffusers", "transformers")
+    return {
+        "weights": _fingerprint(pipe),
+        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        "dtype": str(pipe.dtype),
+        "device": torch.device(device).type,
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+    }
 
 
 def _plain(config: Any) -> dict:
