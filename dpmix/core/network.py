@@ -9,11 +9,11 @@ Several processes: start the same script under `torchrun`. Each takes every W-th
 sums are added up over all (gloo on CPUs, NCCL on GPUs), and each adds the same keyed noise to the same sum.
 """
 
-import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,22 @@ from dpmix.core import accounting, files, rng, views
 from dpmix.core import microbatch as micro
 from dpmix.core.checks import require
 from dpmix.core.clipping_network import Clipper, unflatten
-from dpmix.core.network_checks import check_arguments, check_model, check_untrained, layout
+from dpmix.core.network_checks import Mechanism, check_arguments, check_model, check_untrained, layout
 from dpmix.core.processes import add_up, agree_on_step, device_of, from_first, processes
 
 Number = int | float
 COUNTERS = ("examples", "views", "non_finite", "clipped")
+TENSORS = ("weights", "velocity", "ema")
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
     """What `train` returns. Tensors are on the CPU.
 
-    `state`, `ema_state`: state_dicts of the last step (EMA: None without ema_decay); only these, the number of steps
-    and the hyperparameters are covered by the guarantee. `engine`: the one that ran. `counters`: examples and views
-    processed, examples dropped because their gradient was not finite, examples whose gradient was clipped (units that
-    were clipped are microbatches where there are any). `diagnostics`: (step, value of `evaluate`). Counters and
-    diagnostics come from private data without noise: not for release. `seconds`: of training, over all pieces;
-    `resumed_from`: the step of the checkpoint, 0 if there was none.
+    `state`, `ema_state`: state_dicts of the last step (EMA: None without ema_decay); only these, the number of steps and
+    the hyperparameters are covered by the guarantee. `counters`: examples and views processed, examples dropped because
+    their gradient was not finite, units (examples or microbatches) whose gradient was clipped; `diagnostics`: (step, value
+    of `evaluate`): from private data without noise, not for release. `seconds`: of training, over all pieces.
     """
 
     state: dict[str, Tensor]
@@ -73,23 +72,9 @@ def train(
     images: Num[Tensor, "n C H W"],
     labels: Int64[Tensor, " labels"],
     *,
-    recipe: views.Recipe,
-    num_classes: int,
-    clip_norm: Number,
-    noise_multiplier: Number,
-    learning_rate: Number,
-    expected_batch: Number,
-    sample_rate: Number,
-    steps: int,
     seed: rng.Seed,
     public: views.PublicImages | None = None,
-    momentum: Number = 0.0,
-    weight_decay: Number = 0.0,
-    ema_decay: Number | None = None,
     ids: Int64[Tensor, " n"] | None = None,
-    places: int | None = None,
-    microbatch: int = 1,
-    microbatch_mix: str = "none",
     physical_batch: int = 64,
     engine: str = "auto",
     autocast: torch.dtype | None = None,
@@ -99,174 +84,210 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = True,
-    identity: str = "",
     spec: dict[str, Any] | None = None,
     progress: bool = True,
     evaluate: Callable[[nn.Module, int], Any] | None = None,
     evaluate_every: int = 0,
+    **mechanism: Any,
 ) -> TrainedNetwork:
-    """DP-SGD on the views of `recipe`, for the parameters of `model` with requires_grad, in place.
+    """DP-SGD on views, for the parameters of `model` with requires_grad, in place; `mechanism`: the fields of `Mechanism`.
 
-    The mechanism: images uint8 (or float 0..1) and their labels; each example joins a step with probability
-    `sample_rate`; noise of standard deviation noise_multiplier * clip_norm; divisor `expected_batch` (never the
-    realised batch; a step with nobody in it still adds noise and counts). SGD at a constant rate, v = momentum v + g,
-    w -= lr v; then w *= 1 - lr weight_decay (decoupled, of noisy weights only); EMA of the weights with De et al.'s
-    warm-up, min(ema_decay, (1 + t) / (10 + t)). No schedule.
-    `microbatch` b > 1 is Eq. (2): a fixed keyed partition, Poisson sampling and `expected_batch` count *microbatches*,
-    and the noise is scaled for 2 C (`microbatch`); `microbatch_mix`: "none", "add" or "replace".
-
-    `ids` names the examples for the keyed randomness and the partition (their rows, by default), below `places`, the public
-    number of places (by default, as many as there are examples); a place that is not among them is vacant. `identity`
-    tells runs of one seed apart that the arguments do not, such as runs on other data: they must not share noise.
-
-    What does not change the result beyond rounding: `physical_batch` (examples at a time), `engine`, `autocast`,
-    `channels_last`, `device`, number of processes.
-
-    `checkpoint`: a file, written every `checkpoint_every` steps and on Ctrl-C; `resume=True` goes on from it if it is
-    there. A checkpoint of another run is refused, naming the difference; `spec` (JSON-able) adds what the caller wants
-    compared, such as a digest of the data. A checkpoint is for going on, not for release: it holds a digest of the
-    seed and the counters. `delta`: for the progress bar, which then shows the epsilon spent so far.
-    `evaluate(model, step)` is called every `evaluate_every` steps and at the end, on the first process.
-    seed=None takes fresh entropy; a published seed voids the guarantee (`rng`).
-
+    `ids` names the examples for the keyed randomness and the partition (their rows, by default). seed=None takes fresh
+    entropy; a published seed voids the guarantee (`rng`). Not changing the result beyond rounding: `physical_batch` (examples
+    at a time), `engine`, `autocast`, `channels_last`, `device`, number of processes.
+    `checkpoint`: a file, written every `checkpoint_every` steps and on Ctrl-C; `resume=True` goes on from it if it is there,
+    and refuses one of another run, naming the difference; `spec` (JSON-able) adds what the caller wants compared. It is for
+    going on, not for release: it holds a digest of the seed and the counters. `delta`: for the progress bar, which then shows
+    the epsilon so far. `evaluate(model, step)` is called every `evaluate_every` steps and at the end, on the first process.
     Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
     """
-    check_arguments(locals())
-    rank, world = processes(device)
-    device = device_of(device)
-    if seed is None:
-        require(checkpoint is None, "seed", None, "a run with checkpoints must be given its seed, to go on with it")
-        seed = from_first(rng.fresh_seed(), world)
-    seed = rng.as_seed(seed)
+    m = Mechanism(**mechanism)
+    check_arguments(model, images, labels, m.num_classes, physical_batch, checkpoint_every, evaluate_every)
+    require(
+        seed is not None or checkpoint is None,
+        "seed",
+        None,
+        "a run with checkpoints must be given its seed, to go on with it",
+    )
+    group = processes(device)
+    device, seed = device_of(device), from_first(rng.as_seed(seed), group[1])
     model.to(device)
-    check_model(model, images, num_classes)
-    clipper = Clipper(model, clip_norm, engine, autocast=autocast, channels_last=channels_last)
-    parameters, n = clipper.parameters, len(images)
-    names = torch.arange(n) if ids is None else ids
-    if microbatch > 1:
-        table = micro.microbatch_partition(n if places is None else places, microbatch, seed=seed, ids=names)
-    else:
-        table = torch.arange(n)[:, None]
-    others = {name: t.clone() for name, t in model.state_dict().items() if name not in parameters}
-    deviation = noise_multiplier * clip_norm * micro.sensitivity(microbatch)
-    told = {
-        "recipe": asdict(recipe), "n": n, "image shape": list(images.shape[1:]), "num_classes": num_classes,
-        "clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "learning_rate": learning_rate,
-        "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps, "momentum": momentum,
-        "weight_decay": weight_decay, "ema_decay": ema_decay,
-        "microbatch": microbatch, "microbatch_mix": microbatch_mix, "places": places, "identity": identity,
-        "public images": 0 if public is None else len(public.labels), "model": layout(model), **(spec or {}),
-        "seed (digest)": hashlib.sha256(repr(("dpmix checkpoint", seed)).encode()).hexdigest()[:16],
-    }  # fmt: skip
-    apart = ("n", "image shape", "public images", "model", "seed (digest)", *(spec or {}))
-    own = json.dumps({k: v for k, v in told.items() if k not in apart}, sort_keys=True)
-    compute = {"engine": clipper.engine, "autocast": str(autocast), "device": device.type, "processes": world,
-               "physical_batch": physical_batch, "channels_last": channels_last}  # fmt: skip
-    flat = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in parameters.values()])
-    # Processes that started from other weights would train other models.
-    flat = from_first(flat.cpu(), world).to(device)
-    state = _State(0, flat, torch.zeros_like(flat) if momentum else None, None if ema_decay is None else flat,
-                   dict.fromkeys(COUNTERS, 0))  # fmt: skip
-    diagnostics: list[tuple[int, Any]] = []
-    path, seconds = None if checkpoint is None else Path(checkpoint), 0.0
-    found = files.load_tensors(path, told) if path is not None and resume else None
-    if found is not None:
-        state, seconds, diagnostics = _restore(*found, compute, device)
-    agree_on_step(state.step, world, device)
-    start, began = state.step, time.monotonic()
-
-    def keep() -> None:
-        if path is not None and rank == 0:
-            tensors = {"weights": state.weights, "velocity": state.velocity, "ema": state.ema}
-            meta = {"compute": compute, "step": state.step, "counters": state.counters,
-                    "seconds": seconds + time.monotonic() - began, "diagnostics": diagnostics}  # fmt: skip
-            files.save_tensors(path, {k: t for k, t in tensors.items() if t is not None}, told, meta, keep=True)
-
-    def clipped_sum(step: int) -> dict[str, int]:
-        clipper.reset()
-        rows = accounting.poisson_batch(len(table), sample_rate, seed=seed, step=step)[rank::world]
-        seen = dict.fromkeys(COUNTERS, 0)
-        for part in rows.split(max(1, physical_batch // microbatch)):
-            if not len(part):
-                continue
-            present = table[part] >= 0
-            taken = table[part][present]
-            made = views.make_views(
-                images[taken].to(device), labels[taken].to(device), names[taken], recipe,
-                num_classes=num_classes, seed=seed, step=step, public=public,
-            )  # fmt: skip
-            if microbatch == 1:
-                norms = clipper.add(made.images, made.targets)
-            else:
-                lam = micro.mixing_weights(part, recipe.views, alpha=recipe.alpha, seed=seed, step=step)
-                x, y = (t.new_zeros(*present.shape, *t.shape[1:]) for t in made)
-                there = present.to(device)
-                x[there], y[there] = made.images, made.targets
-                norms = clipper.add(*micro.microbatch_views(x, y, there, microbatch_mix, lam))
-            seen["examples"] += int(present.sum())
-            seen["views"] += int(present.sum()) * recipe.views
-            seen["clipped"] += int((norms > clip_norm).sum())
-        seen["non_finite"] = int(clipper.non_finite)
-        return add_up(clipper.total, seen, world)
-
-    def updated(seen: dict[str, int]) -> _State:
-        noise = noise_of(parameters, deviation, seed=seed, step=state.step, identity=own).to(clipper.total)
-        gradient = (clipper.total + noise) / expected_batch
-        velocity = None if state.velocity is None else state.velocity * momentum + gradient
-        weights = state.weights - learning_rate * (gradient if velocity is None else velocity)
-        if weight_decay:
-            weights *= 1 - learning_rate * weight_decay
-        ema = state.ema
-        if ema is not None and ema_decay is not None:
-            decay = min(ema_decay, (1 + state.step) / (10 + state.step))
-            ema = decay * ema + (1 - decay) * weights
-        counters = {name: state.counters[name] + seen[name] for name in COUNTERS}
-        return _State(state.step + 1, weights, velocity, ema, counters)
-
-    _fill(parameters, state.weights)
-    bar = tqdm(total=steps, initial=start, desc="DP-SGD", unit="step", disable=not progress or rank > 0)
+    check_model(model, images, m.num_classes)
+    clipper = Clipper(model, m.clip_norm, engine, autocast=autocast, channels_last=channels_last)
+    run = _Run(m, clipper, (images, labels, ids), public, seed, physical_batch, group, checkpoint, spec or {})
+    if resume:
+        run.load()
+    agree_on_step(run.state.step, group[1], device)
+    start, untrained = (
+        run.state.step,
+        {n: t.clone() for n, t in model.state_dict().items() if n not in clipper.parameters},
+    )
+    _fill(clipper.parameters, run.state.weights)
+    bar = tqdm(total=m.steps, initial=start, desc="DP-SGD", unit="step", disable=not progress or group[0] > 0)
     try:
-        while state.step < steps:
-            state = updated(clipped_sum(state.step))
-            _fill(parameters, state.weights)
-            bar.update()
-            done = state.step == steps
-            if state.step == start + 1 or done:
-                check_untrained(model, others)
-            if delta is not None and not bar.disable and (done or state.step % max(1, steps // 20) == 0):
-                spent = accounting.epsilon_spent(
-                    noise_multiplier=noise_multiplier, delta=delta, sample_rate=sample_rate, steps=state.step
-                )
-                bar.set_postfix_str(f"ε = {spent:.2f} of δ = {delta:g}")
-            if evaluate is not None and rank == 0 and (done or (evaluate_every and state.step % evaluate_every == 0)):
-                diagnostics.append((state.step, evaluate(model, state.step)))
-            if done or state.step % checkpoint_every == 0:
-                keep()
-    except KeyboardInterrupt:
-        keep()
-        raise
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        keep()
-        said = f"try physical_batch={physical_batch // 2}; the result does not depend on it"
-        if physical_batch // 2 < microbatch:
-            said = "the views of one example alone do not fit: take fewer views, a smaller network or another engine"
-        raise MemoryError(f"physical_batch={physical_batch}: out of memory on {device}; {said}") from None
+        with run.kept_whatever_happens():
+            while run.state.step < m.steps:
+                run.state = run.updated(run.clipped_sum())
+                _fill(clipper.parameters, run.state.weights)
+                bar.update()
+                step, last = run.state.step, run.state.step == m.steps
+                if step == start + 1 or last:
+                    check_untrained(model, untrained)
+                if delta is not None and not bar.disable and (last or step % max(1, m.steps // 20) == 0):
+                    bar.set_postfix_str(f"ε = {m.epsilon_spent(delta, step):.2f} of δ = {delta:g}")
+                if evaluate is not None and group[0] == 0 and (last or (evaluate_every and step % evaluate_every == 0)):
+                    run.diagnostics.append((step, evaluate(model, step)))
+                if last or step % checkpoint_every == 0:
+                    run.keep()
     finally:
         bar.close()
-        _fill(parameters, state.weights)
-    if evaluate is not None and rank == 0 and steps and (not diagnostics or diagnostics[-1][0] != steps):
-        diagnostics.append((steps, evaluate(model, steps)))  # the last piece was interrupted before it
-    agree_on_step(state.step, world, device)  # nobody returns before the last checkpoint is on the disk
-    last = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    averaged = None
-    if state.ema is not None:
-        parts = unflatten(state.ema, parameters)
-        averaged = {name: parts[name].to(t).cpu() if name in parts else t for name, t in last.items()}
-    took = seconds + time.monotonic() - began
-    return TrainedNetwork(last, averaged, steps, clipper.engine, state.counters, diagnostics, took, start)
+        _fill(clipper.parameters, run.state.weights)
+    evaluated = run.diagnostics and run.diagnostics[-1][0] == m.steps
+    if evaluate is not None and group[0] == 0 and m.steps and not evaluated:  # the last piece was interrupted before it
+        run.diagnostics.append((m.steps, evaluate(model, m.steps)))
+    agree_on_step(run.state.step, group[1], device)  # nobody returns before the last checkpoint is on the disk
+    weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
+    averaged = None if ema is None else {n: ema[n].to(t).cpu() if n in ema else t for n, t in weights.items()}
+    return TrainedNetwork(
+        weights, averaged, m.steps, clipper.engine, run.state.counters, run.diagnostics, run.seconds(), start
+    )
+
+
+class _Run:
+    """One process's part of a run: its data, the state that steps replace, and the checkpoint."""
+
+    def __init__(
+        self,
+        m: Mechanism,
+        clipper: Clipper,
+        data: tuple,
+        public: views.PublicImages | None,
+        seed: int,
+        physical_batch: int,
+        group: tuple[int, int],
+        checkpoint: str | Path | None,
+        spec: dict[str, Any],
+    ) -> None:
+        self.mechanism, self.clipper, self.seed = m, clipper, seed
+        self.public_things: dict[str, Any] = {"num_classes": m.num_classes, "public": public}
+        self.physical_batch, (self.rank, self.world) = physical_batch, group
+        self.images, self.labels, ids = data
+        n = len(self.labels)
+        self.ids = torch.arange(n) if ids is None else ids
+        # Row r of the table: the places (rows of `images`, or -1) of unit r, which is an example or a microbatch.
+        self.table = torch.arange(n)[:, None]
+        if m.microbatch > 1:
+            self.table = micro.microbatch_partition(
+                n if m.places is None else m.places, m.microbatch, seed=seed, ids=self.ids
+            )
+        # Neighbours share the noise of a step, runs with other settings never do: it is keyed by the mechanism.
+        self.noise_key = json.dumps(asdict(m), sort_keys=True)
+        weights = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in clipper.parameters.values()])
+        # Processes that started from other weights would train other models.
+        weights = from_first(weights.cpu(), self.world).to(clipper.device)
+        velocity = torch.zeros_like(weights) if m.momentum else None
+        counters = dict.fromkeys(COUNTERS, 0)
+        self.state = _State(0, weights, velocity, None if m.ema_decay is None else weights, counters)
+        self.diagnostics: list[tuple[int, Any]] = []
+        self.seconds_before, self.began = 0.0, time.monotonic()
+        self.path = None if checkpoint is None else Path(checkpoint)
+        self.belongs_to: dict[str, Any] = asdict(m) | {"n": n, "image shape": list(self.images.shape[1:])}
+        self.belongs_to |= {"public images": len(public.labels) if public else 0, "model": layout(clipper.model)}
+        self.belongs_to |= spec | {"seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16]}
+        self.compute: dict[str, Any] = {"engine": clipper.engine, "autocast": str(clipper.autocast)}
+        self.compute |= {"device": clipper.device.type, "channels_last": clipper.channels_last}
+        self.compute |= {"processes": self.world, "physical_batch": physical_batch}
+
+    def clipped_sum(self) -> dict[str, int]:
+        """Leaves the sum over the step's Poisson sample in `clipper.total`, of all processes; what was counted."""
+        m, step, device = self.mechanism, self.state.step, self.clipper.device
+        self.clipper.reset()
+        rows = accounting.poisson_batch(len(self.table), m.sample_rate, seed=self.seed, step=step)
+        rows = rows[self.rank :: self.world]
+        seen, at_a_time = dict.fromkeys(COUNTERS, 0), max(1, self.physical_batch // m.microbatch)
+        for part in rows.split(at_a_time) if len(rows) else ():
+            present = self.table[part] >= 0
+            taken = self.table[part][present]
+            private = self.images[taken].to(device), self.labels[taken].to(device), self.ids[taken]
+            of_examples = views.make_views(*private, m.recipe, seed=self.seed, step=step, **self.public_things)
+            units: tuple[Tensor, ...] = of_examples
+            if m.microbatch > 1:
+                lam = micro.mixing_weights(part, m.recipe.views, alpha=m.recipe.alpha, seed=self.seed, step=step)
+                x, y = (t.new_zeros(*present.shape, *t.shape[1:]) for t in of_examples)
+                x[present.to(device)], y[present.to(device)] = of_examples
+                units = micro.microbatch_views(x, y, present.to(device), m.microbatch_mix, lam)
+            norms = self.clipper.add(*units[:3], pad_to=at_a_time)
+            seen["examples"] += int(present.sum())
+            seen["views"] += int(present.sum()) * m.recipe.views
+            seen["clipped"] += int((norms > m.clip_norm).sum())
+        seen["non_finite"] = int(self.clipper.non_finite)
+        return add_up(self.clipper.total, seen, self.world)
+
+    def updated(self, seen: dict[str, int]) -> _State:
+        """The state after the step whose clipped sum is in `clipper.total`: noise once, then SGD."""
+        m, state = self.mechanism, self.state
+        deviation = m.noise_multiplier * m.clip_norm * micro.sensitivity(m.microbatch)
+        noise = noise_of(self.clipper.parameters, deviation, seed=self.seed, step=state.step, identity=self.noise_key)
+        gradient = (self.clipper.total + noise.to(self.clipper.total)) / m.expected_batch
+        velocity = None if state.velocity is None else state.velocity * m.momentum + gradient
+        weights = state.weights - m.learning_rate * (gradient if velocity is None else velocity)
+        if m.weight_decay:
+            weights *= 1 - m.learning_rate * m.weight_decay
+        ema = state.ema
+        if ema is not None and m.ema_decay is not None:
+            decay = min(m.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = decay * ema + (1 - decay) * weights
+        return _State(state.step + 1, weights, velocity, ema, {k: n + seen[k] for k, n in state.counters.items()})
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def keep(self) -> None:
+        """Write the checkpoint, where there is to be one."""
+        if self.path is not None and self.rank == 0:
+            tensors = {name: t for name in TENSORS if (t := getattr(self.state, name)) is not None}
+            meta = {"compute": self.compute, "step": self.state.step, "counters": self.state.counters}
+            meta |= {"seconds": self.seconds(), "diagnostics": self.diagnostics}
+            files.save_tensors(self.path, tensors, self.belongs_to, meta, keep=True)
+
+    def load(self) -> None:
+        """Go on from the checkpoint, if it is there."""
+        found = None if self.path is None else files.load_tensors(self.path, self.belongs_to)
+        if found is None:
+            return
+        tensors, meta = found
+        otherwise = files.differences(meta["compute"], self.compute)
+        if otherwise:
+            warnings.warn(f"resuming with other compute settings ({otherwise}): equal to rounding only", stacklevel=3)
+        weights, velocity, ema = (
+            t.to(self.state.weights) if (t := tensors.get(name)) is not None else None for name in TENSORS
+        )
+        assert weights is not None
+        self.state = _State(meta["step"], weights, velocity, ema, meta["counters"])
+        self.seconds_before, self.diagnostics = meta["seconds"], [(step, value) for step, value in meta["diagnostics"]]
+
+    @contextmanager
+    def kept_whatever_happens(self) -> Iterator[None]:
+        """Write the checkpoint on Ctrl-C and where memory runs out, and say what to try then."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.keep()
+            raise
+        except (MemoryError, RuntimeError) as error:
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+            if not full:
+                raise
+            self.keep()
+            half = self.physical_batch // 2
+            remedy = f"try physical_batch={half}; the result does not depend on it"
+            if half < self.mechanism.microbatch:
+                remedy = (
+                    "the views of one example alone do not fit: take fewer views, a smaller network or another engine"
+                )
+            device = self.clipper.device
+            raise MemoryError(f"physical_batch={self.physical_batch}: out of memory on {device}; {remedy}") from None
 
 
 def noise_of(
@@ -292,17 +313,6 @@ def accuracy(
         pixels = views.transforms.as_float(x.to(device))
         hits += int((model(pixels).argmax(1) == y.to(device)).sum())
     return hits / len(labels) if len(labels) else float("nan")
-
-
-def _restore(
-    tensors: dict[str, Tensor], meta: dict[str, Any], compute: dict[str, Any], device: torch.device
-) -> tuple[_State, float, list[tuple[int, Any]]]:
-    otherwise = files.differences(meta["compute"], compute)
-    if otherwise:
-        warnings.warn(f"resuming with other compute settings ({otherwise}): equal to rounding only", stacklevel=3)
-    moved = {name: t.to(device) for name, t in tensors.items()}
-    state = _State(meta["step"], moved["weights"], moved.get("velocity"), moved.get("ema"), meta["counters"])
-    return state, meta["seconds"], [(step, value) for step, value in meta["diagnostics"]]
 
 
 def _fill(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:

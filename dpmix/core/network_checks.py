@@ -1,37 +1,85 @@
 """What `network` refuses before it trains: arguments, and models that would break the guarantee."""
 
 import hashlib
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dpmix.core import accounting, rng, views
 from dpmix.core import microbatch as micro
-from dpmix.core import rng, views
 from dpmix.core.checks import positive, require, whole
 from dpmix.core.independence import check_layers, check_network
 
 
-def check_arguments(given: dict[str, Any]) -> None:
-    model, images, labels = given["model"], given["images"], given["labels"]
-    said = f"must be as many as the images, {len(images)}, and some"
-    require(len(images) == len(labels) > 0, "labels", len(labels), said)
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """All that decides what training a network does to private images, and so what its guarantee is.
+
+    Each example joins a step with probability `sample_rate`; noise of standard deviation noise_multiplier * clip_norm; the
+    noisy sum is divided by `expected_batch` (never the realised batch; a step with nobody in it still adds noise and
+    counts). SGD at a constant rate, v = momentum v + g, w -= lr v; then w *= 1 - lr weight_decay (decoupled, of noisy
+    weights only); EMA of the weights with De et al.'s warm-up, min(ema_decay, (1 + t) / (10 + t)).
+    `microbatch` b > 1 is Eq. (2): a fixed keyed partition, Poisson sampling and `expected_batch` count *microbatches*, and
+    the noise is scaled for 2 C (`microbatch`); `microbatch_mix`: "none", "add" or "replace". The partition has `places`, a
+    public number (by default, as many as there are examples); one that is not among the ids is vacant.
+    `identity` tells runs of one seed apart that the arguments do not, such as runs on other data: they must not share noise.
+    """
+
+    recipe: views.Recipe
+    num_classes: int
+    clip_norm: int | float
+    noise_multiplier: int | float
+    learning_rate: int | float
+    expected_batch: int | float
+    sample_rate: int | float
+    steps: int
+    momentum: int | float = 0.0
+    weight_decay: int | float = 0.0
+    ema_decay: int | float | None = None
+    microbatch: int = 1
+    microbatch_mix: str = "none"
+    places: int | None = None
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_classes", 1), ("microbatch", 1), ("steps", 0)):
+            whole(name, getattr(self, name), least)
+        for name in ("clip_norm", "learning_rate", "expected_batch"):
+            positive(name, float(getattr(self, name)))
+        for name in ("noise_multiplier", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "must lie in (0, 1]")
+        for name in ("momentum", "ema_decay"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, name, value, "must lie in [0, 1)")
+        micro.check_mix(self.microbatch, self.microbatch_mix)
+
+    def epsilon_spent(self, delta: float, steps: int) -> float:
+        """Epsilon after so many of the steps."""
+        return accounting.epsilon_spent(
+            noise_multiplier=self.noise_multiplier, delta=delta, sample_rate=self.sample_rate, steps=steps
+        )
+
+
+def check_arguments(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    physical_batch: int,
+    every: int,
+    evaluate_every: int,
+) -> None:
+    """Refuse data that do not fit, counts that are none, and dropout, before any work."""
+    allowed = f"must be as many as the images, {len(images)}, and some"
+    require(len(images) == len(labels) > 0, "labels", len(labels), allowed)
     views.transforms.as_float(images[:0])  # refuses what is neither bytes nor floats
-    for name in ("physical_batch", "num_classes", "checkpoint_every", "microbatch"):
-        whole(name, given[name], 1)
-    for name in ("steps", "evaluate_every"):
-        whole(name, given[name])
-    for name in ("clip_norm", "learning_rate", "expected_batch"):
-        positive(name, float(given[name]))
-    for name in ("noise_multiplier", "weight_decay"):
-        require(given[name] >= 0, name, given[name], "must not be negative")
-    require(0 < given["sample_rate"] <= 1, "sample_rate", given["sample_rate"], "must lie in (0, 1]")
-    for name in ("momentum", "ema_decay"):
-        require(given[name] is None or 0 <= given[name] < 1, name, given[name], "must lie in [0, 1)")
+    whole("physical_batch", physical_batch, 1)
+    whole("checkpoint_every", every, 1)
+    whole("evaluate_every", evaluate_every)
     low, high = int(labels.min()), int(labels.max())
-    allowed = low >= 0 and high < given["num_classes"]
-    require(allowed, "num_classes", given["num_classes"], f"the labels go from {low} to {high}")
-    micro.check_mix(given["microbatch"], given["microbatch_mix"])
+    require(low >= 0 and high < num_classes, "num_classes", num_classes, f"the labels go from {low} to {high}")
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
             kind = type(layer).__name__
