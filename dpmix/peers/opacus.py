@@ -1,0 +1,212 @@
+"""Augmentation multiplicity in an Opacus script: an example's K views are averaged first, then clipped (Eq. (4)).
+
+Three lines differ from a plain script::
+
+    train = ViewSet(train, recipe, num_classes=10)                    # 1. items are [K, C, H, W] and soft targets
+    model, optimizer, loader = PrivacyEngine().make_private(module=model, optimizer=optimizer, ...)
+    optimizer = average_views(model, optimizer, recipe.views)         # 2. K rows of gradients become one, then the clip
+    for images, targets in loader:
+        loss = criterion(model(images), targets.flatten(0, 1))        # 3. the model answers for every view: [b * K, ...]
+
+Per-example gradients (`grad_sample_mode` "hooks", "functorch", "ew"), clipping, noise, divisor, Poisson sampling,
+`BatchMemoryManager` and accountants stay Opacus' own; nothing of it is copied or patched.
+
+Guarantee: one example moves the sum of clipped gradients by at most `max_grad_norm`, whatever K, since its views come
+from itself and public images alone and are averaged before the clip. So Opacus' accountant stays right. It is wrong for
+K copies of an example as K rows of the batch: these move the sum by up to K times as much.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from opacus import PrivacyEngine, optimizers
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from dpmix.core import checks, heads, rng, views
+
+_NAMES = ("DP", "DistributedDP", "DPPerLayer", "SimpleDistributedPerLayer", "AdaClipDP")
+KINDS = [getattr(optimizers, f"{name}Optimizer") for name in _NAMES]
+ELSE = (
+    "ghost clipping takes the norm of each row in the backward pass, before views can be averaged: use grad_sample_mode="
+    "'hooks', or, where every trained layer takes [b, K, D] as it is (Linear), leave average_views out and give "
+    "make_private a criterion that averages each example's K losses"
+)
+
+
+class ViewSet(Dataset):
+    """A map-style data set of views: item i is float [K, C, H, W] and soft targets [K, num_classes] of example i.
+
+    It depends on example i of `dataset` and on public images only (`core.views.make_views`), not on workers or on the
+    batch. Without `seed` every access draws anew from the operating system. With one, for science (a known seed makes
+    views predictable), views follow from (seed, epoch, i): call `set_epoch` before each pass, as for PyTorch's
+    DistributedSampler. `redraw=False` draws once.
+
+    Args:
+        dataset: items (image, label): image uint8 or float in 0..1, [C, H, W]; label below `num_classes`.
+        public: synthetic images for k_diff > 0, with `images` [m, C, H, W] and `labels` [m].
+        normalise: applied to the views [n, C, H, W] last, for example torchvision's Normalize.
+
+    Raises ValueError for images, labels or public images that do not fit.
+    """
+
+    def __init__(
+        self, dataset: Dataset | Sequence, recipe: views.Recipe, *, num_classes: int,
+        public: views.PublicImages | None = None, seed: int | None = None, redraw: bool = True,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        checks.whole("num_classes", num_classes, 1)
+        self.dataset, self.recipe, self.num_classes, self.public = dataset, recipe, num_classes, public
+        self.normalise, self.redraw = normalise, redraw
+        self.seed = rng.fresh_seed() if seed is None and not redraw else seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that live on
+        checks.require(len(self) > 0, "dataset", len(self), "must hold at least one example")
+        image = dataset[0][0]
+        good = isinstance(image, Tensor) and image.ndim == 3
+        said = "must be a tensor [C, H, W]: add torchvision's ToTensor"
+        checks.require(good, "dataset[0][0]", type(image).__name__, said)
+        if recipe.k_diff:
+            views.check_public(public, tuple(image.shape), num_classes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The pass whose views are made from now on, where they are seeded and drawn again."""
+        checks.whole("epoch", epoch)
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: int) -> tuple[Float[Tensor, "K C H W"], Float[Tensor, "K num_classes"]]:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The items of a whole batch, as PyTorch's loader asks for them."""
+        if not len(places):
+            return []
+        pairs = [self.dataset[i] for i in places]
+        images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+        for worst in (int(labels.min()), int(labels.max())):
+            checks.require(0 <= worst < self.num_classes, "label", worst, f"must lie in 0..{self.num_classes - 1}")
+        seed, step = (rng.fresh_seed(), 0) if self.seed is None else (self.seed, int(self.epoch) if self.redraw else 0)
+        ids = torch.tensor([int(i) % len(self) for i in places])
+        pixels, targets = views.make_views(images, labels, ids, self.recipe, num_classes=self.num_classes,
+                                           seed=seed, step=step, public=self.public)  # fmt: skip
+        if self.normalise is not None:
+            pixels = self.normalise(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return list(zip(pixels, targets, strict=True))
+
+
+@torch.no_grad()
+def encode_views(data: ViewSet, encoder: heads.Encoder, *, batch_size: int = 64) -> TensorDataset:
+    """Features [n, K, D] and targets [n, K, num_classes] of views that are drawn once: the training set of a head.
+
+    Lines 2 and 3 stay as they are, `model` being the head. The features are as private as the images. Raises ValueError
+    for views that are drawn again at each access: they cannot be stored.
+    """
+    checks.require(not data.redraw, "data.redraw", data.redraw, "stored features need views drawn once; redraw=False")
+    parts = []
+    for x, y in DataLoader(data, batch_size=batch_size):
+        parts.append((encoder.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float().cpu(), y))
+    return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class ViewAveraging(DPOptimizer):
+    """Opacus' optimizer, except that `p.grad_sample` of K rows an example becomes one row before anything is done with it.
+
+    Made by `average_views`. What is not finite counts as zero (Opacus passes it on: one example could void the sum).
+    Finite rows stay as they are, so K = 1 is Opacus bit for bit.
+    """
+
+    views = 1
+
+    def average(self, p: nn.Parameter) -> None:
+        """p.grad_sample: [b * K, ...] -> [b, ...], once; accumulated batches each by itself."""
+        found = getattr(p, "grad_sample", None)
+        if found is not None:
+            mean = [self._mean(g) for g in found] if isinstance(found, list) else self._mean(found)
+            p.grad_sample = mean  # type: ignore[attr-defined]
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        if hasattr(rows, "_mean_of_views"):
+            return rows
+        said = f"rows of gradients are not those of whole examples with K={self.views} views; call the model itself"
+        checks.require(len(rows) % self.views == 0, "grad_sample", len(rows), said)
+        mean = rows.unflatten(0, (len(rows) // self.views, self.views)).mean(1).nan_to_num_(0.0, 0.0, 0.0)
+        mean._mean_of_views = True  # type: ignore[attr-defined]
+        return mean
+
+    def _get_flat_grad_sample(self, p: nn.Parameter) -> Tensor:
+        self.average(p)
+        return super()._get_flat_grad_sample(p)
+
+
+def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging:
+    """Opacus' `optimizer`, averaging `views` gradients an example before it clips. To be used in place of the old one.
+
+    In training mode `model` then takes one input [b, K, ...] and answers for b * K rows; in evaluation mode nothing
+    changes. The loss is a mean over all rows (with loss_reduction="sum" a sum; the mean over K is taken here). A layer's
+    rows are averaged as soon as Opacus has made them: gradients take the memory of b rows ("ew": of b * K).
+
+    Args:
+        model: what `make_private` returned; with wrap_model=False your own network.
+        optimizer: what `make_private` returned: flat, per-layer or adaptive clipping, alone or distributed.
+        views: K, the augmentation multiplicity.
+
+    Raises ValueError, in training too, for inputs that are not [b, K, ...], and by name for what cannot work: ghost
+    clipping, a batch in the second dimension.
+    """
+    checks.whole("views", views, 1)
+    kind = type(optimizer)
+    said = f"is none of {', '.join(k.__name__ for k in KINDS)}; {ELSE}"
+    checks.require(kind in KINDS, "optimizer", kind.__name__, said)
+    checks.require(isinstance(model, nn.Module), "model", type(model).__name__, "must be the network that is called")
+    first = getattr(model, "batch_first", True)
+    checks.require(first, "batch_first", first, "views are averaged along the first dimension; use batch_first=True")
+    subclass = (
+        ViewAveraging if kind is DPOptimizer else type(f"ViewAveraging{kind.__name__}", (ViewAveraging, kind), {})
+    )
+    averaged: ViewAveraging = object.__new__(subclass)
+    averaged.__dict__.update(vars(optimizer) | {"views": views})
+
+    def to_rows(module: nn.Module, inputs: tuple) -> tuple | None:
+        if not module.training:
+            return None
+        shapes = [tuple(x.shape) for x in inputs]
+        good = len(shapes) == 1 and len(shapes[0]) > 2 and shapes[0][1] == views
+        checks.require(good, "input", shapes, f"in training must be one tensor [b, K={views}, ...], by position")
+        return (inputs[0].flatten(0, 1),)
+
+    def to_means(module: nn.Module, *_: object) -> None:
+        for p in module.parameters():
+            averaged.average(p)
+
+    model.register_forward_pre_hook(to_rows)
+    for module in model.modules():
+        own = any(p.requires_grad for p in module.parameters(recurse=False))
+        if own:  # as Opacus chooses; hooks run in order, so its own come first
+            module.register_full_backward_hook(to_means)
+    return averaged
+
+
+def exact_sampling(engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLoader, *, batch_size: int) -> None:
+    """Opacus' own sampler, divisor and accountant at q = batch_size / n exactly, n being the length of the data set.
+
+    `make_private` takes q = 1 / ceil(n / B) and the divisor floor(n q): B = 4,096 of n = 50,000 become q = 1 / 13 and 3,846.
+    They fit each other, so the guarantee holds, for another batch size than was asked for. Call this before the first
+    step, with a noise multiplier for (q, T); a pass of the loader keeps its ceil(n / B) steps.
+
+    Raises ValueError where B exceeds n, the loader does not sample, or steps were made.
+    """
+    n, sampler = len(loader.dataset), loader.batch_sampler  # type: ignore[arg-type]
+    good = isinstance(batch_size, int) and 1 <= batch_size <= n
+    checks.require(good, "batch_size", batch_size, f"must be a whole number from 1 to the {n} training examples")
+    checks.require(hasattr(sampler, "sample_rate"), "loader", type(loader).__name__, "does no Poisson sampling")
+    steps = len(engine.accountant)
+    checks.require(steps == 0, "engine", steps, "has made steps at another rate already")
+    loader.sample_rate = sampler.sample_rate = batch_size / n  # type: ignore[union-attr, attr-defined]
+    optimizer.expected_batch_size = batch_size / getattr(optimizer, "world_size", 1)
+    optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(sample_rate=batch_size / n))
