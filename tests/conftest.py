@@ -5,14 +5,12 @@ import os
 import shutil
 import signal
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dpmix.images.data import ImageSet
-from dpmix.models import encoders
 from dpmix.models.encoders import Encoder
 
 # A shell ignores Ctrl-C for what it starts in the background; the tests that send it, and what they start, must not.
@@ -21,8 +19,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before dpmix.runs.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
 os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
 atexit.register(shutil.rmtree, os.environ["DPMIX_STORE"], ignore_errors=True)
-
-encoders.CACHE = Path(os.environ["DPMIX_STORE"]) / "cache"  # where the checksums of weights are kept
 
 CLASSES, DIM, SIDE = 3, 5, 4
 

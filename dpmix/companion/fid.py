@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dpmix import models
 from dpmix.core.checks import require
-from dpmix.models import encoders
+from dpmix.models.weights import WEIGHTS
 
 INCEPTION = "inceptionv3"
 FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last digits begin the sha256 of the file
@@ -135,7 +135,7 @@ def inception(weights: str | Path | None = None) -> models.Encoder:
     Its weights are read from data/weights/, or from the file `weights`, as tensors only. FileNotFoundError says what to
     fetch and where to put it; ValueError names a file that is damaged or holds something else.
     """
-    path = encoders.WEIGHTS / FILE if weights is None else Path(weights)
+    path = WEIGHTS / FILE if weights is None else Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"encoder={INCEPTION!r}: weights not on disk; fetch {network.FID_WEIGHTS_URL} and save it as "

@@ -14,35 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from dpmix.core import accounting, checks, clipping, files, rng, views
-from dpmix.core.transforms import as_float
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What training needs of a frozen encoder: `models.Encoder` has it.
-
-    `features`: images float [n, C, H, W] in 0..1 -> float [n, `dim`], row i a function of image i alone.
-    """
-
-    @property
-    def features(self) -> Callable[[Tensor], Tensor]: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def channels(self) -> tuple[int, ...]: ...
-
-    @property
-    def name(self) -> str: ...
+from dpmix.core.sources import Encoder as Encoder
+from dpmix.core.sources import FreshViews, Scaling, Source, lap
+from dpmix.core.sources import encode as encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +36,13 @@ class Head:
     learning_rate: float
     noise_multiplier: float
     clip_norm: float = 1.0
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
         checks.positive("clip_norm", self.clip_norm)
-        checks.floats(self, "learning_rate", "clip_norm", "noise_multiplier")
+        checks.floats(self, "learning_rate", "clip_norm", "noise_multiplier", "momentum")
+        checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
         checks.require(self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must not be negative")
 
 
@@ -82,12 +67,11 @@ class _State:
 
     weights: Tensor
     biases: Tensor
+    moving: tuple[Tensor, Tensor] | None = None
     step: int = 0
     views: int = 0
     dropped: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("views", "encoder", "clipping", "noise"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("clipping", "noise"), 0.0))
 
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -100,15 +84,32 @@ def train_heads(
     heads: Sequence[Head],
     *,
     num_classes: int,
+    seed: int,
+    public: views.PublicImages | None = None,
+    ids: Int64[Tensor, " n"] | None = None,
+    redraw: bool = True,
+    device: str | torch.device = "cpu",
+    **training: Any,
+) -> Bank:
+    """`train` on `FreshViews` of these examples: what is not named here is an argument of `train`. With `redraw=False`
+    every example has the same views at every step (`models.stored` keeps such views and encodes them once)."""
+    checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
+    recipes = [head.recipe for head in heads]
+    source = FreshViews(encoder, images, labels, recipes, num_classes=num_classes, seed=seed, public=public, ids=ids,
+                        redraw=redraw, device=device)  # fmt: skip
+    return train(source, heads, seed=seed, **training)
+
+
+def train(
+    source: Source,
+    heads: Sequence[Head],
+    *,
     expected_batch: int,
     steps: int,
-    seed: rng.Seed,
+    seed: int,
     sample_rate: float | None = None,
-    public: views.PublicImages | None = None,
     initial: tuple[Tensor, Tensor] | None = None,
-    ids: Int64[Tensor, " n"] | None = None,
-    physical_batch: int = 64,
-    device: str | torch.device = "cpu",
+    physical_batch: int = 32,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     identity: str = "",
@@ -118,122 +119,116 @@ def train_heads(
 ) -> Bank:
     """Algorithm 1 for every head at once: `steps` Poisson steps at rate q (`sample_rate`; expected_batch / n by default).
 
-    The divisor of the noisy sum is `expected_batch`, exactly; a step with an empty batch adds noise all the same.
-    Weights start at zero unless `initial` [num_classes, D], [num_classes] is given (it must not hold private data).
-    `ids` names the examples for the keyed randomness (their places, by default). `physical_batch` bounds memory and
-    never changes the sum beyond rounding. With `checkpoint` the state is saved every `checkpoint_seconds`, at the end and on
-    Ctrl-C, and a later call with the same arguments continues bit for bit; one of another run is refused, and `spec`
-    (JSON-able) adds what the caller wants compared, such as a digest of the data. `identity` tells runs of one seed apart that
-    the arguments do not (other data or initial weights): they must not share noise. `observe(step, features, targets, weights,
-    biases)` sees each physical batch before the update: for non-private diagnostics.
+    The divisor of the noisy sum is `expected_batch`, exactly; a step with an empty batch adds noise all the same; at rate 1
+    every example is in every step. Weights start at zero unless `initial` [num_classes, D], [num_classes] is given (it must
+    not hold private data). `physical_batch` bounds memory: a batch is taken in parts of that many, the last padded, so that
+    nobody's rounding depends on how many joined. With `checkpoint` the state is saved every `checkpoint_seconds`, at the
+    end and on Ctrl-C, and a later call with the same arguments continues bit for bit; one of another run is refused, and
+    `spec` (JSON-able) adds what the caller wants compared, such as a digest of the data. `identity` tells runs of one seed
+    apart that the arguments do not (other data or initial weights): they must not share noise. `observe(step, features,
+    targets, weights, biases)` sees each physical batch before the update: for non-private diagnostics.
 
-    `seed=None` takes fresh entropy. The released quantity is each head's last iterate.
-
-    Raises ValueError on bad input before any training.
+    The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
     """
-    said = "a run with checkpoints must be given its seed, to go on with it"
-    checks.require(seed is not None or checkpoint is None, "seed", None, said)
-    seed = rng.as_seed(seed)
-    n = len(labels)
-    checks.require(
-        len(images) == n > 0, "images", len(images), f"must have as many examples as labels ({n}), and at least 1"
-    )
-    as_float(images[:0])  # refuses what is neither bytes nor floats
-    checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
-    repeated = len(heads) - len(set(heads))
-    checks.require(repeated == 0, "heads", repeated, "heads are given twice; they would share their noise")
-    checks.whole("physical_batch", physical_batch, 1)
-    checks.whole("expected_batch", expected_batch, 1)
-    checks.whole("steps", steps, 1)
-    if sample_rate is None:
-        allowed = f"must be at most the {n} training examples"
-        checks.require(expected_batch <= n, "expected_batch", expected_batch, allowed)
-        sample_rate = expected_batch / n
-    checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")
-    checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1],
-                   f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels")  # fmt: skip
-    for worst in (int(labels.min()), int(labels.max())):
-        checks.require(0 <= worst < num_classes, "labels", worst, f"must lie in 0..{num_classes - 1}, by num_classes")
-    union = views.make_union(list(dict.fromkeys(h.recipe for h in heads)))
-    if any(h.recipe.k_diff for h in heads):
-        views.check_public(public, tuple(images.shape[1:]), num_classes)
+    sample_rate = _checked(source, heads, expected_batch, steps, physical_batch, sample_rate)
+    device, union = source.device, source.union
     rows = {r: row for r, row in zip(union.recipes, union.weights, strict=True)}
     view_weights = torch.stack([rows[h.recipe] for h in heads]).to(device, torch.float32)
-    clip_norms = torch.tensor([h.clip_norm for h in heads], device=device)
-    rates = torch.tensor([h.learning_rate / expected_batch for h in heads], device=device)
-    names = torch.arange(n) if ids is None else ids
-
-    weights = torch.zeros(len(heads), num_classes, encoder.dim, device=device)
-    biases = torch.zeros(len(heads), num_classes, device=device)
+    clip_norms, rates, momenta = (
+        torch.tensor(v, device=device)
+        for v in zip(*((h.clip_norm, h.learning_rate / expected_batch, h.momentum) for h in heads), strict=True)
+    )
+    weights = torch.zeros(len(heads), source.num_classes, source.dim, device=device)
+    biases = torch.zeros(len(heads), source.num_classes, device=device)
     if initial is not None:
         weights, biases = weights + initial[0].to(device), biases + initial[1].to(device)
     told = {
-        "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": encoder.name, "n": n,
-        "num_classes": num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
+        "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": source.name, "n": source.n,
+        "num_classes": source.num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
         "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16], "identity (digest)": files.digest(identity)[:16],
         **(spec or {}),
     }  # fmt: skip
-    run = (encoder.name, num_classes, expected_batch, sample_rate, steps, identity)
+    run = (source.name, source.num_classes, expected_batch, sample_rate, steps, identity)
     streams = [files.digest(repr((run, head))) for head in heads]
-    state = _State(weights, biases)
+    moving = (torch.zeros_like(weights), torch.zeros_like(biases)) if any(momenta) else None
+    state = _State(weights, biases, moving)
     if checkpoint is not None:
         state = _load(checkpoint, told, state)
+    source.seconds.update(dict.fromkeys(source.seconds, 0.0))
     saved = time.monotonic()
     bar = tqdm(total=steps, initial=state.step, desc=f"{len(heads)} heads, {union.views} views", disable=not progress)
     try:
         while state.step < steps:
-            chosen = accounting.poisson_batch(n, sample_rate, seed=seed, step=state.step)
+            chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=state.step)
             gradient = torch.zeros_like(state.weights), torch.zeros_like(state.biases)
             dropped = 0
-            for part in chosen.split(physical_batch):
+            for part in chosen.split(physical_batch) if len(chosen) else ():
+                features, targets = source.batch(part, state.step)
                 tick = time.perf_counter()
-                made = union.make(images[part].to(device), labels[part].to(device), names[part],
-                                  num_classes=num_classes, seed=seed, step=state.step, public=public)  # fmt: skip
-                tick = _lap(state.seconds, "views", tick)
-                features = (
-                    encoder.features(made.images.flatten(0, 1)).reshape(len(part), union.views, encoder.dim).float()
-                )
-                tick = _lap(state.seconds, "encoder", tick)
                 if observe is not None:
-                    observe(state.step, features, made.targets, state.weights, state.biases)
+                    observe(state.step, features, targets, state.weights, state.biases)
+                padding = (0, 0) * 2 + (0, physical_batch - len(part))
                 sums = clipping.clipped_head_sums(
-                    features, made.targets, state.weights, state.biases, clip_norms, view_weights
-                )
+                    F.pad(features, padding), F.pad(targets, padding), state.weights, state.biases, clip_norms, view_weights,
+                    present=len(part),
+                )  # fmt: skip
                 gradient[0].add_(sums.weights)
                 gradient[1].add_(sums.biases)
                 dropped += int((~sums.norms.isfinite()).sum())
-                _lap(state.seconds, "clipping", tick)
+                lap(state.seconds, "clipping", tick)
             tick = time.perf_counter()
             _add_noise(*gradient, heads, streams, seed, state.step)
+            moving = None if state.moving is None else (
+                momenta[:, None, None] * state.moving[0] + gradient[0], momenta[:, None] * state.moving[1] + gradient[1]
+            )  # fmt: skip
+            weights, biases = gradient if moving is None else moving
             state = replace(
                 state, step=state.step + 1, views=state.views + len(chosen) * union.views, dropped=state.dropped + dropped,
-                weights=state.weights - rates[:, None, None] * gradient[0],
-                biases=state.biases - rates[:, None] * gradient[1],
+                weights=state.weights - rates[:, None, None] * weights, biases=state.biases - rates[:, None] * biases,
+                moving=moving,
             )  # fmt: skip
-            _lap(state.seconds, "noise", tick)
+            lap(state.seconds, "noise", tick)
             bar.update()
             due = state.step == steps or time.monotonic() - saved > checkpoint_seconds
             if checkpoint is not None and due:
-                _save(checkpoint, told, state)
+                _save(checkpoint, told, state, source)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if checkpoint is not None:
-            _save(checkpoint, told, state)
+            _save(checkpoint, told, state, source)
         raise
     finally:
         bar.close()
     return Bank(
-        weights=state.weights.cpu(), biases=state.biases.cpu(), views=state.views,
-        seconds=state.seconds, dropped=state.dropped,
+        weights=state.weights.cpu(), biases=state.biases.cpu(), views=state.views, seconds=_clocks(state, source),
+        dropped=state.dropped,
     )  # fmt: skip
 
 
-def _lap(seconds: dict[str, float], name: str, since: float) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    now = time.perf_counter()
-    seconds[name] += now - since
-    return now
+def _checked(
+    source: Source,
+    heads: Sequence[Head],
+    expected_batch: int,
+    steps: int,
+    physical_batch: int,
+    sample_rate: float | None,
+) -> float:
+    """The sampling rate, once all arguments are known to be good."""
+    checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
+    repeated = len(heads) - len(set(heads))
+    checks.require(repeated == 0, "heads", repeated, "heads are given twice; they would share their noise")
+    for head in heads:
+        known = head.recipe in source.union.recipes
+        checks.require(known, "heads", head.recipe, "is no recipe of the source; give it to the source too")
+    checks.whole("physical_batch", physical_batch, 1)
+    checks.whole("expected_batch", expected_batch, 1)
+    checks.whole("steps", steps, 1)
+    if sample_rate is None:
+        allowed = f"must be at most the {source.n} training examples"
+        checks.require(expected_batch <= source.n, "expected_batch", expected_batch, allowed)
+        sample_rate = expected_batch / source.n
+    checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")
+    return sample_rate
 
 
 def _add_noise(
@@ -249,33 +244,38 @@ def _add_noise(
             biases[r] += noise[:, dim]
 
 
-def _save(path: Path, told: dict[str, Any], state: _State) -> None:
-    meta = {"step": state.step, "views": state.views, "dropped": state.dropped, "seconds": state.seconds}
-    files.save_tensors(path, {"weights": state.weights, "biases": state.biases}, told, meta, keep=True)
+def _clocks(state: _State, source: Source) -> dict[str, float]:
+    """What all calls of a run spent, the source's work of this one included."""
+    return {k: state.seconds.get(k, 0.0) + source.seconds.get(k, 0.0) for k in {**source.seconds, **state.seconds}}
+
+
+def _save(path: Path, told: dict[str, Any], state: _State, source: Source) -> None:
+    meta = {"step": state.step, "views": state.views, "dropped": state.dropped, "seconds": _clocks(state, source)}
+    moving = dict(zip(("moving weights", "moving biases"), state.moving or (), strict=False))
+    files.save_tensors(path, {"weights": state.weights, "biases": state.biases, **moving}, told, meta, keep=True)
 
 
 def _load(path: Path, told: dict[str, Any], fresh: _State) -> _State:
     found = files.load_tensors(path, told)
     if found is None:
         return fresh
-    tensors, meta = found
-    device = fresh.weights.device
-    return _State(tensors["weights"].to(device), tensors["biases"].to(device), **meta)
+    tensors, meta = {name: t.to(fresh.weights.device) for name, t in found[0].items()}, found[1]
+    moving = None if fresh.moving is None else (tensors["moving weights"], tensors["moving biases"])
+    return _State(tensors["weights"], tensors["biases"], moving, **meta)
 
 
-@torch.no_grad()
-def encode(
-    encoder: Encoder, images: UInt8[Tensor, "n C H W"], device: str | torch.device = "cpu", batch: int = 512
-) -> Float[Tensor, "n D"]:
-    """Features of images as they are, no augmentation: for evaluation."""
-    parts = [encoder.features(as_float(part.to(device))).float().cpu() for part in images.split(batch)]
-    return torch.cat(parts) if parts else torch.zeros(0, encoder.dim)
+def unscaled(bank: Bank, scaling: Scaling) -> Bank:
+    """The heads that give the same logits on features as they are as `bank` does on scaled ones."""
+    mean, scale = scaling
+    weights = bank.weights / scale
+    return replace(bank, weights=weights, biases=bank.biases - weights @ mean)
 
 
 def accuracy(bank: Bank, features: Float[Tensor, "n D"], labels: Int64[Tensor, " n"]) -> Float[Tensor, " R"]:
     """Share of examples that each head gets right, 0..1; nan for an empty set."""
-    hits = [
-        (features @ w.T + b).argmax(dim=1).eq(labels).double().mean()
-        for w, b in zip(bank.weights, bank.biases, strict=True)
-    ]
-    return torch.stack(hits)
+    heads, num_classes, dim = bank.weights.shape
+    hits = torch.zeros(heads, dtype=torch.float64)
+    for x, y in zip(features.split(1024), labels.split(1024), strict=True):
+        logits = torch.addmm(bank.biases.reshape(-1), x, bank.weights.reshape(-1, dim).T).view(-1, heads, num_classes)
+        hits += logits.argmax(dim=2).eq(y[:, None]).sum(dim=0)
+    return hits / (len(labels) or torch.nan)

@@ -150,10 +150,11 @@ class Union:
         *,
         num_classes: int,
         seed: rng.Seed,
-        step: int,
+        step: int | None,
         public: PublicImages | None = None,
     ) -> Views:
-        """The union's views of these examples; the arguments are those of `make_views`."""
+        """The union's views of these examples; the arguments are those of `make_views`. Without a step (None) they are keyed
+        by the example alone: the same at every step."""
         seed = rng.as_seed(seed)
         if images.dtype != torch.uint8:
             images = transforms.as_float(images)
@@ -195,7 +196,7 @@ def _pool(r: Recipe) -> tuple:
 class _Draws:
     """The keyed randomness of one part: one stream an example, so nothing depends on the batch around it."""
 
-    def __init__(self, ids: Tensor, seed: int, step: int, part: Part) -> None:
+    def __init__(self, ids: Tensor, seed: int, step: int | None, part: Part) -> None:
         self.count, self.seed = part.count, seed
         self.keys = [(step, int(i), part.kind, *part.key) for i in ids]
 

@@ -29,8 +29,8 @@ from dpmix.core import files
 from dpmix.core.checks import require, whole
 from dpmix.demo import generator, glyphs, pretraining
 from dpmix.images.data import PUBLIC, Splits
-from dpmix.models import encoders
 from dpmix.models.encoders import TINY, Encoder
+from dpmix.models.weights import public_file
 
 SEED = 0
 ENCODER_STEPS, GENERATOR_STEPS, CHARACTERS, PER_DIGIT = 3000, 1500, 36_000, 150
@@ -140,19 +140,19 @@ def probe(encoder: Encoder, splits: Splits) -> dict[str, float]:
 
 def load_digits(folder: Path = PUBLIC) -> tuple[UInt8[Tensor, "n 1 8 8"], Int64[Tensor, " n"]]:
     """Synthetic digits and their labels, after their checksum was compared."""
-    with np.load(encoders.public_file("synthetic_digits.npz", folder), allow_pickle=False) as arrays:
+    with np.load(public_file("synthetic_digits.npz", folder), allow_pickle=False) as arrays:
         return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
 
 
 def load_generator(folder: Path = PUBLIC) -> dict[str, Tensor]:
     """Weights of the generator, after their checksum was compared."""
-    return safetensors.torch.load_file(encoders.public_file("generator.safetensors", folder))
+    return safetensors.torch.load_file(public_file("generator.safetensors", folder))
 
 
 def record(name: str, folder: Path = PUBLIC) -> dict:
     """What the JSON beside a file says, after its checksum was compared."""
     require(name in NAMES, "name", name, f"must be one of {', '.join(NAMES)}")
-    return json.loads(encoders.public_file(name, folder).with_suffix(".json").read_text())
+    return json.loads(public_file(name, folder).with_suffix(".json").read_text())
 
 
 def _about(

@@ -262,7 +262,7 @@ def test_ctrl_c_in_the_middle_of_a_step_and_going_on(after, projection, private,
 
 def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private, tmp_path):
     """An interrupt before each line of the loop in turn. Once it could fall between the weights and the step number."""
-    code = heads.train_heads
+    code = heads.train
     while hasattr(code, "__wrapped__"):
         code = code.__wrapped__
     about = {**RUN, "steps": 2, "checkpoint": tmp_path / "bank"}
