@@ -9,8 +9,17 @@ A microbatch of size b is clipped as one: clip_C{(1/b) sum_j g_ij}. Three things
 * **The sensitivity is 2C.** Before and after, the clipped average is some vector of norm at most C, and nothing ties
   the two together: with C = 1, members whose gradients are e and -3e average to -e; without the second the average is
   e. The sum moves from -e to e, by 2C (Ponomareva et al. 2023). A microbatch that vanishes moves it by C only, and a
-  size of one is per-example clipping. So for the same privacy the noise is N(0, (2 C sigma)^2), sigma for (q, T) as
-  always.
+  size of one is per-example clipping. The noise is N(0, (2 C sigma)^2), sigma for (q, T) as always.
+
+Noise for a movement by 2C is safe and not tight, for the microbatch joins by the same coin before and after. With a and a'
+the two averages, a step releases (1-q) N(0) + q N(a) or (1-q) N(0) + q N(a'), plus what all others give. `epsilon_spent`
+accounts the worst such pair, a = Ce and a' = -Ce:
+
+  The hockey-stick divergence at any e^eps is the mean, under N(0), of h = (q L - e^eps q L' - (e^eps - 1)(1 - q))_+, with
+  L, L' the likelihood ratios of N(a) and N(a') to N(0). h is convex in (L, L'). A part added to a or a' that is orthogonal
+  to both multiplies L or L' by an independent factor of mean one, so by Jensen the mean does not fall: take both as long
+  as C. At fixed lengths its derivative in a.a' is the mean of the mixed second derivative of h in (log L, log L') (Price's
+  theorem), which is nowhere positive: turn them against each other.
 
 Whatever the microbatch does among its own members (mixup, augmentation) is covered by the same argument.
 """
@@ -20,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from dpmix.core import rng
+from dpmix.core import accounting, rng
 from dpmix.core.checks import one_of, require, whole
 from dpmix.core.clipping_network import ClippedSum, clipped_gradient_sum
 
@@ -37,6 +46,22 @@ def sensitivity(size: int) -> float:
     """By how many clip norms one example moves the clipped sum: 1 alone, 2 in a microbatch of two or more."""
     whole("size", size, 1)
     return 1.0 if size == 1 else 2.0
+
+
+def epsilon_spent(size: int, *, deviation: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Epsilon of microbatches of `size` under noise of standard deviation `deviation` clip norms, by PLD: the true pair.
+
+    Deviation 2 sigma is what training adds for a size of two or more, sigma for one. Raises ValueError on bad input.
+    """
+    neighbours = "join" if sensitivity(size) == 1.0 else "change"
+    return accounting.epsilon_spent(
+        noise_multiplier=deviation,
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=steps,
+        accountant="pld",
+        neighbours=neighbours,
+    )
 
 
 def microbatch_partition(

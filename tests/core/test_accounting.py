@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from dpmix.core import accounting
@@ -176,6 +178,8 @@ def test_steps():
     assert steps_for(n=50_000, batch_size=4096, epochs=200.0) == 2441
     assert steps_for(n=21_600, batch_size=1000, epochs=20.0) == 432
     assert steps_for(n=10, batch_size=10, epochs=0.01) == 1
+    assert steps_for(n=11, batch_size=4, epochs=1.0) == 3, "2.75: to the nearest, not down"
+    assert steps_for(n=9, batch_size=4, epochs=1.0) == 2, "2.25: not up"
     for bad, name in (
         (dict(batch_size=11), "batch_size=11"),
         (dict(batch_size=0), "batch_size=0"),
@@ -277,6 +281,69 @@ def test_the_ends_of_sampling():
     for n, q in ((-1, 0.5), (5, 0.0), (5, 1.1)):
         with pytest.raises(ValueError, match=r"n=-1|sample_rate="):
             poisson_batch(n, q, seed=0, step=0)
+
+
+# Corners: nearly no noise, nearly no sampling, a delta that is enough alone, budgets at both ends.
+CORNERS = [
+    (32.0, 1e-5, 0.25, 1), (32.0, 0.1, 0.02, 40), (50.0, 1e-5, 0.25, 1), (50.0, 0.5, 1e-4, 3), (0.05, 0.1, 0.02, 40),
+    (8.0, 1e-3, 0.02, 1), (0.001, 0.1, 0.02, 3), (0.001, 1e-3, 0.01, 10), (0.05, 1e-3, 0.7, 3), (32.0, 1e-10, 1.0, 1),
+    (24.0, 1e-5, 0.1, 1), (50.0, 1e-5, 1.0, 3), (40.0, 1e-5, 0.5, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ACCOUNTANTS)
+@pytest.mark.parametrize(("epsilon", "delta", "rate", "steps"), CORNERS)
+def test_the_search_for_sigma_never_overspends(epsilon, delta, rate, steps, by):
+    about = dict(delta=delta, sample_rate=rate, steps=steps, accountant=by)
+    sigma = noise_multiplier(epsilon=epsilon, **about)
+    assert sigma >= accounting.SIGMA_RANGE[0] * (1 - 1e-12)
+    assert 0 <= epsilon_spent(noise_multiplier=sigma, **about) <= epsilon
+
+
+@given(
+    epsilon=st.floats(0.05, 50.0), delta=st.floats(-10, -0.5).map(lambda x: 10.0**x),
+    rate=st.floats(-4, 0).map(lambda x: 10.0**x), steps=st.integers(1, 300),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_search_for_sigma_never_overspends_anywhere(epsilon, delta, rate, steps):
+    about = dict(delta=delta, sample_rate=rate, steps=steps)
+    sigma = noise_multiplier(epsilon=epsilon, **about)
+    assert 0 <= epsilon_spent(noise_multiplier=sigma, **about) <= epsilon
+    assert sigma < 0.2001 or epsilon_spent(noise_multiplier=sigma * 0.999, **about) > epsilon, (
+        "the smallest, or the least"
+    )
+
+
+def test_the_least_noise_can_be_too_little():
+    """Negative control for the corners: what the search once returned for three of them without looking."""
+    for epsilon, delta, rate, steps in CORNERS[:2]:
+        spent = epsilon_spent(noise_multiplier=accounting.SIGMA_RANGE[0], delta=delta, sample_rate=rate, steps=steps)
+        assert epsilon < spent < 1.01 * epsilon
+
+
+@pytest.mark.parametrize("by", ACCOUNTANTS)
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), [
+    (50.0, 0.02, 20, 1e-3), (30.0, 0.1, 10, 1e-2), (5.0, 0.05, 20, 0.05), (1.0, 0.1, 10, 0.3), (1000.0, 0.01, 10, 1e-5),
+    (9000.0, 1.0, 1, 0.9),
+])  # fmt: skip
+def test_epsilon_is_never_negative(sigma, rate, steps, delta, by):
+    assert epsilon_spent(noise_multiplier=sigma, delta=delta, sample_rate=rate, steps=steps, accountant=by) >= 0
+    raw = accounting._rdp(1.0, delta=0.3, sample_rate=0.1, steps=10)
+    assert raw < 0, "the conversion alone does go below"
+
+
+def test_what_is_not_a_number_bounds_nothing(monkeypatch):
+    monkeypatch.setattr(accounting.RDPAccountant, "get_epsilon", lambda *a, **k: math.nan)
+    assert epsilon_spent(noise_multiplier=0.777, delta=1e-5, sample_rate=0.1, steps=3) == math.inf
+
+
+def test_a_budget_that_rdp_cannot_reach_is_left_to_the_others():
+    """Renyi orders end at 1024: at delta 1e-5 no noise brings RDP below 0.011."""
+    about = dict(delta=1e-5, sample_rate=0.02, steps=3)
+    with pytest.raises(ValueError, match="out of reach of the rdp accountant"):
+        noise_multiplier(epsilon=0.001, **about)
+    sigma = noise_multiplier(epsilon=0.001, accountant="pld", **about)
+    assert 0.0009 < epsilon_spent(noise_multiplier=sigma, accountant="pld", **about) <= 0.001
 
 
 @pytest.mark.parametrize("by", ["prv", "pld"])
