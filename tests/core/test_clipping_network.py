@@ -486,3 +486,39 @@ def test_the_look_at_a_model_allows_for_bfloat16():
     images, targets = batch(dtype=torch.float32)
     got = clipped_gradient_sum(model, images, targets, 0.1, "grouped", autocast=torch.bfloat16)
     assert got.engine == "grouped" and all(g.isfinite().all() for g in got.grads.values())
+
+
+class Watched(nn.Module):
+    """Says how many images it was shown at a time; answers a blank image with what is not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.sizes = wide_resnet(10, 1, 3, channels=2, seed=1).double(), []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.inner(x) / (x.amax((1, 2, 3)) > 0)[:, None]
+
+
+@pytest.mark.parametrize("engine", ["grouped", "vmap"])
+def test_the_last_physical_batch_is_filled_up_and_the_filling_adds_nothing(engine):
+    """So the size of a batch, by which a GPU picks its kernels, does not tell the others whether somebody joined."""
+    model, (images, targets) = Watched(), batch(7, 2)
+    want = clipped_gradient_sum(model, images, targets, 0.5, "loop")
+    for n in (7, 6, 5, 4):
+        model.sizes.clear()
+        got = clipped_gradient_sum(model, images[:n], targets[:n], 0.5, engine, physical_batch=4)
+        if engine == "grouped":  # vmap hides its own axis: every call sees the two views of an example
+            assert model.sizes[-2:] == [8, 8][: -(-n // 4)], model.sizes
+        assert got.non_finite == 0 and got.norms.shape == (n,) and got.norms.isfinite().all()
+        torch.testing.assert_close(got.norms, want.norms[:n])
+    got = clipped_gradient_sum(model, images, targets, 0.5, engine, physical_batch=4)
+    assert all(torch.allclose(g, want.grads[name]) for name, g in got.grads.items())
+
+
+def test_without_the_filling_the_size_of_the_last_batch_tells_how_many_there_are():
+    """Negative control."""
+    model, (images, targets) = Watched(), batch(7, 2)
+    clipper = Clipper(model, 0.5, "grouped")
+    clipper.add(images[4:], targets[4:])
+    assert model.sizes[-1] == 6
