@@ -255,9 +255,7 @@ def _packed(targets: Tensor) -> np.ndarray:
 
 
 def _content(*tensors: Tensor) -> str:
-    parts = [
-        hashlib.sha256(t.contiguous().cpu().numpy().data).hexdigest() + str(tuple(t.shape)) for t in tensors
-    ]
+    parts = [hashlib.sha256(t.contiguous().cpu().numpy().data).hexdigest() + str(tuple(t.shape)) for t in tensors]
     return files.digest(*parts)
 
 
