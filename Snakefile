@@ -3,6 +3,7 @@
 #
 #   snakemake --cores 2                                        # every table and figure at demo scale
 #   snakemake --cores 2 --config 'tables=[table3]' eps=1 'seeds=[0,1]'
+#   snakemake --cores 2 --config scale=laptop 'tables=[table3]' 'datasets=[eurosat]'
 #   snakemake --executor slurm --jobs 20 --config scale=paper 'datasets=[eurosat]'
 #
 # --config takes scale, tables, datasets, device (cpu, cuda) and every parameter of a notebook; a notebook that lacks it is not given it.
@@ -26,7 +27,7 @@ PASSES = {
     "table2": (["methods", "eps", "seeds"], 1),
     "table3": (["models", "seeds"], 1),
     "table4": (["seeds"], 1),
-    "table5": (["seeds"], 6),
+    "table5": ([], 6),  # networks and heads have seeds of their own
     "table6": (["models", "seeds"], 3),
     "table7": (["encoders"], 1),
     "table8": (["encoders"], 1),
@@ -40,13 +41,16 @@ PASSES = {
 }
 # What a parameter that is None stands for: dpmix.companion.grids has the same (tests/book/test_snakefile.py), but takes long to import.
 DEFAULTS = {
-    "demo": {"seeds": [0, 1, 2], "models": ["tiny-vit", "tiny-convnext"], "eps": [2, 8]},
+    "demo": {"seeds": list(range(10)), "models": ["tiny-vit", "tiny-convnext"], "eps": [2, 8]},
+    "laptop": {"seeds": list(range(5)), "models": ["efficientnet-lite0"], "eps": [8]},
     "paper": {"seeds": [0, 1, 2], "models": list(paper.SETTINGS["fine-tuning"].models), "eps": list(paper.EPSILONS)},
 }
+SEEDS = {"table1": 3, "table2": 3, "table9": 5, "figure2": 5}  # of the demo, where they are fewer; networks: 3 at any scale
 ENCODERS = {
-    "demo": {"table7": DEFAULTS["demo"]["models"], "table8": DEFAULTS["demo"]["models"]},
+    **{scale: {t: DEFAULTS[scale]["models"] for t in ("table7", "table8")} for scale in ("demo", "laptop")},
     "paper": {"table7": ["inceptionv3"], "table8": ["inceptionv3", "vit-b-16"]},
 }
+LAPTOP = ["cifar10", "cifar100", "eurosat", "caltech101"]
 ROOT = Path(workflow.basedir)
 
 
@@ -88,6 +92,8 @@ def datasets(name):
     """The data sets of a table: the demo's, or those for which the paper has numbers, less what --config leaves out."""
     if SCALE == "demo":
         known = ["digits"]
+    elif SCALE == "laptop":
+        known = LAPTOP if name in ("table3", "table10") else LAPTOP[:1]
     elif name.startswith("table"):
         known = list(dict.fromkeys(paper.table(int(name.removeprefix("table")))["dataset"]))
     else:
@@ -95,7 +101,7 @@ def datasets(name):
     return [d for d in known if d in many(CONFIG.get("datasets", known))]
 
 
-one_of("datasets", many(CONFIG.get("datasets", [])), sorted({d for name in TABLES for d in (["digits"] if SCALE == "demo" else paper.DATASETS)}))
+one_of("datasets", many(CONFIG.get("datasets", [])), sorted({d for name in TABLES for d in {"demo": ["digits"], "laptop": LAPTOP}.get(SCALE, paper.DATASETS)}))
 
 
 def asked(name, dataset):
@@ -107,6 +113,8 @@ def asked(name, dataset):
 def parts(name):
     """The passes of a notebook: a word for the file name, and the parameters that single it out."""
     given = {**DEFAULTS[SCALE], "encoders": ENCODERS[SCALE].get(name)}
+    if name in SEEDS and (SCALE == "demo" or name in ("table1", "table2")):
+        given["seeds"] = given["seeds"][: SEEDS[name]]
     values = [many(ASKED.get(axis) or PARAMETERS[name][axis] or given[axis]) for axis in PASSES[name][0]]
     single = [dict(zip(PASSES[name][0], v)) for v in product(*values)] if values else []
     return {re.sub(r"[^\w.-]", "_", ".".join(f"{k}-{v}" for k, v in s.items())): {k: [v] for k, v in s.items()} for s in single}
@@ -119,7 +127,7 @@ def small(name):
 
 PARTS = {name: parts(name) for name in TABLES}
 OUT = f"data/executed/{SCALE}"
-CODE = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "dpmix").glob("*.py")))).hexdigest()[:12]
+CODE = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "dpmix").rglob("*.py")))).hexdigest()[:12]
 GPU = int(DEVICE == "cuda")
 # A job on the CPU does not see a GPU. What a cell says while it runs goes to the log.
 RUN = (
@@ -154,8 +162,8 @@ rule one_pass:
         asked=lambda w: json.dumps({**asked(w.name, w.dataset), **PARTS[w.name][w.part]}),
     threads: lambda w: 4 if GPU else PASSES[w.name][1]
     resources:
-        mem_mb=48_000 if SCALE == "paper" else 4_000,
-        runtime=1440 if SCALE == "paper" else 60,
+        mem_mb={"paper": 48_000, "laptop": 12_000, "demo": 4_000}[SCALE],
+        runtime=60 if SCALE == "demo" else 1440,
         gpu=GPU,
     shell:
         RUN

@@ -22,35 +22,35 @@
 # about data that are not must not leave the room ({doc}`/own_images`). Nothing on it is written to the store.
 # ```
 
+# %% tags=["hide-input"]
+from dpmix.companion import diagnostics, evidence, grids, inside, paper, report, verdicts
+from dpmix.companion.verdicts import Comparison
+
+evidence.status("figure2")
+
 # %% tags=["parameters"]
 eps = 1
-dataset = None  # None: "digits" at demo scale, "cifar10" at paper scale
-model = None  # None: "tiny-vit" at demo scale, "vit-b-16" at paper scale
+dataset = None  # None: "digits" at demo scale, "cifar10" else
+model = None  # None: the first encoder of the scale
 methods = ["self-aug", "mix-self", "mix-diff"]
-seeds = None  # None: three seeds
+seeds = None  # None: five
 epochs = None  # None: the scale's
 batch_size = None
 learning_rates = None  # in units of 1/C; None: the scale's grid
 stages = 5  # 20 %, 40 %, ... of training
-scale = "demo"
+scale = "demo"  # "demo" | "laptop": real data | "paper": the paper's settings, a GPU
+download = False  # let torchvision fetch what is missing at laptop or paper scale
 
 # %% tags=["hide-input"]
-from myst_nb import glue
-
-from dpmix.companion import diagnostics, grids, paper, report
-from dpmix.companion import report_diagnostics as inside
-from dpmix.runs import experiments
-
-grids.check_scale(scale, dataset)
+grids.check_scale(scale, dataset, download)
 preset = grids.preset(scale, dataset)
-model = model or preset.models[0]
 cells = grids.methods_grid(
     scale,
     dataset=dataset,
-    models=model,
-    methods=methods,
+    models=model or preset.models[0],
+    methods=grids.with_public(methods, preset.dataset),
     eps=eps,
-    seeds=seeds,
+    seeds=range(5) if seeds is None else seeds,
     epochs=epochs,
     batch_size=batch_size,
     learning_rates=learning_rates,
@@ -63,9 +63,9 @@ report.provenance_note(runs, scale)
 # that step, and sums the gradients that were *not* clipped.
 
 # %%
-chosen = experiments.choose_learning_rate(runs, ["method"])
-specs = {experiments.key(c.spec): c.spec for c in cells}
-looked = chosen.assign(gradients=diagnostics.gradients([specs[k] for k in chosen["key"]], stages=stages))
+chosen = evidence.choose(runs, ["method"])
+by_key = {key: cell.spec for key, cell in zip(runs["key"], cells, strict=True)}
+looked = chosen.assign(gradients=diagnostics.gradients([by_key[k] for k in chosen["key"]], stages=stages))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Histograms of the per-parameter gradient before clipping and noise, one panel a method, one line a stage of training"}}
 inside.gradient_plot(looked)
@@ -74,27 +74,27 @@ inside.gradient_plot(looked)
 # *Histograms of the gradient of each parameter of the head, averaged over views and examples, before clipping and noise, first seed. Grey: over all of training. Lines: over the
 # stage of training that ends at the given share. The vertical axis is logarithmic.*
 #
-# ## Published beside measured
+# ## Published, real data, demo
 #
-# Standard deviation over the parameters, times 1,000. The paper's is for ViT-B-16 on two data sets; here it is the mean (standard deviation) over the seeds of the
-# gradient averaged over all of training. The scale of a gradient depends on the length of the features and the number of classes; the ratio to Self-Aug does not.
+# Standard deviation over the parameters, times 1,000, mean (standard deviation) over the seeds, of the gradient averaged over all of training and over each stage. The scale of a gradient depends on
+# the length of the features and the number of classes; the ratio to Self-Aug does not.
 
 # %% tags=["hide-input"]
 deviations = inside.gradient_deviations(looked)
-glue("figure2_n", looked["seed"].nunique(), display=False)
-inside.show_deviations(paper.figure2(), deviations)
+published = paper.figure2().assign(stage="whole").rename(columns={"std": "mean"})
+published = published.assign(mean=1000 * published["mean"], std=float("nan"))
+found = report.Sources(published, evidence.read("figure2"), deviations, scale)
+report.tables(found, columns=("stage",), value="deviation", digits=2)
 
 # %% [markdown]
-# By stage, over {glue:text}`figure2_n` seeds:
+# ## What holds, and what does not
+#
+# Ratios of the deviations over all of training, by seed; all rows of a table are one family ({doc}`/deviations` states the rule, here for logarithms).
 
 # %% tags=["hide-input"]
-inside.deviations_by_stage(deviations)
-
-# %% [markdown]
-# ## What agrees, and what does not
-
-# %% tags=["hide-input"]
-inside.deviation_verdict(paper.figure2(), deviations)
+whole = [f[f["stage"] == "whole"] if len(f) else f for f in (found.published, found.real, found.made)]
+pairs = [Comparison("mix-self", "self-aug"), Comparison("mix-diff", "self-aug")]
+verdicts.page(report.Sources(*whole, scale), pairs, cells=("model",), value="deviation", ratio=True)
 
 # %% [markdown]
 # Two readings are ours. The paper speaks of *magnitude* and shows a histogram around zero; we take the signed average. And it does not say whether its deviation is that

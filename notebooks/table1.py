@@ -14,7 +14,7 @@
 # # Table 1: microbatches cost more than mixup can win back
 #
 # Mixup needs two examples {cite:p}`zhang2018mixup`. The obvious place for it in DP-SGD is a microbatch of two, clipped as one. {doc}`/microbatches` shows
-# the price: one example can turn the clipped average of its pair round, so the sum moves by $2C$ and the noise is doubled. Table 1 of the paper
+# the price: one example can turn the clipped average of its pair round, so the sum moves by $2C$ and the noise must be doubled. Table 1 of the paper
 # {cite:p}`bao2023dpmix` trains a WRN-16-4 on CIFAR-10 from scratch, with microbatches of one and of two, and finds that mixup in pairs loses far more than
 # it gains. This page repeats that on your machine, every row with noise for its own sensitivity:
 #
@@ -22,9 +22,16 @@
 # - **DP-SGD in pairs** and **Self-Aug in pairs**: the average gradient of a fixed pair is clipped;
 # - **pairs with their mixture**: the mixup of the two joins them; **mixtures of pairs alone**: it takes their place.
 
+# %% tags=["hide-input"]
+from dpmix.companion import evidence, grids, networks, plots, report, verdicts
+from dpmix.companion.verdicts import Comparison
+from dpmix.images import data
+
+evidence.status("table1")
+
 # %% tags=["parameters"]
 eps = None  # None: 8, as in the paper; or a number, or a list
-dataset = None  # None: "digits" at demo scale, "cifar10" at paper scale
+dataset = None  # None: "digits" at demo scale, "cifar10" else
 seeds = None  # None: three seeds
 epochs = None  # None: the scale's; 200 in the paper
 batch_size = None  # the expected number of examples B; None: the scale's; 4096 in the paper
@@ -32,17 +39,13 @@ views_cut = None  # divides the paper's 16 views of Self-Aug; None: the scale's;
 learning_rate = None  # of per-example clipping; None: the scale's
 microbatch_learning_rate = None  # of pairs; None: the scale's
 model = None  # "wrn-DEPTH-WIDTH"; None: the scale's
-scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
+scale = "demo"  # "demo" | "laptop": real data, hours on two cores | "paper": the paper's settings, a GPU
+download = False  # let torchvision fetch what is missing at laptop or paper scale
 
 # %% tags=["hide-input"]
-from myst_nb import glue
-
-from dpmix.companion import grids, plots, report, report_network
-from dpmix.images import data
-
-grids.check_scale(scale, dataset)
-preset = grids.changed(
-    grids.network_preset(scale, dataset),
+grids.check_scale(scale, dataset, download)
+preset = networks.changed(
+    networks.network_preset(scale, dataset),
     epochs=epochs,
     batch_size=batch_size,
     views_cut=views_cut,
@@ -50,8 +53,8 @@ preset = grids.changed(
     microbatch_learning_rate=microbatch_learning_rate,
     model=model,
 )
-cells = grids.microbatch_grid(preset, eps=eps or 8, seeds=seeds)
-report_network.settings(preset)
+cells = networks.microbatch_grid(preset, eps=eps or 8, seeds=seeds)
+networks.settings(preset)
 
 # %% [markdown]
 # The right column is what `scale="paper"` runs. The paper names B, the epochs, C and the 16 views; for the rest it points to De et al., so the learning rate, the moving average of
@@ -62,7 +65,7 @@ report_network.settings(preset)
 # coarse grid: pairs have noise four times as large beside their signal, and did best with shorter steps. A finer search may move each row by some points.
 
 # %% tags=["remove-stderr"]
-runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
+runs = grids.run_cells(cells, compute=networks.network_compute(preset.dataset))
 report.provenance_note(runs, scale)
 
 # %% [markdown]
@@ -72,108 +75,63 @@ report.provenance_note(runs, scale)
 # second leaves the data set, and the sum of clipped gradients along $e$ moves.
 
 # %% tags=["hide-input"]
-report_network.sign_flip()
+networks.sign_flip()
 
 # %% [markdown]
 # Clipped alone, an example takes away what it gave, at most $C$. In a pair, whatever is mixed, the sum goes from $+Ce$ to $-Ce$.
 #
-# ## Published beside measured
+# ## Published, real data, demo
 #
-# Test accuracy in percent after the last step, mean (standard deviation) over the seeds. The paper prints one number for mixup in pairs and does not say which of the two variants it is; it stands in
-# both rows. The data set, the network and the length of training differ between the columns in the demo, so the levels cannot be compared. The order of the rows can.
+# Test accuracy in percent after the last step, mean (standard deviation) over the n seeds. The paper prints one number for mixup in pairs and does not say which of the two variants it is; it stands in
+# both rows. The data, the network and the length of training differ between the tables, so the levels cannot be compared. The order of the rows can.
 
 # %% tags=["hide-input"]
-measured = report.summary(runs, ["model", "method", "epsilon"])
-published = report_network.published_table1()
-glue("table1_n", int(measured["n"].min()), display=False)
-glue("table1_dataset", report.label(preset.dataset), display=False)
-report.side_by_side(published, measured)
-
-# %% [markdown]
-# The upper block is CIFAR-10 from the paper, the lower one {glue:text}`table1_dataset` here, over {glue:text}`table1_n` seeds.
+by = ["dataset", "model", "method", "epsilon"]
+found = report.Sources(networks.published_table1(), evidence.chosen("table1", by), runs, scale)
+report.tables(found)
 
 # %% tags=["hide-input"]
-report_network.level(runs, data.load(preset.dataset).train.num_classes)
+networks.level(runs, data.load(preset.dataset).train.num_classes)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of test accuracy for six ways to clip, published above and measured below: clipped alone and in pairs"}}
-first = measured["epsilon"].max()
-plots.bar_plot({"published": published, f"measured here, ε = {first:g}": measured[measured["epsilon"] == first]})
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy for six ways to clip, clipped alone and in pairs, a panel a source"}}
+plots.point_plot(found)
 
 # %% [markdown]
-# *Test accuracy with every example clipped alone and with microbatches of two, published above and measured below: means over the seeds, with bars of one standard deviation.*
+# *Test accuracy with every example clipped alone and with microbatches of two: means over the seeds, with bars of one standard deviation, a panel a source, each with a scale of its own.*
 #
-# ## Differences
+# ## What holds, and what does not
 #
-# In percentage points, with a 95 % interval by Student's t over the seeds. Runs with the same seed start from the same weights; those with the same microbatches see the same batches too. With three
-# seeds an interval is wide.
+# Differences in points. Runs with the same seed start from the same weights; those with the same microbatches see the same batches too. All rows of a table are one family ({doc}`/deviations` states the rule).
 
 # %% tags=["hide-input"]
 pairs = [
-    ("DP-SGD", "DP-SGD in pairs"),
-    ("Self-Aug", "Self-Aug in pairs"),
-    ("pairs with their mixture", "DP-SGD in pairs"),
-    ("mixtures of pairs alone", "DP-SGD in pairs"),
-    ("DP-SGD", "pairs with their mixture"),
-    ("DP-SGD", "mixtures of pairs alone"),
-    ("Self-Aug in pairs", "DP-SGD in pairs"),
-    ("Self-Aug", "DP-SGD"),
+    Comparison("DP-SGD", "DP-SGD in pairs"),
+    Comparison("Self-Aug", "Self-Aug in pairs"),
+    Comparison("pairs with their mixture", "DP-SGD in pairs"),
+    Comparison("mixtures of pairs alone", "DP-SGD in pairs"),
+    Comparison("DP-SGD", "pairs with their mixture"),
+    Comparison("DP-SGD", "mixtures of pairs alone"),
+    Comparison("Self-Aug in pairs", "DP-SGD in pairs"),
+    Comparison("Self-Aug", "DP-SGD"),
 ]
-differences = report.paired(runs, pairs)
-report.show_paired(differences)
-
-# %% [markdown]
-# ## What agrees, and what does not
-
-# %% tags=["hide-input"]
-report.agreement(differences, report.published_gaps(published, pairs))
+verdicts.page(found, pairs)
 
 # %% [markdown]
 # In a demo of a few steps, a method that learns slowly at first looks bad, whatever it would reach in the end. Augmentation is likely to be one: on images of eight pixels, a crop by one pixel moves a stroke by an eighth of the
 # image. What this page says about Self-Aug, it says about such short runs. The price of microbatches does not depend on that: it is in every step.
 #
-# ## The rows do not spend the same
+# ## What ε the pairs would really have
 #
-# The noise has standard deviation σ times the sensitivity: $\sigma C$ for examples clipped alone, $2 \sigma C$ for pairs. That is what the argument with $2C$ asks for, and it keeps the budget. It does not
-# make all rows equally private. A pair is there before and after, and joins a step by the same coin; only what it gives has changed ({doc}`/microbatches`). Accounted as what it is, it spends less:
+# Had the noise been calibrated to $C$, as if a pair were one example, its noise multiplier would be half of what the accountant was told. The claim and the truth:
 
 # %% tags=["hide-input"]
-pairs_spend = report_network.privacy_of_pairs(runs)
-own, there = pairs_spend.iloc[-1 - len(pairs_spend) // 2], pairs_spend.iloc[-1]  # the largest ε of each block
-for name, value in {
-    "asked": f"{own['ε asked']:g}",
-    "accounted": f"{own['accounted']:.2f}",
-    "true": f"{own['true']:.2f}",
-    "enough": f"{own['enough']:.2f}",
-    "paper_accounted": f"{there['accounted']:.2f}",
-    "paper_true": f"{there['true']:.2f}",
-    "paper_enough": f"{there['enough']:.2f}",
-    "one": f"{own['noise for C']:.1f}",
-    "paper_one": f"{there['noise for C']:.1f}",
-}.items():
-    glue(f"table1_{name}", value, display=False)
-formats = {"q": "{:.4f}", "σ": "{:.3f}", "ε asked": "{:g}", "noise for C": "{:.1f}"}
-pairs_spend.rename(
-    columns={
-        "accounted": "ε as a movement by 2C",
-        "true": "ε of the true pair",
-        "enough": "noise that suffices (σC)",
-        "noise for C": "ε with noise for C",
-    }
-).style.format({**formats, "ε as a movement by 2C": "{:.2f}", "ε of the true pair": "{:.2f}", "noise that suffices (σC)": "{:.2f}",
-                "ε with noise for C": "{:.1f}"})  # fmt: skip
+networks.underestimated(runs)
 
 # %% [markdown]
-# *All by PLD; σ was calibrated by RDP to the ε asked for. The middle columns are for the noise that the runs had, $2 \sigma C$.* In these runs the rows of single examples spend
-# {glue:text}`table1_accounted` where {glue:text}`table1_asked` was asked for, and so do the pairs as long as nothing but $2C$ is known of them; in truth they spend {glue:text}`table1_true`. Noise of
-# {glue:text}`table1_enough` σC would have cost them the same {glue:text}`table1_accounted`. So the pairs of this page carry more noise than equal privacy asks for, and their rows stand lower than they would have to.
-# At the setting of the paper the same two numbers are {glue:text}`table1_paper_accounted` and {glue:text}`table1_paper_true`, and {glue:text}`table1_paper_enough` σC suffices: over thousands of steps at a small rate
-# the two pairs of distributions are nearly one, and all rows of Table 1 have, as good as, the same ε.
-#
-# The last column is the price of leaving the noise alone, at σC as if a pair were one example: {glue:text}`table1_one` in these runs, {glue:text}`table1_paper_one` at the setting of the paper.
-#
 # ## Privacy
 #
-# The sampling rate q is the same in all rows: in pairs, it is whole pairs that join a step. For pairs the three accountants below are told of a movement by $2C$ under noise of $2 \sigma C$: an upper bound.
+# The noise has standard deviation σ times the sensitivity: $\sigma C$ for examples clipped alone, $2 \sigma C$ for pairs. With that, all rows have the same ε. The sampling rate q is the same too: in pairs, it is whole pairs that
+# join a step.
 
 # %% tags=["hide-input"]
 report.privacy_table(runs)
@@ -182,7 +140,7 @@ report.privacy_table(runs)
 # ## Cost
 
 # %% tags=["hide-input"]
-report_network.cost(runs)
+report.cost_table(runs.assign(model=runs["method"]))
 
 # %% [markdown]
 # ## Run it again

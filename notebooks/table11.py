@@ -20,6 +20,15 @@
 # package's; nothing of them is ours. In the demo the network is a linear head on a frozen encoder instead of a WRN-16-4, so what is checked is the
 # mechanism and the order of the methods, not the accuracies.
 
+# %% tags=["hide-input"]
+import pandas as pd
+
+from dpmix.companion import evidence, grids, paper, plots, report, verdicts
+from dpmix.companion.verdicts import Comparison
+from dpmix.peers import jax as jax_peer
+
+evidence.status("table11")
+
 # %% tags=["parameters"]
 eps = [1, 8]
 dataset = None  # None: "digits" at demo scale, "cifar10" at paper scale
@@ -32,15 +41,7 @@ learning_rates = None  # in units of 1/C; None: the scale's grid
 scale = "demo"
 
 # %% tags=["hide-input"]
-import pandas as pd
-from myst_nb import glue
-
-from dpmix.companion import grids, paper, plots, report
-from dpmix.peers import jax as jax_peer
-from dpmix.runs import experiments
-
 grids.check_scale(scale, dataset)
-preset = grids.preset(scale, dataset)
 cells = grids.methods_grid(
     scale,
     dataset=dataset,
@@ -78,48 +79,32 @@ in_torch = grids.run_cells(cells)
 report.provenance_note(in_jax, scale)
 
 # %% [markdown]
-# ## Published beside measured
+# ## Published, demo
 #
-# Medians (standard deviations) of the test accuracy in percent, the statistic of the paper's table. The learning rate was chosen on a validation split, for each framework by
+# Test accuracy in percent, mean (standard deviation) over the n seeds; the paper has medians. The learning rate was chosen on a validation split, for each framework by
 # itself.
 
 # %% tags=["hide-input"]
 runs = pd.concat([in_jax.assign(framework="JAX"), in_torch.assign(framework="PyTorch")], ignore_index=True)
-chosen = experiments.choose_learning_rate(runs, ["framework", "model", "method", "epsilon"])
-groups = chosen.groupby(["framework", "model", "method", "epsilon"], sort=False)["accuracy"]
-measured = groups.agg(mean="median", std="std", n="count").reset_index()
-published = paper.table(11)
-published = published[published["epsilon"].isin(set(runs["epsilon"]))].assign(framework="JAX")
-glue("table11_n", int(measured["n"].min()), display=False)
-glue("table11_dataset", report.label(preset.dataset), display=False)
-report.side_by_side(published, measured, rows=("framework", "method"))
+by = ["framework", "dataset", "model", "method", "epsilon"]
+chosen = evidence.choose(runs, by)
+published = paper.table(11).assign(framework="JAX")
+found = report.Sources(published, evidence.chosen("table11", by), chosen, scale)
+report.tables(found, split=("framework", "dataset", "model"))
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy of Self-Aug and DP-MixSelf, published in JAX, measured in JAX and in PyTorch, a panel each"}}
+plots.accuracy_plot(found, split=("framework", "dataset", "model"))
 
 # %% [markdown]
-# The upper block is WRN-16-4 on CIFAR-10 from the paper, the lower one {glue:text}`table11_dataset` here, over {glue:text}`table11_n` seeds. JAX and
-# PyTorch share the batches and the views of a seed; the rest of their difference is noise.
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy of Self-Aug and DP-MixSelf, published in JAX above, measured in JAX and in PyTorch below, one panel an epsilon"}}
-parts = {"published, JAX": published} | {
-    f"here, {name}": part for name, part in measured.groupby("framework", sort=False)
-}
-shown = {name: part.assign(budget=[f"ε = {e:g}" for e in part["epsilon"]]) for name, part in parts.items()}
-plots.point_plot(shown, panel="budget", unit="test accuracy (%)")
-
-# %% [markdown]
-# *Medians with bars of one standard deviation over the seeds; a column a budget, a row a source, each panel with a scale of its own.*
+# *Means (published: medians) with bars of one standard deviation over the seeds; a panel a source and framework, each with a scale of its own. JAX and
+# PyTorch share the batches and the views of a seed; the rest of their difference is noise.*
 #
-# ## Differences on the same draws
+# ## What holds, and what does not
 #
-# DP-MixSelf less Self-Aug in percentage points, with a 95 % interval by Student's t over the seeds.
+# DP-MixSelf less Self-Aug in points, averaged over ε within a seed ({doc}`/deviations` states the rule).
 
 # %% tags=["hide-input"]
-pairs = [("mix-self", "self-aug")]
-frameworks = {name: part for name, part in chosen.groupby("framework", sort=False)}
-differences = {name: report.paired(part, pairs) for name, part in frameworks.items()}
-pd.concat({name: report.show_paired(found) for name, found in differences.items()})
-
-# %% tags=["hide-input"]
-report.agreement(differences["JAX"], report.published_gaps(published, pairs))
+verdicts.page(found, [Comparison("mix-self", "self-aug")], per=("framework",))
 
 # %% [markdown]
 # ## The same clipped sum
@@ -140,7 +125,7 @@ jax_peer.compare_sums(seed=0)
 # the Rényi divergence, so the last digits differ.
 
 # %% tags=["hide-input"]
-pd.concat({name: report.privacy_table(part) for name, part in frameworks.items()}).droplevel(1)
+report.Tables((name, report.privacy_table(part)) for name, part in chosen.groupby("framework", sort=False))
 
 # %% [markdown]
 # ## Run it again

@@ -18,9 +18,16 @@
 #
 # What the paper claims: DP-MixSelf is ahead on all three data sets and for every ε. The margins are between a few tenths of a point and almost two points.
 
+# %% tags=["hide-input"]
+from dpmix.companion import evidence, grids, networks, paper, plots, report, verdicts
+from dpmix.companion.verdicts import Comparison
+from dpmix.images import data
+
+evidence.status("table2")
+
 # %% tags=["parameters"]
 eps = None  # None: 1, 2, 4 and 8 at paper scale, 2 and 8 in the demo; or one number; or a list
-dataset = None  # None: "digits" at demo scale, "cifar10" at paper scale; the paper has "cifar100" and "eurosat" too
+dataset = None  # None: "digits" at demo scale, "cifar10" else; the paper has "cifar100" and "eurosat" too
 methods = ["self-aug", "mix-self"]
 seeds = None  # None: three seeds
 epochs = None  # None: the scale's; 200 in the paper
@@ -28,18 +35,13 @@ batch_size = None  # the expected batch size B; None: the scale's; 4096 in the p
 views_cut = None  # divides the paper's numbers of views; None: the scale's; 1 restores them
 learning_rate = None  # None: the scale's
 model = None  # "wrn-DEPTH-WIDTH"; None: the scale's
-scale = "demo"  # "demo": two CPU cores; "paper": the paper's settings, a GPU
-beside = None  # which block of the published table to show; None: the data set's own, CIFAR-10 for digits
+scale = "demo"  # "demo" | "laptop": real data, hours on two cores | "paper": the paper's settings, a GPU
+download = False  # let torchvision fetch what is missing at laptop or paper scale
 
 # %% tags=["hide-input"]
-from myst_nb import glue
-
-from dpmix.companion import grids, paper, plots, report, report_network
-from dpmix.images import data
-
-grids.check_scale(scale, dataset)
-preset = grids.changed(
-    grids.network_preset(scale, dataset),
+grids.check_scale(scale, dataset, download)
+preset = networks.changed(
+    networks.network_preset(scale, dataset),
     epochs=epochs,
     batch_size=batch_size,
     views_cut=views_cut,
@@ -49,9 +51,9 @@ preset = grids.changed(
 cells = [
     cell
     for method in grids.many(methods, (), "methods")
-    for cell in grids.network_cells(preset, method, preset.views_of(method), eps=eps, seeds=seeds)
+    for cell in networks.network_cells(preset, method, preset.views_of(method), eps=eps, seeds=seeds)
 ]
-report_network.settings(preset)
+networks.settings(preset)
 
 # %% [markdown]
 # The right column is what `scale="paper"` runs. The paper names B, the epochs, C and the views; for the rest it points to De et al., so the learning rate, the moving average of the weights and the absence
@@ -61,71 +63,39 @@ report_network.settings(preset)
 # Nothing is chosen by the runs on this page, so they train on the whole training set.
 
 # %% tags=["remove-stderr"]
-runs = grids.run_cells(cells, compute=grids.network_compute(preset.dataset))
+runs = grids.run_cells(cells, compute=networks.network_compute(preset.dataset))
 report.provenance_note(runs, scale)
 
 # %% [markdown]
-# ## Published beside measured
+# ## Published, real data, demo
 #
-# Test accuracy in percent after the last step, mean (standard deviation) over the seeds. In the demo, the data set, the network and the length of training differ between the two blocks, so the levels cannot be compared. The order of
-# the methods can.
+# Test accuracy in percent after the last step, mean (standard deviation) over the n seeds. The data, the network and the length of training differ between the tables, so the levels cannot be compared. The order of
+# the methods can. Runs on real data are on the paper's own images, with a small network and few steps.
 
 # %% tags=["hide-input"]
-measured = report.summary(runs, ["model", "method", "epsilon"])
-table = paper.table(2)
-beside = beside or (preset.dataset if preset.dataset in set(table["dataset"]) else "cifar10")
-published = table[table["dataset"] == beside]
-glue("table2_n", int(measured["n"].min()), display=False)
-glue("table2_beside", report.label(beside), display=False)
-glue("table2_dataset", report.label(preset.dataset), display=False)
-report.side_by_side(published, measured)
+by = ["dataset", "model", "method", "epsilon"]
+found = report.Sources(paper.table(2), evidence.chosen("table2", by), runs, scale)
+report.tables(found)
+
+# %% tags=["hide-input"]
+networks.level(runs, data.load(preset.dataset).train.num_classes)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy against epsilon for Self-Aug and DP-MixSelf from scratch, a panel a source"}}
+plots.accuracy_plot(found)
 
 # %% [markdown]
-# The upper block is {glue:text}`table2_beside` from the paper, the lower one {glue:text}`table2_dataset` here, over {glue:text}`table2_n` seeds.
-
-# %% tags=["hide-input"]
-report_network.level(runs, data.load(preset.dataset).train.num_classes)
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy against epsilon for Self-Aug and DP-MixSelf from scratch, published above and measured below"}}
-plots.accuracy_plot(runs, published)
-
-# %% [markdown]
-# *Test accuracy against ε, published above and measured below: the mean over the seeds, with bars of one standard deviation.*
+# *Test accuracy against ε: the mean over the seeds, with bars of one standard deviation; a panel a source, each with a scale of its own.*
 #
-# ## Differences on the same draws
+# ## What holds, and what does not
 #
-# Both methods of a seed start from the same weights and see the same Poisson batches and the same crops. Each cell is the mean difference in percentage points, with a 95 % interval by Student's t over the seeds. With
-# three seeds an interval is wide.
+# Both methods of a seed start from the same weights and see the same batches and the same crops. The difference in points is averaged over ε within a seed ({doc}`/deviations` states the rule).
 
 # %% tags=["hide-input"]
-pairs = [("mix-self", "self-aug")]
-differences = report.paired(runs, pairs)
-report.show_paired(differences)
-
-# %% [markdown]
-# ## What agrees, and what does not
-
-# %% tags=["hide-input"]
-report.agreement(differences, report.published_gaps(published, pairs))
+verdicts.page(found, [Comparison("mix-self", "self-aug")])
 
 # %% [markdown]
 # The margins of the paper are near the standard deviation of a demo of this size over its seeds. And in so few steps, a method that learns slowly at first looks bad, whatever it would reach in the end. The comparison at the paper's length needs
 # a GPU.
-#
-# ## CIFAR-10 itself, cut down
-#
-# Runs that are not repeated when the book is built: the same code on the paper's own data, with a small network and few steps, on two CPU cores. Their results came with the repository
-# (`data/results/table2_cifar10`). The images are a JPEG copy, so accuracies may differ a little from those on the lossless original.
-
-# %% tags=["hide-input"]
-small = grids.reference("table2_cifar10")
-report.provenance_note(small.assign(dataset="CIFAR-10 (JPEG)"))
-
-# %% tags=["hide-input"]
-report_network.as_run(small)
-
-# %% [markdown]
-# *Training views of an example, expected batch, steps, noise and the test accuracy of the last step in percent, mean (standard deviation) over n seeds. In so few steps such a network learns little; guessing gives 10 %.*
 #
 # ## Privacy
 #
@@ -138,7 +108,7 @@ report.privacy_table(runs)
 # ## Cost
 
 # %% tags=["hide-input"]
-report_network.cost(runs, ["method", "k_base", "k_self"])
+report.cost_table(runs.assign(model=runs["method"]))
 
 # %% [markdown]
 # ## Run it again

@@ -14,8 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpmix import models
-from dpmix.core import checks, clipping, heads, views
+from dpmix.companion import grids, paper
+from dpmix.companion.report import label
+from dpmix.core import checks, clipping, heads, rng, views
 from dpmix.core.transforms import as_float
+from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec, mechanism
 
@@ -73,9 +76,9 @@ def timings(
 ) -> pd.DataFrame:
     """Time `steps` steps of each named pass, `repeats` times, after one that is not counted; repeats alternate.
 
-    One row a pass and repeat: `heads`, `views` per example, `views_per_second`, `seconds` of a whole run at that rate
-    (T steps, expected batches), the shares `views`, `encoder`, `clipping`, `noise` of the time, and `floor`: the views per
-    second of the encoder alone, fed with ready-made images.
+    One row a pass (`method`) and repeat (`seed`): `heads`, `views` per example, `views_per_second`, `seconds` of a whole run
+    at that rate (T steps, expected batches), the shares `views`, `encoder`, `clipping`, `noise` of the time, and `floor`:
+    the views per second of the encoder alone, fed with ready-made images.
     """
     compute = compute or ComputeFlags(progress=False)
     checks.whole("steps", steps, 1)
@@ -93,9 +96,18 @@ def timings(
             expected = m.steps * specs[0].batch_size * each
             shares = {part: seconds / spent for part, seconds in done.seconds.items()}
             rate = done.views / spent
-            rows.append({"name": name, "repeat": repeat, "heads": len(bank), "views of an example": each,
-                         "views_per_second": rate, "seconds": expected / rate, **shares,
-                         "floor": _encoder_alone(material, each, compute)})  # fmt: skip
+            rows.append(
+                {
+                    "method": name,
+                    "seed": repeat,
+                    "heads": len(bank),
+                    "views of an example": each,
+                    "views_per_second": rate,
+                    "seconds": expected / rate,
+                    **shares,
+                    "floor": _encoder_alone(material, each, compute),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -125,13 +137,66 @@ def _bank(specs: Sequence[RunSpec], compute: ComputeFlags) -> tuple[passes.Mater
 
 
 def _train(
-    material: passes.Material, bank: Sequence[heads.Head], m: Mechanism, spec: RunSpec, steps: int,
-    compute: ComputeFlags, observe: heads.Observer | None = None,
-) -> heads.Bank:  # fmt: skip
+    material: passes.Material,
+    bank: Sequence[heads.Head],
+    m: Mechanism,
+    spec: RunSpec,
+    steps: int,
+    compute: ComputeFlags,
+    observe: heads.Observer | None = None,
+) -> heads.Bank:
     train = material.train
     return heads.train_heads(
-        _encoder(material), train.images, train.labels, bank, num_classes=train.num_classes,
-        expected_batch=spec.batch_size, steps=steps, sample_rate=m.sample_rate, seed=passes.training_seed(spec),
-        identity=passes.stream(spec), public=material.public, ids=material.ids, observe=observe,
-        physical_batch=compute.physical_batch or 128, device=compute.where(), progress=compute.progress,
-    )  # fmt: skip
+        _encoder(material),
+        train.images,
+        train.labels,
+        bank,
+        num_classes=train.num_classes,
+        expected_batch=spec.batch_size,
+        steps=steps,
+        sample_rate=m.sample_rate,
+        seed=passes.training_seed(spec),
+        identity=passes.stream(spec),
+        public=material.public,
+        ids=material.ids,
+        observe=observe,
+        physical_batch=compute.physical_batch or 128,
+        device=compute.where(),
+        progress=compute.progress,
+    )
+
+
+def without_private(methods: Sequence[str], dataset: str, model: str, image_size: int | None = None) -> pd.DataFrame:
+    """The clipped sum of 64 private examples under a head with random weights, and how far it moves when all their pixels
+    become noise and all their labels change: by nothing for a method whose views hold no private pixel.
+
+    RuntimeError if it moves for "pure-mix-diff", or does not move for another method.
+    """
+    encoder = models.encoder(paper.ENCODERS.get(model, model), image_size=image_size)
+    train = data.load(dataset).train
+    public = data.public_images(dataset, like=train)
+    ids, one = torch.arange(64), torch.ones(1)
+    draw = rng.generator(0, "table12")
+    weights = torch.from_numpy(draw.standard_normal((1, train.num_classes, encoder.dim))).float()
+    noise = torch.from_numpy(draw.integers(0, 256, train.images[ids].shape, dtype="uint8"))
+    rows = {}
+    for method in methods:
+        recipe = grids.recipe(method, dataset).for_data(train.flip)
+        sums = []
+        for images, shift in ((train.images[ids], 0), (noise, 1)):
+            labels = (train.labels[ids] + shift) % train.num_classes
+            made = views.make_views(
+                images, labels, ids, recipe, num_classes=train.num_classes, seed=0, step=0, public=public
+            )
+            features = encoder.features(made.images.flatten(0, 1)).unflatten(0, made.images.shape[:2])
+            even = one.expand(1, recipe.views) / recipe.views
+            bias = torch.zeros(1, train.num_classes)
+            sums.append(clipping.clipped_head_sums(features, made.targets, weights, bias, one, even).weights)
+        moved = (sums[1] - sums[0]).norm().item()
+        if (moved == 0) != (method == "pure-mix-diff"):
+            raise RuntimeError(
+                f"{method}: the clipped sum moves by {moved:.2g}; the argument of this page does not hold"
+            )
+        length = {"length of the clipped sum": f"{sums[0].norm().item():.2f}"}
+        rows[label(method)] = length | {"moves by": f"{moved:.2f}" if moved else "0, not a bit"}
+    return pd.DataFrame(rows).T

@@ -104,9 +104,9 @@ def between(a: Num[Tensor, "n C H W"], b: Num[Tensor, "m C H W"], encoder: model
     return distance(statistics(a, encoder), statistics(b, encoder))
 
 
-def encoder(name: str) -> models.Encoder:
+def encoder(name: str, image_size: int | None = None) -> models.Encoder:
     """ "inceptionv3", whose distance is the FID proper, or any encoder of `models` by name."""
-    return inception() if name == INCEPTION else models.encoder(name)
+    return inception() if name == INCEPTION else models.encoder(name, image_size=image_size)
 
 
 class _Pooled(nn.Module):

@@ -11,24 +11,33 @@ import torch
 from tqdm import tqdm
 
 from dpmix import models
-from dpmix.companion import fid
+from dpmix.companion import fid, paper
 from dpmix.companion.grids import recipe
+from dpmix.companion.report import told
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
 from dpmix.runs import experiments, passes
 from dpmix.runs.spec import ComputeFlags, files_of
 
 FidRows = Callable[[data.Splits, models.Encoder, int, torch.device], list[dict[str, Any]]]
+WORDS = {"test": "training and test", "diffusion": "training and synthetic", "train": "training and training"}
 
 
 def fid_of_methods(
-    methods: Sequence[str], *, dataset: str, encoders: Sequence[str], seeds: Sequence[int], examples: int | None = None,
+    methods: Sequence[str],
+    *,
+    dataset: str,
+    encoders: Sequence[str],
+    seeds: Sequence[int],
+    examples: int | None = None,
+    image_size: int | None = None,
     compute: ComputeFlags | None = None,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Table 7: the Fréchet distance of one epoch of a method's views to the training and to the test images.
 
-    One row an encoder, seed, method and reference ("train", "test"): `fid`, and `n`, the number of views. `seed` keys the
-    views; `examples` bounds how many training examples give views (None: all). Kept in the store.
+    One row a `model` (the encoder), seed, method and reference ("train", "test"): `distance` (times 1,000 where features
+    have unit norm), and `n`, the number of views. `seed` keys the views; `examples` bounds how many training examples give
+    views (None: all). Kept in the store.
     """
     compute = compute or ComputeFlags()
 
@@ -40,8 +49,8 @@ def fid_of_methods(
         union = views.make_union(recipes)
         seen = [fid.Running() for _ in methods]
         for ids in tqdm(torch.arange(len(train)).split(64), "views", disable=not compute.progress):
-            made = union.make(train.images[ids].to(device), train.labels[ids].to(device), ids, seed=seed, step=0,
-                              num_classes=train.num_classes, public=public)  # fmt: skip
+            images, labels = train.images[ids].to(device), train.labels[ids].to(device)
+            made = union.make(images, labels, ids, seed=seed, step=0, num_classes=train.num_classes, public=public)
             features = encoder.features(made.images.flatten(0, 1)).reshape(len(ids), union.views, -1)
             for running, weights in zip(seen, union.weights, strict=True):
                 running.add(features[:, weights.to(device) > 0].flatten(0, 1))
@@ -49,22 +58,28 @@ def fid_of_methods(
         references = {"train": splits.train, "test": splits.test}
         against = {name: fid.statistics(s.images.split(512), encoder) for name, s in references.items()}
         return [
-            {"method": method, "reference": name, "n": own.n, "fid": fid.distance(own, other)}
-            for method, own in zip(methods, found, strict=True) for name, other in against.items()
-        ]  # fmt: skip
+            {"method": method, "reference": name, "n": own.n, "distance": fid.distance(own, other)}
+            for method, own in zip(methods, found, strict=True)
+            for name, other in against.items()
+        ]
 
     what = {"table": 7, "recipes": {m: repr(recipe(m, dataset)) for m in methods}, "examples": examples}
-    return _fid_rows(what, rows, dataset, encoders, seeds, compute)
+    return _distances(what, rows, dataset, encoders, seeds, image_size, compute)
 
 
 def fid_of_sets(
-    *, dataset: str, encoders: Sequence[str], seeds: Sequence[int], compute: ComputeFlags | None = None
+    *,
+    dataset: str,
+    encoders: Sequence[str],
+    seeds: Sequence[int],
+    image_size: int | None = None,
+    compute: ComputeFlags | None = None,
 ) -> pd.DataFrame:
     """Table 8: the Fréchet distance of the training images to the test and to the synthetic images.
 
-    One row an encoder, seed and `compared` ("test", "diffusion", "train"). `fid` is between samples of `n` images each, the
-    same n for all, so that they share one bias; for "train" it is between two disjoint samples of the training images: the
-    bias itself. `fid_all` is between the whole sets (nan for "train"). `seed` keys the samples. Kept in the store.
+    One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same n
+    for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
+    `whole` is between the whole sets (nan for those two samples). `seed` keys the samples. Kept in the store.
     """
     compute = compute or ComputeFlags()
 
@@ -77,13 +92,13 @@ def fid_of_sets(
         own = _gaussian(features["train"][order["train"][:n]])
         found = []
         for name, f in features.items():
-            chosen = order[name][n : 2 * n] if name == "train" else order[name][:n]
+            sample = order[name][n : 2 * n] if name == "train" else order[name][:n]
             whole = float("nan") if name == "train" else fid.distance(_gaussian(features["train"]), _gaussian(f))
-            near = fid.distance(own, _gaussian(f[chosen]))
-            found.append({"compared": name, "n": n, "fid": near, "fid_all": whole})
+            near = fid.distance(own, _gaussian(f[sample]))
+            found.append({"method": WORDS[name], "n": n, "distance": near, "whole": whole})
         return found
 
-    return _fid_rows({"table": 8}, rows, dataset, encoders, seeds, compute)
+    return _distances({"table": 8}, rows, dataset, encoders, seeds, image_size, compute)
 
 
 def _gaussian(features: torch.Tensor) -> fid.Statistics:
@@ -92,22 +107,29 @@ def _gaussian(features: torch.Tensor) -> fid.Statistics:
     return running.statistics()
 
 
-def _fid_rows(
-    what: dict, rows: FidRows, dataset: str, encoders: Sequence[str], seeds: Sequence[int], compute: ComputeFlags
+def _distances(
+    what: dict,
+    rows: FidRows,
+    dataset: str,
+    encoders: Sequence[str],
+    seeds: Sequence[int],
+    image_size: int | None,
+    compute: ComputeFlags,
 ) -> pd.DataFrame:
     """`rows` for each encoder and seed, from the store where they are there, with the columns of a provenance."""
     device, store = compute.where(), experiments.Store().folder / "fid"
-    size = 224 if dataset in passes.SCALED else None  # what images of several sizes get anyway, and ViT-B-16 takes
-    splits = data.load(dataset, compute.root, image_size=size, cache=compute.cache)
+    decoded = (image_size or 224) if dataset in passes.SCALED else None  # 224: what ViT-B-16 takes
+    splits = data.load(dataset, compute.root, image_size=decoded, cache=compute.cache)
     images = {"splits": splits.digest, "files": files_of(dataset, compute.root, True)}
-    code = hashlib.sha256(Path(fid.__file__).read_bytes()).hexdigest()
+    code = files.digest(*(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (fid.__file__, __file__)))
     # On a GPU too: distances between sets of images are small beside what bfloat16 rounds away.
     dtype = torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
-    loaded = [fid.encoder(name).to(device, dtype) for name in encoders]
+    loaded = [fid.encoder(paper.ENCODERS.get(name, name), image_size).to(device, dtype) for name in encoders]
     frames = []
     for name, encoder in zip(encoders, loaded, strict=True):
         for seed in seeds:
-            asked = json.dumps({**what, "encoder": name, "seed": seed, "dataset": dataset}, sort_keys=True)
+            shared = {"model": name, "seed": seed, "dataset": dataset}
+            asked = json.dumps({**what, **shared, "image_size": image_size}, sort_keys=True)
             path = store / f"{files.digest(asked, code, experiments.code_digest())[:32]}.json"
             content = files.read_json(path)
             if content is not None and not content["about"].items() >= images.items():  # they have changed
@@ -117,10 +139,10 @@ def _fid_rows(
                 about = passes.provenance(device, splits.digest) | images
                 content = {"rows": rows(splits, encoder, seed, device), "about": about}
                 files.write_json(path, content)
-            about, shared = content["about"], {"encoder": name, "seed": seed, "dataset": dataset}
-            commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-            v = about["versions"]
-            versions = f"dpmix {v['dpmix']}{commit}, torch {v['torch']}, numpy {v['numpy']}, scipy {v['scipy']}"
-            told = {"date": about["date"], "device": about["device"], "versions": versions}
-            frames.append(pd.DataFrame([{**shared, **dict(sorted(row.items())), **told} for row in content["rows"]]))
-    return pd.concat(frames, ignore_index=True)
+            here = shared | told(content["about"])
+            frames.append(pd.DataFrame([{**here, **dict(sorted(row.items()))} for row in content["rows"]]))
+    found = pd.concat(frames, ignore_index=True)
+    small = found["model"].str.startswith("tiny")
+    for column in {"distance", "whole"} & set(found):
+        found[column] = found[column].where(~small, 1000 * found[column])
+    return found

@@ -156,7 +156,7 @@ def _read(name: str) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the published numbers are in a clone of dpmix (pip install -e .)")
     frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    return frame.astype({c: "float64" for c in ("mean", "std", "value") if c in frame})
+    return frame.astype({c: "float64" for c in ("mean", "std", "bound") if c in frame})
 
 
 def table(n: int) -> pd.DataFrame:
@@ -176,5 +176,6 @@ def figure2() -> pd.DataFrame:
 
 
 def claims() -> pd.DataFrame:
-    """What the prose claims, in our words: `claim` (key), `place`, `table`, `value` and `unit` (or NaN), `text`."""
+    """The empirical claims of the prose, in our words: `claim` (key), `section`, `table`, the methods `first` and `second`,
+    `kind` ("published": the sign of the published difference; "no gain": at most `bound`), `where` and `text`."""
     return _read("claims")

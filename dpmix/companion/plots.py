@@ -6,73 +6,89 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 
-from dpmix.companion.grids import STANDS_FOR
-from dpmix.companion.report import label, spread, summary
+from dpmix.companion.report import Sources, label, summary
+from dpmix.core import transforms, views
+from dpmix.images import data
 
 PALETTE = "colorblind"
 
 
-def accuracy_plot(runs: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
-    """Test accuracy against ε, a panel an encoder: mean over the seeds, bars of one standard deviation."""
-    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.95)
-    models = list(dict.fromkeys(runs["model"]))
-    methods = list(dict.fromkeys(runs["method"]))
-    colours = dict(zip(methods, sns.color_palette(PALETTE, len(methods)), strict=True))
-    rows = 1 if published is None else 2
-    figure, axes = plt.subplots(rows, len(models), figsize=(4.6 * len(models), 3.4 * rows), sharex=True, squeeze=False)
-    for col, model in enumerate(models):
-        sources = [("measured here", summary(runs[runs["model"] == model], ["method", "epsilon"]))]
-        if published is not None:
-            twin = published[published["model"] == STANDS_FOR.get(model, model)]
-            sources.insert(0, ("published", twin))
-        for row, (source, table) in enumerate(sources):
-            ax = axes[row][col]
-            for marker, method in zip("osD^vPX*", methods, strict=False):
-                line = table[table["method"] == method].sort_values("epsilon")
-                ax.errorbar(line["epsilon"], line["mean"], line["std"], marker=marker, ms=5, capsize=2, color=colours[method],
-                            label=label(method), lw=1.4)  # fmt: skip
-            ax.set(title=f"{label(STANDS_FOR.get(model, model) if source == 'published' else model)}, {source}",
-                   ylabel="test accuracy (%)", xscale="log")  # fmt: skip
-            ticks = sorted(set(runs["epsilon"]))
-            ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-            ax.minorticks_off()
-    for ax in axes[-1]:
-        ax.set_xlabel("ε (δ = 1e-5)")
-    handles, names = axes[-1][0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="lower center", ncol=min(3, len(names)), frameon=False, bbox_to_anchor=(0.5, -0.08)
-    )
-    figure.tight_layout()
+def _panels(s: Sources, split: Sequence[str], by: Sequence[str], value: str) -> list[tuple[str, pd.DataFrame]]:
+    """A title and the means of each source, data set and what else is in `split`."""
+    found, s = [], s.twins()
+    for source, table in ({"published": s.published} | s.runs()).items():
+        here = [c for c in split if c in table]
+        means = table if source == "published" else summary(table, list(dict.fromkeys([*here, *by])), value)
+        for names, part in means.groupby(here, sort=False) if here else [((), means)]:
+            words = [label(n) for n in (names if isinstance(names, tuple) else (names,))]
+            found.append((f"{', '.join(words)}\n{source}", part))
+    return found
+
+
+def _figure(count: int, wide: float, tall: float) -> tuple[Figure, list]:
+    """Axes for `count` panels, at most three a row; those that are left over are blank."""
+    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85)
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, tall * rows + 0.6), squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def _finish(figure: Figure, legend: dict[str, Any] | None = None) -> Figure:
+    if legend:
+        figure.legend(legend.values(), legend.keys(), loc="lower center", ncol=min(4, len(legend)), frameon=False)
+    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight() if legend else 0, 1, 1))
     plt.close(figure)
     return figure
 
 
-def bar_plot(panels: dict[str, pd.DataFrame]) -> Figure:
-    """Accuracies as bars, a panel a source (`method`, `mean`, `std`), one below the other: bars of one deviation, in words
-    too, since differences of a point do not show on bars that start at zero. A colour a method."""
-    sns.set_theme(style="whitegrid", palette=PALETTE)
-    methods = list(dict.fromkeys(m for table in panels.values() for m in table["method"]))
-    colours = dict(zip(methods, sns.color_palette(PALETTE, len(methods)), strict=True))
-    tall = [0.34 * len(table) + 0.8 for table in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(5.6, sum(tall)), height_ratios=tall, sharex=True, squeeze=False
-    )
-    for ax, (title, table) in zip(axes[:, 0], panels.items(), strict=True):
-        names = [label(m) for m in table["method"]]
-        ax.barh(names, table["mean"], xerr=table["std"], color=[colours[m] for m in table["method"]], capsize=2)
-        for row, (mean, std) in enumerate(zip(table["mean"], table["std"], strict=True)):
-            ends = mean + (0 if pd.isna(std) else std) + 1
-            ax.text(ends, row, spread(mean, std), va="center", fontsize=9)
-        ax.set(title=title, xlim=(0, 138))
-        ax.invert_yaxis()
-        ax.grid(visible=False, axis="y")
-        ax.set_xticks(range(0, 101, 20))
-    axes[-1, 0].set_xlabel("test accuracy (%)")
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+def accuracy_plot(s: Sources, split: Sequence[str] = ("dataset", "model")) -> Figure:
+    """Test accuracy against ε, a panel a source, data set and encoder: mean over the seeds, bars of one deviation."""
+    panels = _panels(s, split, ("method", "epsilon"), "accuracy")
+    methods = list(dict.fromkeys(m for _, part in panels for m in part["method"]))
+    look = dict(zip(methods, zip(sns.color_palette(PALETTE, len(methods)), "osD^vPX*" * 3, strict=False), strict=True))
+    figure, axes = _figure(len(panels), 3.3, 2.9)
+    legend = {}
+    for ax, (title, part) in zip(axes, panels, strict=True):
+        for method, line in part.groupby("method", sort=False):
+            colour, marker = look[method]
+            line = line.sort_values("epsilon")
+            style = {"marker": marker, "ms": 4, "capsize": 2, "color": colour, "lw": 1.2}
+            legend[label(method)] = ax.errorbar(line["epsilon"], line["mean"], line["std"], **style)
+        ax.set(title=title, xscale="log", xlabel="ε", ylabel="test accuracy (%)")
+        ticks = sorted(set(part["epsilon"]))
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+        ax.minorticks_off()
+    return _finish(figure, legend)
+
+
+def point_plot(
+    s: Sources,
+    *,
+    unit: str = "test accuracy (%)",
+    line: str = "method",
+    split: Sequence[str] = ("dataset", "model"),
+    value: str = "accuracy",
+) -> Figure:
+    """Means as points with bars of one standard deviation: a panel a source and value of `split`, each with a scale of its
+    own, a row a value of `line`."""
+    panels = _panels(s, split, (line,), value)
+    names = list(dict.fromkeys(n for _, part in panels for n in part[line]))
+    colours = dict(zip(names, sns.color_palette("husl" if len(names) > 10 else PALETTE, len(names)), strict=True))
+    figure, axes = _figure(len(panels), 3.6, 0.26 * max(len(part) for _, part in panels) + 1.1)
+    for ax, (title, part) in zip(axes, panels, strict=True):
+        for row, (name, mean, std) in enumerate(zip(part[line], part["mean"], part["std"], strict=True)):
+            bars = None if pd.isna(std) else std
+            ax.errorbar(mean, row, xerr=bars, fmt="o", ms=5, capsize=3, color=colours[name])
+        ax.set(title=title, ylim=(len(part) - 0.5, -0.5), xlabel=unit)
+        ax.set_yticks(range(len(part)), [label(n) for n in part[line]])
+        ax.margins(x=0.15)
+    return _finish(figure)
 
 
 def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
@@ -91,41 +107,25 @@ def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
             if wide.empty:
                 ax.set_axis_off()
                 continue
-            sns.heatmap(wide, ax=ax, annot=True, fmt=".1f", cmap="cividis", cbar=False, square=True, linewidths=1,
-                        vmin=table["mean"].min(), vmax=table["mean"].max(), annot_kws={"size": 12})  # fmt: skip
+            sns.heatmap(
+                wide,
+                ax=ax,
+                annot=True,
+                fmt=".1f",
+                cmap="cividis",
+                cbar=False,
+                square=True,
+                linewidths=1,
+                vmin=table["mean"].min(),
+                vmax=table["mean"].max(),
+                annot_kws={"size": 12},
+            )
             if best["k_diff"] == k_diff:
                 place = wide.columns.get_loc(best["k_self"]), wide.index.get_loc(best["k_base"])
                 ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="#d55e00", lw=3))
             head = f"{title}\n" if row == 0 else ""
             ax.set(title=f"{head}$K_{{diff}}$ = {k_diff}", xlabel="$K_{self}$", ylabel="$K_{base}$")
             ax.tick_params(axis="y", rotation=0)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
-
-
-def point_plot(parts: dict[str, pd.DataFrame], panel: str = "model", line: str = "method", *, unit: str) -> Figure:
-    """Means as points with bars of one standard deviation: a row of panels a source of `parts`, a column a value of
-    `panel`, a line a value of `line`. Every panel has a scale of its own."""
-    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.9)
-    columns = max(table[panel].nunique() for table in parts.values())
-    lines = [list(dict.fromkeys(table[line])) for table in parts.values()]
-    names = list(dict.fromkeys(name for part in lines for name in part))
-    colours = dict(zip(names, sns.color_palette(PALETTE, len(names)), strict=True))
-    tall = [0.32 * len(part) + 1.0 for part in lines]
-    figure, axes = plt.subplots(
-        len(parts), columns, figsize=(3.0 * columns + 1.6, sum(tall)), height_ratios=tall, squeeze=False
-    )
-    for row, (source, table), order in zip(axes, parts.items(), lines, strict=True):
-        for ax, (value, part) in zip(row, table.groupby(panel, sort=False), strict=False):
-            for name, mean, std in zip(part[line], part["mean"], part["std"], strict=True):
-                ax.errorbar(mean, order.index(name), xerr=None if pd.isna(std) else std, fmt="o", ms=6, capsize=3,
-                            color=colours[name])  # fmt: skip
-            ax.set(title=f"{label(value)}\n{source}", ylim=(len(order) - 0.5, -0.5), xlabel=unit)
-            ax.set_yticks(range(len(order)), [label(n) for n in order] if ax is row[0] else [""] * len(order))
-            ax.margins(x=0.15)
-        for ax in row[table[panel].nunique() :]:
-            ax.set_axis_off()
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -156,3 +156,42 @@ def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 
         top -= max(1, -(-len(images) // columns)) * (side + line * deep + 0.12)
     plt.close(figure)
     return figure
+
+
+def view_sheet(dataset: str, added: Sequence[str], example: int = 0, columns: int = 6) -> Figure:
+    """Views of one training example under crop and flip alone, and with each added transformation."""
+    train = data.load(dataset).train
+    ids = torch.tensor([example])
+    base = "crop-flip" if train.flip else transforms.without_flip("crop-flip")
+    sheet = []
+    for extra in ("", *added):
+        recipe = views.Recipe(k_base=columns, transform=f"{base}+{extra}" if extra else base)
+        images, labels = train.images[ids], train.labels[ids]
+        made = views.make_views(images, labels, ids, recipe, num_classes=train.num_classes, seed=0, step=0)
+        alone = "crop and flip" if train.flip else "crop alone"
+        sheet.append((f"{alone}, then {label(extra)}" if extra else alone, made.images[0], [""] * columns))
+    return picture_rows(sheet, columns)
+
+
+def effects_plot(found: pd.DataFrame) -> Figure:
+    """The ledger as a picture: each claim's published effect (a ring) and the measured one with its interval (a dot), in
+    points; ratios as a logarithm, in per cent. The scale is linear within five and logarithmic beyond."""
+    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85)
+    shown = found[found["published"].notna() | found["difference"].notna()].iloc[::-1].reset_index(drop=True)
+    words = {"holds": 2, "no effect": 0, "contradicted": 3, "undecided": 7, "not run": 7}
+    colours = {w: sns.color_palette(PALETTE)[i] for w, i in words.items()}
+    figure, ax = plt.subplots(figsize=(6.4, 0.25 * len(shown) + 1.2))
+    legend: dict[str, Any] = {}
+    for place, r in enumerate(shown.itertuples()):
+        word = next(w for w in words if str(r.verdict).startswith(w))
+        published, mean, low, high = (100 * x if r.ratio else x for x in (r.published, r.difference, r.low, r.high))
+        legend["published"] = ax.plot(published, place, "o", ms=7, mfc="none", color="0.35")[0]
+        if word != "not run":
+            bars = [[mean - low], [high - mean]]
+            legend[word] = ax.errorbar(mean, place, xerr=bars, fmt="o", ms=4, capsize=2, color=colours[word])
+    ax.axvline(0, color="0.4", lw=1)
+    ax.set_xscale("symlog", linthresh=5)
+    ax.set_xticks([-50, -5, 0, 5, 50], ["-50", "-5", "0", "5", "50"])
+    ax.set(xlabel="difference in points (ratios: logarithm, %)", ylim=(-0.7, len(shown) - 0.3))
+    ax.set_yticks(range(len(shown)), shown["key"])
+    return _finish(figure, legend)

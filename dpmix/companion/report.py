@@ -1,25 +1,32 @@
-"""What notebooks show. Published beside measured, paired differences, privacy and cost tables, plots, prose.
+"""What notebooks show: small tables under captions (published, real data, made now), privacy and cost, where numbers come from.
 
-Every number here comes from the results or from `data/paper`; the sentences are put together from them.
+Every number here comes from results or from `data/paper`; the sentences are put together from them. No table has more
+columns than a telephone is wide.
 """
 
+import html
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
-from scipy import stats
 
-from dpmix.companion.grids import LABELS
+from dpmix.companion.grids import LABELS, STANDS_FOR
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags
 
 
 def label(name: Any) -> str:
-    """How a key is printed; "self-aug+jitter" is put together."""
-    base, _, extra = str(name).partition("+")
-    return f"{LABELS.get(base, base)} + {LABELS.get(extra, extra)}" if extra else LABELS.get(base, base)
+    """How a key is printed; "self-aug+jitter" and "self-aug@0.05" are put together."""
+    name, _, c = str(name).partition("@")
+    base, _, extra = name.partition("+")
+    said = f"{LABELS.get(base, base)} + {LABELS.get(extra, extra)}" if extra else LABELS.get(base, base)
+    return f"{said}, C = {c}" if c else said
+
+
+def entry(column: str, value: Any) -> str:
+    """How the value of a column is printed."""
+    return f"ε = {value:g}" if column == "epsilon" else label(value)
 
 
 def spread(mean: float, std: float | None = None, digits: int = 1) -> str:
@@ -35,203 +42,160 @@ def summary(runs: pd.DataFrame, by: Sequence[str], value: str = "accuracy") -> p
     return grouped.agg(mean="mean", std="std", n="count").reset_index()
 
 
-def block(
-    table: pd.DataFrame, rows: Sequence[str] = ("method",), columns: Sequence[str] = ("model", "epsilon")
-) -> pd.DataFrame:
-    """A table as the paper prints it: "mean (std)" in cells, rows and columns in the order in which they come."""
-    table = table.assign(cell=[spread(m, s) for m, s in zip(table["mean"], table["std"], strict=True)])
+def pivot(table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], cell: str = "cell") -> pd.DataFrame:
+    """`cell` (text) laid out by `rows` and `columns`, both under their labels and in the order in which they come."""
+    table = table[[*rows, *columns, cell]].copy()
     for name in (*rows, *columns):
-        values = [f"ε = {v:g}" if name == "epsilon" else label(v) for v in table[name]]
+        values = [entry(name, v) for v in table[name]]
         table[name] = pd.Categorical(values, categories=list(dict.fromkeys(values)), ordered=True)
-    wide = table.pivot(index=list(rows), columns=list(columns), values="cell")
-    wide.columns.names = [None] * wide.columns.nlevels
-    wide.index.names = [None] * wide.index.nlevels
-    return wide.fillna("–")
+    wide = table.pivot(index=list(rows), columns=list(columns), values=cell).astype(object).fillna("–")
+    if len(rows) == 1:
+        wide.index = pd.Index(wide.index.astype(object).tolist())
+    if len(columns) == 1:
+        wide.columns = pd.Index([c[-1] if isinstance(c, tuple) else c for c in wide.columns.tolist()])
+    wide.columns.names, wide.index.names = [None] * wide.columns.nlevels, [None] * wide.index.nlevels
+    return wide
 
 
-def side_by_side(
-    published: pd.DataFrame, measured: pd.DataFrame, *, rows: Sequence[str] = ("method",),
-    columns: Sequence[str] = ("model", "epsilon"),
-) -> pd.DataFrame:  # fmt: skip
-    """The published block and the measured one, one above the other in the rows' first level, so that a narrow page shows
-    both. Networks that differ become rows; blocks that differ in their only level of columns stand next to each other."""
-    if len(columns) > 1 and set(published[columns[0]]) != set(measured[columns[0]]):
-        rows, columns = (columns[0], *rows), columns[1:]
-    parts = {"published": published, "measured here": measured}
-    blocks = {name: block(part, rows, columns) for name, part in parts.items()}
-    if len(columns) > 1 or columns[0] == "epsilon":
-        for table in blocks.values():
-            table.columns = pd.Index(table.columns.tolist())
-        return pd.concat(blocks).fillna("–")
-    return pd.concat(blocks, axis=1).fillna("–")
-
-
-def paired(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[str] = ("model", "epsilon"),
-           level: float = 0.95) -> pd.DataFrame:  # fmt: skip
-    """Differences in accuracy (percentage points) between two methods on the same seed, hence on the same draws.
-
-    `low` and `high` bound the mean difference with confidence `level` by Student's t over the seeds: with three seeds
-    the interval is wide, and honest. No correction for the number of comparisons.
-    """
-    rows = []
-    for better, worse in pairs:
-        wide = runs[runs["method"].isin([better, worse])].pivot(
-            index=[*by, "seed"], columns="method", values="accuracy"
-        )
-        if better not in wide or worse not in wide:
-            continue
-        for condition, gap in (wide[better] - wide[worse]).dropna().groupby(level=list(by), sort=False, dropna=False):
-            n, mean, std = len(gap), gap.mean(), gap.std()
-            half = stats.t.ppf((1 + level) / 2, n - 1) * std / n**0.5 if n > 1 else np.nan
-            names = condition if isinstance(condition, tuple) else (condition,)
-            rows.append({**dict(zip(by, names, strict=True)), "better": better, "worse": worse, "difference": mean,
-                         "low": mean - half, "high": mean + half, "n": n})  # fmt: skip
-    return pd.DataFrame(rows, columns=[*by, "better", "worse", "difference", "low", "high", "n"])
-
-
-def show_paired(differences: pd.DataFrame) -> pd.DataFrame:
-    """`paired` for reading: a row a model and comparison, a column an epsilon, "difference [low, high]" in the cells."""
-    cells = [f"{d:+.1f} [{lo:+.1f}, {hi:+.1f}]" for d, lo, hi in differences[["difference", "low", "high"]].to_numpy()]
-    names = [f"{label(a)} − {label(b)}" for a, b in zip(differences["better"], differences["worse"], strict=True)]
-    table = differences.assign(mean=cells, comparison=names)
-    table["model"] = [label(m) for m in table["model"]]
-    table["epsilon"] = [f"ε = {e:g}" for e in table["epsilon"]]
-    wide = table.pivot(index=["model", "comparison"], columns="epsilon", values="mean")
-    order = [row for m in dict.fromkeys(table["model"]) for n in dict.fromkeys(names) if (row := (m, n)) in wide.index]
-    wide = wide.reindex(
-        index=pd.MultiIndex.from_tuples(order, names=[None, None]), columns=list(dict.fromkeys(table["epsilon"]))
-    )
-    wide.columns.name = None
-    return wide.fillna("–")
-
-
-def published_gaps(
-    published: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: Sequence[str] = ("model", "epsilon")
+def block(
+    table: pd.DataFrame, rows: Sequence[str] = ("method",), columns: Sequence[str] = ("epsilon",), digits: int = 1
 ) -> pd.DataFrame:
-    """The same differences between published means; the paper gives no interval for them."""
-    wide = published.pivot(index=list(by), columns="method", values="mean")
-    rows = [
-        {"better": a, "worse": b, "difference": gap}
-        for a, b in pairs if a in wide and b in wide for gap in (wide[a] - wide[b]).dropna()
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["better", "worse", "difference"])
+    """A table as the paper prints it: "mean (std)" in the cells."""
+    cells = [spread(m, s, digits) for m, s in zip(table["mean"], table["std"], strict=True)]
+    return pivot(table.assign(cell=cells), rows, columns)
 
 
-def agreement(differences: pd.DataFrame, gaps: pd.DataFrame) -> Markdown:
-    """What agrees with the published ordering and what does not, a sentence for each comparison, from the numbers."""
-    lines = []
-    for (better, worse), found in differences.groupby(["better", "worse"], sort=False):
-        said = gaps[(gaps["better"] == better) & (gaps["worse"] == worse)]["difference"]
-        up, down = int((found["low"] > 0).sum()), int((found["high"] < 0).sum())
-        n = len(found)
-        mean = found["difference"].mean()
-        cells = "cell" if n == 1 else "cells"
-        text = f"- **{label(better)} against {label(worse)}.** "
-        expected = 0.0
-        if len(said):
-            expected = said.mean()
-            above = int((said > 0).sum())
-            text += f"Published: ahead in {above} of {len(said)} cells, by {expected:+.1f} points on average. "
-        text += (f"Measured here: {mean:+.1f} points on average over {n} {cells}; the interval lies above zero in {up}, "
-                 f"below zero in {down} and holds zero in {n - up - down}. ")  # fmt: skip
-        if not len(said):
-            verdict = "The paper has no such comparison."
-        elif up == down == 0:
-            verdict = "These runs **do not decide** it."
-        elif (up > 0 and down > 0) or (up - down) * expected < 0:
-            verdict = (
-                "This does **not agree** with the published ordering."
-                if not (up and down)
-                else "The cells **disagree** with each other."
-            )
-        else:
-            verdict = f"Where the runs decide ({up + down} of {n}), they **agree** with the published ordering."
-        lines.append(text + verdict)
-    return Markdown("\n".join(lines) or "There are no two methods here to compare.")
+class Tables(list[tuple[str, pd.DataFrame]]):
+    """Small tables, each under its caption: HTML where a page is drawn, text elsewhere."""
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><strong>{html.escape(c)}</strong></p>{t.to_html(border=0)}" for c, t in self]
+        return f"<div>{''.join(parts)}</div>"
+
+    def __repr__(self) -> str:
+        return "\n\n".join(f"{c}\n{t.to_string()}" for c, t in self)
 
 
-def chosen_rates(chosen: pd.DataFrame, grid: Sequence[float], by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """The learning rate that validation chose (in units of 1/C), for each condition; marked where it ends the grid."""
-    unit = (chosen["learning_rate"] * chosen["clip_norm"]).round(10)
+class Sources(NamedTuple):
+    """What a page shows, in this order: `published`, `real` (runs that came with the repository), `made` (now, at `scale`).
+
+    `published` has `mean` and `std`; the other two a row a run, and may be empty.
+    """
+
+    published: pd.DataFrame
+    real: pd.DataFrame
+    made: pd.DataFrame
+    scale: str = "demo"
+
+    def runs(self) -> dict[str, pd.DataFrame]:
+        """The two frames of runs that are there, under the words for them."""
+        words = {"real data": self.real, f"made now, {self.scale} scale": self.made}
+        return {name: frame for name, frame in words.items() if len(frame)}
+
+    def twins(self) -> "Sources":
+        """With the published rows alone of the data sets, or their stand-ins, and of the budgets that the runs have."""
+        table, frames = self.published, [f for f in (self.real, self.made) if len(f)]
+        sets = {STANDS_FOR.get(d, d) for f in frames for d in f["dataset"]}
+        if "dataset" in table and sets & set(table["dataset"]):
+            table = table[table["dataset"].isin(sets)]
+        if "epsilon" in table:
+            table = table[table["epsilon"].isin({e for f in frames for e in f["epsilon"]})]
+        return self._replace(published=table)
+
+
+def tables(
+    s: Sources,
+    *,
+    rows: Sequence[str] = ("method",),
+    columns: Sequence[str] = ("epsilon",),
+    split: Sequence[str] = ("dataset", "model"),
+    value: str = "accuracy",
+    digits: int = 1,
+) -> Tables:
+    """Published | real data | made now: a table for each data set and model, those of one data set together."""
+    s, found = s.twins(), []
+    order = {"cifar10": 0}
+    parts = {"published": s.published} | s.runs()
+    for place, (source, table) in enumerate(parts.items()):
+        here = [c for c in split if c in table]
+        if source != "published":
+            table = summary(table, list(dict.fromkeys([*here, *rows, *columns])), value)
+        for names, part in table.groupby(here, sort=False) if here else [((), table)]:
+            known = dict(zip(here, names if isinstance(names, tuple) else (names,), strict=True))
+            data = known.get("dataset", "")
+            group = (source.startswith("made"), order.setdefault(STANDS_FOR.get(data, data), len(order)), place)
+            words = [source, *(entry(c, v) for c, v in known.items())]
+            words += [f"n = {int(part['n'].min())}"] if "n" in part else []
+            found.append((group, ", ".join(words), block(part, rows, columns, digits)))
+    return Tables((f"{c[:1].upper()}{c[1:]}", t) for _, c, t in sorted(found, key=lambda f: f[0]))
+
+
+def chosen_rates(
+    chosen: pd.DataFrame, grid: Sequence[float] | None = None, rows: Sequence[str] = ("method",)
+) -> Tables:
+    """The learning rate that validation chose (in units of 1/C), a table a model; marked where it ends the grid."""
+    table = chosen.assign(rate=(chosen["learning_rate"] * chosen["clip_norm"]).round(10))
+    grid = sorted(set(table["rate"])) if grid is None else grid
     ends = {min(grid), max(grid)} if len(grid) > 2 else set()
-    table = chosen.assign(mean=unit, std=None).drop_duplicates([*by, "model", "epsilon"])
-    cells = [f"{m:g}{' *' if m in ends else ''}" for m in table["mean"]]
-    out = block(table, rows=by)
-    text = table.assign(cell=cells)
-    for name in (*by, "model", "epsilon"):
-        text[name] = [f"ε = {v:g}" if name == "epsilon" else label(v) for v in text[name]]
-    wide = text.pivot(index=list(by), columns=["model", "epsilon"], values="cell")
-    wide.index.names, wide.columns.names = [None] * wide.index.nlevels, [None] * wide.columns.nlevels
-    return wide.reindex(index=list(out.index), columns=pd.MultiIndex.from_tuples(list(out.columns)))
+    table = table.drop_duplicates([*rows, "dataset", "model", "epsilon"])
+    table["cell"] = [f"{r:g}{' *' if r in ends else ''}" for r in table["rate"]]
+    parts = table.groupby(["dataset", "model"], sort=False)
+    return Tables((f"{label(d)}, {label(m)}", pivot(part, rows, ["epsilon"])) for (d, m), part in parts)
 
 
 def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """σ, q, T and ε by all three accountants of every budget."""
-    columns = [
-        "epsilon",
-        "delta",
-        "accountant",
-        "sigma",
-        "q",
-        "T",
-        "N",
-        "batch_size",
-        "epsilon_rdp",
-        "epsilon_prv",
-        "epsilon_pld",
-    ]
+    """σ, q, T and ε by all three accountants, a column a budget."""
+    spent = [f"epsilon_{name}" for name in ("rdp", "prv", "pld")]
+    columns = ["epsilon", "delta", "accountant", "sigma", "q", "T", "N", "batch_size", *spent]
     table = runs[columns].drop_duplicates().sort_values(["epsilon", "sigma"]).reset_index(drop=True)
-    names = {"epsilon": "ε asked", "delta": "δ", "accountant": "calibrated by", "sigma": "σ", "batch_size": "B",
-             "epsilon_rdp": "ε (RDP)", "epsilon_prv": "ε (PRV)", "epsilon_pld": "ε (PLD)"}  # fmt: skip
-    formats = {"epsilon": "{:g}", "delta": "{:.0e}", "sigma": "{:.3f}", "q": "{:.4f}",
-               **dict.fromkeys(["epsilon_rdp", "epsilon_prv", "epsilon_pld"], "{:.3f}")}  # fmt: skip
-    for name, form in formats.items():
+    names = {
+        "epsilon": "ε asked",
+        "delta": "δ",
+        "accountant": "calibrated by",
+        "sigma": "σ",
+        "batch_size": "B",
+        **{name: f"ε ({name[8:].upper()})" for name in spent},
+    }
+    forms = {"epsilon": "{:g}", "delta": "{:.0e}", "sigma": "{:.3f}", "q": "{:.4f}", **dict.fromkeys(spent, "{:.3f}")}
+    for name in columns:
+        form = forms.get(name, "{}")
         table[name] = ["–" if pd.isna(v) else form.format(v) for v in table[name]]
-    return table.rename(columns=names)
+    wide = table.rename(columns=names).T
+    wide.columns = [""] * wide.shape[1]
+    return wide
 
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """What the passes cost where they were computed: heads trained, minutes, views a second."""
-    rows = []
-    for (model, seed, seconds), part in runs.groupby(["model", "seed", "seconds"], sort=False):
-        speed = f"{part['views_per_second'].iloc[0]:,.0f}"
-        rows.append({"encoder": label(model), "seed": seed, "runs of this table": len(part),
-                     "seconds of the pass": round(seconds, 1), "views/s": speed})  # fmt: skip
-    return pd.DataFrame(rows)
+    """What the passes cost where they were computed: heads trained, seconds, views a second, medians over the seeds."""
+    passes_ = runs.groupby(["model", "seed", "seconds"], sort=False)
+    each = passes_.agg(runs=("method", "count"), speed=("views_per_second", "first")).reset_index()
+    table = each.groupby("model", sort=False).agg(
+        passes=("runs", "count"), runs=("runs", "sum"), seconds=("seconds", "median"), speed=("speed", "median")
+    )
+    table["seconds"], table["speed"] = table["seconds"].map("{:.1f}".format), table["speed"].map("{:,.0f}".format)
+    table.index = pd.Index([label(m) for m in table.index])
+    return table.rename(columns={"seconds": "seconds of a pass", "speed": "views/s"})
+
+
+def told(about: dict[str, Any]) -> dict[str, str]:
+    """`date`, `device` and `versions` of a provenance, as `experiments.frame` has them."""
+    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
+    v = about["versions"]
+    return {k: about[k] for k in ("date", "device")} | {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}"}
 
 
 def made_note(what: str) -> Markdown:
     """`what` was made, and device, date and version: for a page whose numbers do not come from the store."""
-    about = passes.provenance(ComputeFlags().where(), "")
-    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-    made, v = f"made on {about['date'][:16]} UTC on {about['device']}", about["versions"]
-    return Markdown(f"*{what}, {made}, with dpmix {v['dpmix']}{commit}, torch {v['torch']}.*")
+    about = told(passes.provenance(ComputeFlags().where(), ""))
+    return Markdown(f"*{what}, made on {about['date'][:16]} UTC on {about['device']}, with {about['versions']}.*")
 
 
 def provenance_note(runs: pd.DataFrame, scale: str = "", noun: str = "runs") -> Markdown:
     """Scale, data set, seeds, date, device and version behind a page, from the results."""
     sets, seeds, devices = (", ".join(map(str, sorted(set(runs[c])))) for c in ("dataset", "seed", "device"))
     versions = "; ".join(sorted(set(runs["versions"])))
-    what = f"{len(runs)} {noun}{f' at {scale} scale' if scale else ''}"
+    what = f"{len(runs):,} {noun}{f' at {scale} scale' if scale else ''}"
     return Markdown(
         f"*{what} on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
         f"{runs['date'].max()[:16]} UTC on {devices}, with {versions}.*"
     )
-
-
-def show_gaps(
-    differences: pd.DataFrame, published: pd.DataFrame, pairs: Sequence[tuple[str, str]], by: str = "dataset"
-) -> pd.DataFrame:
-    """Differences in points, one row a pair: between published means, and beside them `paired(..., by=(by,))`."""
-    names = [f"{label(a)} against {label(b)}" for a, b in pairs]
-    means = published.pivot(index="method", columns=by, values="mean")
-    table: dict[tuple[str, str], list[str]] = {}
-    for condition in means:
-        gaps = [means[condition].get(a, np.nan) - means[condition].get(b, np.nan) for a, b in pairs]
-        table["published", label(condition)] = ["–" if pd.isna(gap) else f"{gap:+.1f}" for gap in gaps]
-    for condition, found in differences.groupby(by, sort=False):
-        rows = found.set_index(["better", "worse"])[["difference", "low", "high"]]
-        said = [f"{d:+.1f} [{low:+.1f}, {high:+.1f}]" for d, low, high in rows.to_numpy()]
-        cells = dict(zip(rows.index, said, strict=True))
-        table["measured here", label(condition)] = [cells.get(pair, "–") for pair in pairs]
-    return pd.DataFrame(table, index=names)

@@ -3,8 +3,8 @@
 A comparison is one difference, and one test. The difference between two methods is averaged over the cells of a table
 (encoders, budgets) within a seed, on the same draws; Student's t over the seeds gives its interval. All comparisons of a
 page are one family: Holm's correction keeps the chance of a false *holds* or *contradicted* at 5 % a page, and that of a
-false *no effect* likewise. What counts as an effect is stated before the runs: half of what the paper found, and at least
-`SMALLEST`.
+false *no effect* likewise. What counts as an effect is stated before the runs: half of what the paper found, but at least
+a quarter of a point of accuracy (5 % of a ratio) and at most one point (10 %).
 
 Seeds share their test images, so the spread over seeds does not hold the error of those images. Where it is known which
 images each run got right (column `right`), the interval holds it: the variance of the image's mean difference over the
@@ -12,29 +12,32 @@ number of images is added, with Satterthwaite's degrees of freedom. Where it is 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dpmix.companion.report import label
+from dpmix.companion.grids import STANDS_FOR
+from dpmix.companion.report import Sources, Tables, label
 
 LEVEL = 0.05
-SMALLEST = 0.25  # percentage points below which no difference in accuracy is called an effect
-SMALLEST_RATIO = 0.05  # and what a ratio must differ from 1
+POINTS = (0.25, 1.0)  # the least and the largest bound in percentage points
+RATIO = (float(np.log(1.05)), float(np.log(1.1)))  # the same of the logarithm of a ratio
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
 
 
 class Comparison(NamedTuple):
     """`first` less `second`. `claim`: "published" (the sign of the published difference), "above" (a positive one), or
-    "no gain" (at most `bound`). `bound` is the least difference that counts; None takes that of `bound_of`."""
+    "no gain" (at most `bound`). `bound` is the least difference that counts; None takes that of `bound_of`. `only` names
+    the data sets that it is made on, if not all."""
 
     first: str
     second: str
     claim: str = "published"
     bound: float | None = None
+    only: tuple[str, ...] = ()
 
 
 class Effect(NamedTuple):
@@ -106,22 +109,28 @@ def _word(e: Effect, mean: float, differs: bool, none: bool) -> str:
     return HOLDS if mean * e.expected > 0 else CONTRADICTED
 
 
-def bound_of(published: float, smallest: float) -> float:
-    """What counts as an effect: half of the published one, and at least `smallest`; twice that where none is published."""
-    return 2 * smallest if np.isnan(published) else max(smallest, abs(published) / 2)
+def bound_of(c: Comparison, published: float, ratio: bool = False) -> float:
+    """What counts as an effect, before any run: half of the published one, within `POINTS` or `RATIO`; half a point or 5 %
+    where none is published or no gain is claimed."""
+    least, most = RATIO if ratio else POINTS
+    if c.bound is not None:
+        return c.bound
+    if c.claim == "no gain" or np.isnan(published):
+        return least if ratio else 2 * least
+    return float(np.clip(abs(published) / 2, least, most))
 
 
-def per_seed(runs: pd.DataFrame, first: str, second: str, cells: Sequence[str], value: str) -> tuple[np.ndarray, float]:
+def per_seed(
+    runs: pd.DataFrame, first: str, second: str, cells: Sequence[str], value: str, ratio: bool = False
+) -> tuple[np.ndarray, float]:
     """The difference of each seed, averaged over the cells that any seed has (a seed without all of them is left out), and
     the standard error from the test images (nan where the runs do not say which they got right)."""
     here = runs[runs["method"].isin([first, second])].drop_duplicates([*cells, "seed", "method"])
-    wide = here.assign(cell=here.groupby(list(cells), dropna=False).ngroup()).pivot(
-        index="seed", columns=["method", "cell"], values=value
-    )
-    if not {first, second} <= set(wide.columns.get_level_values(0)):
-        return np.empty(0), np.nan
+    cell = here.groupby(list(cells), dropna=False).ngroup() if cells else 0
+    wide = here.assign(cell=cell).pivot(index="seed", columns=["method", "cell"], values=value)
+    wide = np.log(wide) if ratio else wide
     gaps = (wide[first] - wide[second]).dropna(axis=1, how="all").dropna()
-    return gaps.mean(axis=1).to_numpy(), _of_images(here, first, second)
+    return gaps.mean(axis=1).to_numpy(), np.nan if ratio else _of_images(here, first, second)
 
 
 def _of_images(here: pd.DataFrame, first: str, second: str) -> float:
@@ -146,53 +155,96 @@ def published_gap(published: pd.DataFrame | None, first: str, second: str, ratio
     return float((wide[first] - wide[second]).mean())
 
 
+def measure(
+    runs: pd.DataFrame,
+    c: Comparison,
+    published: pd.DataFrame | None,
+    *,
+    cells: Sequence[str],
+    value: str = "accuracy",
+    ratio: bool = False,
+) -> tuple[dict[str, Any], Effect | None]:
+    """One comparison: what was published and what bound that sets, and the effect; None where the runs lack a method."""
+    said = published_gap(published, c.first, c.second, ratio)
+    bound = bound_of(c, said, ratio)
+    row = {"first": c.first, "second": c.second, "claim": c.claim, "published": said, "bound": bound, "ratio": ratio}
+    if not {c.first, c.second} <= set(runs["method"]):
+        return row | {"images": np.nan}, None
+    values, images = per_seed(runs, c.first, c.second, [k for k in cells if k in runs], value, ratio)
+    expected = {"above": 1.0, "no gain": 1.0}.get(c.claim, 0.0 if np.isnan(said) else float(np.sign(said)))
+    error = 0.0 if np.isnan(images) else images
+    return row | {"images": images}, Effect(values.tolist(), bound, expected, c.claim == "no gain", error)
+
+
 def compare(
     runs: pd.DataFrame,
     comparisons: Sequence[Comparison],
     published: pd.DataFrame | None = None,
     *,
     cells: Sequence[str] = ("model", "epsilon"),
+    per: Sequence[str] = ("dataset",),
     value: str = "accuracy",
     ratio: bool = False,
     level: float = LEVEL,
 ) -> pd.DataFrame:
-    """The comparisons of a page, as one family: a row each with `published`, what `decide` finds, and the verdict.
+    """The comparisons of a page, for each value of `per`, as one family: a row each with `published`, what `decide` finds,
+    and the verdict.
 
-    `runs` has a row a run with `method`, `seed`, `cells` and `value`; a comparison is averaged over all cells. With `ratio`
-    differences are those of logarithms, so that `np.exp` of them is a ratio.
+    `runs` has a row a run with `method`, `seed`, `cells` and `value`, and `per` where there are several; a comparison is
+    averaged over all cells. With `ratio` differences are those of logarithms: `np.exp` of them is a ratio.
     """
-    measured = runs.assign(**{value: np.log(runs[value])}) if ratio else runs
-    smallest = np.log1p(SMALLEST_RATIO) if ratio else SMALLEST
     rows, effects = [], []
-    for c in comparisons:
-        values, images = per_seed(measured, c.first, c.second, cells, value)
-        if not len(values):
-            continue
-        said = published_gap(published, c.first, c.second, ratio)
-        bound = (2 * smallest if c.claim == "no gain" else bound_of(said, smallest)) if c.bound is None else c.bound
-        expected = {"above": 1.0, "no gain": 1.0}.get(c.claim, 0.0 if np.isnan(said) else float(np.sign(said)))
-        effects.append(
-            Effect(values.tolist(), bound, expected, c.claim == "no gain", 0.0 if np.isnan(images) else images)
-        )
-        rows.append({"first": c.first, "second": c.second, "claim": c.claim, "published": said, "bound": bound,
-                     "images": images, "ratio": ratio})  # fmt: skip
-    columns = ["first", "second", "claim", "published", "bound", "images", "ratio"]
+    per = [c for c in per if c in runs]
+    for names, part in runs.groupby(per, sort=False) if per else [((), runs)]:
+        theirs, place = published, dict(zip(per, names, strict=True))
+        for column, name in place.items():
+            if theirs is not None and column in theirs:
+                twin = theirs[theirs[column] == STANDS_FOR.get(name, name)]
+                theirs = twin if len(twin) else theirs
+        for c in comparisons:
+            if c.only and place.get("dataset") not in c.only:
+                continue
+            row, effect = measure(part, c, theirs, cells=cells, value=value, ratio=ratio)
+            if effect is not None:
+                rows.append({"place": tuple(place.values()), **row})
+                effects.append(effect)
+    columns = ["place", "first", "second", "claim", "published", "bound", "ratio", "images"]
     return pd.concat([pd.DataFrame(rows, columns=columns), decide(effects, level)], axis=1)
 
 
-def _number(x: float, ratio: bool) -> str:
-    return "–" if np.isnan(x) else f"{np.exp(x):.2f}" if ratio else f"{x:+.1f}"
+def number(x: float, ratio: bool) -> str:
+    """A difference in points, or the ratio of which it is the logarithm."""
+    return "–" if pd.isna(x) else f"{np.exp(x):.2f}" if ratio else f"{x:+.1f}"
 
 
 def show(found: pd.DataFrame) -> pd.DataFrame:
     """`compare` for reading, a row a comparison: published, measured with its interval, verdict."""
-    rows = {}
+    rows, varied = {}, [i for i, v in enumerate(zip(*found["place"], strict=True)) if len(set(v)) > 1]
     for r in found.itertuples():
         name = f"{label(r.first)} {'÷' if r.ratio else '−'} {label(r.second)}"
-        low, high = _number(r.low, r.ratio), _number(r.high, r.ratio)
-        rows[name] = {
-            "published": _number(r.published, r.ratio),
-            "measured": f"{_number(r.difference, r.ratio)} [{low}, {high}]",
-            "verdict": r.verdict + (f" (at most {r.bound:.2g} claimed)" if r.claim == "no gain" else ""),
+        low, high = number(r.low, r.ratio), number(r.high, r.ratio)
+        claimed = f" (claimed: at most {number(r.bound, r.ratio)})" if r.claim == "no gain" else ""
+        place = "".join(f"{label(r.place[i])}: " for i in varied)
+        rows[place + name] = {
+            "published": number(r.published, r.ratio),
+            "measured": f"{number(r.difference, r.ratio)} [{low}, {high}]",
+            "verdict": r.verdict + claimed,
         }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["published", "measured", "verdict"])
+
+
+def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
+    """The verdicts of a page: of the real data, and of what was made now. `how` goes to `compare`."""
+    found = Tables()
+    published = s.twins().published
+    for source, runs in s.runs().items():
+        table = compare(runs, comparisons, published, **how)
+        if len(table):
+            low, high = table["n"].min(), table["n"].max()
+            seeds = f"{low} seeds" if low == high else f"{low} to {high} seeds"
+            images = (
+                "not of the test images, which seeds share" if table["images"].isna().any() else "of the test images"
+            )
+            what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {images}"
+            found.append((f"{what[:1].upper()}{what[1:]}", show(table)))
+    return found

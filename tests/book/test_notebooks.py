@@ -49,8 +49,8 @@ def test_table3_runs_through_papermill_with_tiny_parameters(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     out = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     shown = str([o.get("data", {}) for c in out.cells for o in c.get("outputs", [])])
-    assert "measured here" in shown and "DP-MixDiff" in shown and "image/png" in shown
-    assert len(list((tmp_path / "store").glob("*.json"))) == 5 * 2 * 2
+    assert "Made now" in shown and "DP-MixDiff" in shown and "image/png" in shown
+    assert len(list((tmp_path / "store").glob("*.json"))) == 7 * 2 * 2
 
 
 def test_the_page_of_the_standins_reads_their_records(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dpmix.companion import grids, paper
+from dpmix.companion import grids, networks, paper
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ def test_the_passes_of_networks_cover_the_budgets_and_seeds_of_the_scale(tmp_pat
     jobs = planned(tmp_path, f"scale={scale}", "tables=[table2]")
     dataset = "digits" if scale == "demo" else "cifar10"
     passes = [job for path, job in jobs.items() if f"{dataset}/passes/" in path]
-    p = grids.network_preset(scale, dataset)
+    p = networks.network_preset(scale, dataset)
     assert {(j["eps"][0], j["seeds"][0]) for j in passes} == {(e, s) for e in p.epsilons for s in p.seeds}
     assert {j["methods"][0] for j in passes} == {"self-aug", "mix-self"}
 
@@ -86,7 +86,7 @@ def test_the_paper_has_a_notebook_for_each_table_and_data_set_and_gpus_for_passe
     [
         ("tables=[table33]", "tables=table33: must be one of table1"),
         ("datasets=[digts]", "datasets=digts: must be one of digits"),
-        ("scale=big", "scale=big: must be one of demo, paper"),
+        ("scale=big", "scale=big: must be one of demo, laptop, paper"),
         ("device=gpu", "device=gpu: must be one of cpu, cuda"),
         ("batchsize=3", "batchsize: must be scale, tables, datasets, device, or a parameter of these notebooks"),
     ],
@@ -108,9 +108,9 @@ def test_passes_run_and_the_notebook_computes_nothing_anew(tmp_path):
             for o in c.get("outputs", [])
         ]
     )
-    assert "measured here" in shown and "image/png" in shown
+    assert "Made now" in shown and "image/png" in shown
     results = sorted((tmp_path / "store").glob("*.json"))
-    assert len(results) == 5 * 2 * 2
+    assert len(results) == 7 * 2 * 2
     passes = sorted((out / "passes" / "table3").glob("*.ipynb"))
     assert [p.stem for p in passes] == [f"models-tiny-convnext.seeds-{s}" for s in (0, 1)]
     # The last notebook began when both passes were written, and no result is younger.

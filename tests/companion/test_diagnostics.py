@@ -78,7 +78,7 @@ def test_timings_count_views_and_share_out_the_time(small):
         "bank": [SPEC, replace(SPEC, learning_rate=2.0), replace(SPEC, recipe=views.Recipe(k_base=4))],
     }
     found = diagnostics.timings(runs, steps=2, repeats=2, compute=QUIET)
-    assert found.groupby("name").size().to_dict() == {"bank": 2, "one": 2}
+    assert found.groupby("method").size().to_dict() == {"bank": 2, "one": 2}
     assert found["heads"].tolist() == [1, 3, 1, 3] and found["views of an example"].tolist() == [3, 5, 3, 5]
     assert found[["views", "encoder", "clipping", "noise"]].sum(axis=1).tolist() == pytest.approx([1.0] * 4)
     expected = 4 * 10 * found["views of an example"] / found["views_per_second"]

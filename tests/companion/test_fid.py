@@ -178,8 +178,8 @@ def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatc
                             public=data.public_images("digits"))  # fmt: skip
     want = fid.between(made.images.flatten(0, 1), train.images, encoder)
     row = found[(found["method"] == "mix-diff") & (found["reference"] == "train")].iloc[0]
-    assert row["fid"] == pytest.approx(want, rel=1e-3) and row["n"] == 40 * recipe.views
-    assert want != pytest.approx(found["fid"].iloc[0], rel=1e-2)  # Self-Aug's is another
+    assert row["distance"] == pytest.approx(1000 * want, rel=1e-3) and row["n"] == 40 * recipe.views
+    assert 1000 * want != pytest.approx(found["distance"].iloc[0], rel=1e-2)  # Self-Aug's is another
 
     monkeypatch.setattr(fid, "distance", lambda *_: pytest.fail("computed again"))
     assert grids_fid.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute).equals(found)
@@ -193,9 +193,11 @@ def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatc
 
 def test_the_samples_of_table_8_are_of_one_size():
     found = grids_fid.fid_of_sets(dataset="digits", encoders=["tiny-convnext"], seeds=[0, 1])
-    assert set(found["n"]) == {360} and list(found["compared"].unique()) == ["test", "diffusion", "train"]
+    assert set(found["n"]) == {360} and list(found["method"].unique()) == list(grids_fid.WORDS.values())
     splits = data.load("digits")
     whole = fid.between(splits.train.images, splits.test.images, models.encoder("tiny-convnext"))
-    test = found[found["compared"] == "test"]
-    assert test["fid_all"].tolist() == pytest.approx([whole] * 2, rel=1e-4)
-    assert test["fid"].nunique() == 2 and (test["fid"] > whole).all()  # fewer images, a larger distance
+    test = found[found["method"] == grids_fid.WORDS["test"]]
+    assert test["whole"].tolist() == pytest.approx([1000 * whole] * 2, rel=1e-4)
+    assert (
+        test["distance"].nunique() == 2 and (test["distance"] > 1000 * whole).all()
+    )  # fewer images, a larger distance

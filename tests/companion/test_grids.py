@@ -76,11 +76,12 @@ def test_unknown_words_are_refused_with_near_matches():
 
 def test_without_the_data_the_paper_scale_stops_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(grids.data, "find", asked.append)
+    monkeypatch.setattr(grids.data, "find", lambda name, download: asked.append((name, download)))
     grids.check_scale("demo")
     assert asked == []
     grids.check_scale("paper", "pets")
-    assert asked == ["pets"], "what it says of data that are not there is tested below"
+    grids.check_scale("laptop", download=True)
+    assert asked == [("pets", False), ("cifar10", True)], "what it says of data that are not there is tested below"
 
 
 @pytest.mark.parametrize(
@@ -95,11 +96,6 @@ def test_bad_parameters_of_a_grid_are_refused_in_one_line_by_name(bad, said):
     with pytest.raises(ValueError) as caught:
         methods_grid("demo", **{"methods": ["dp-sgd"], **bad})
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
-
-
-def test_an_empty_list_is_refused_for_networks_too():
-    with pytest.raises(ValueError, match=r"seeds=\[\]: is empty; give a value"):
-        grids.microbatch_grid(grids.network_preset("demo"), seeds=[])
 
 
 @pytest.mark.parametrize("dataset", sorted(paper.DATASETS))
@@ -121,19 +117,45 @@ def test_cells_become_rows_with_their_labels():
     assert runs["seconds"].nunique() == 1, "one pass"
 
 
-def test_networks_of_table_1_and_5():
-    p = grids.network_preset("demo")
-    cells = grids.microbatch_grid(p, seeds=0)
-    assert [c.labels["method"] for c in cells] == list(grids.TABLE1)
-    pairs = [c.spec.microbatch for c in cells]
-    assert pairs == [1, 2, 2, 2, 1, 2] and all(c.spec.from_scratch and c.spec.validation == 0 for c in cells)
-    paper_p = grids.network_preset("paper")
-    assert (paper_p.model, paper_p.batch_size, paper_p.epochs) == ("wrn-16-4", 4096, 200)
-    assert paper_p.views_of("self-aug").k_base == 16 and p.views_of("self-aug").k_base == 4
-    five = grids.augmentations_grid(paper_p, preset("paper"), seeds=0, learning_rates=1.0)
-    assert {c.labels["n_augmentations"] for c in five} == {16, 24, 32, 36}
-    for c in five:
-        assert c.spec.recipe.views == c.labels["n_augmentations"]
-    assert len({c.spec for c in five}) == len(five) == 5 * 3
-    changed = grids.changed(p, epochs=5, batch_size=None)
-    assert changed.epochs == 5 and changed.batch_size == p.batch_size
+def test_tables_6_9_10_and_12_share_their_passes():
+    one = dict(models="tiny-convnext", seeds=0, learning_rates=4.0, eps=2)
+    private, alone = grids.pretraining_grid("demo", **one)
+    assert [c.labels["method"] for c in private] == ["self-aug", "mix-self", "mix-diff", *grids.PRETRAINED.values()]
+    assert [c.spec.pretrain_epochs for c in private] == [0, 0, 0, 10, 10] and alone[0].spec.epsilon is None
+    assert (alone[0].spec.train_on, alone[0].spec.epochs, alone[0].spec.validation) == ("synthetic", 10, 0.0)
+    nine = grids.k_grid("demo", [8, 16], [8], [0, 2], **one)
+    assert [(c.spec.recipe.k_base, c.spec.recipe.k_diff) for c in nine] == [(8, 0), (8, 2), (16, 0), (16, 2)]
+    ten = grids.halves_grid("demo", **one)
+    assert [c.labels["method"] for c in ten] == ["A", "B", "C"] and len({passes.pass_of(c.spec) for c in ten}) == 2
+    pure = grids.pure_grid("demo", longer=5, **one)
+    assert [c.labels["method"] for c in pure] == [
+        *grids.PURE,
+        *grids.PUBLIC_ONLY.values(),
+        "public only, 5 times as long",
+    ]
+    assert [c.spec.epsilon for c in pure] == [2.0] * 4 + [None] * 3
+
+
+def test_without_synthetic_images_the_methods_that_want_them_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids.data, "synthetic_folder", lambda name: tmp_path / name)
+    assert grids.with_public(METHODS, "digits") == METHODS
+    assert grids.with_public(METHODS, "eurosat") == METHODS[:-1]
+    (tmp_path / "eurosat").mkdir()
+    assert grids.with_public(METHODS, "eurosat") == METHODS
+
+
+def test_the_laptop_scale_has_the_papers_settings_on_data_that_two_cores_can_do():
+    p = preset("laptop", "eurosat")
+    assert (p.batch_size, p.epochs, p.redraw, len(p.seeds)) == (1000, 20, False, 5) and p.image_size
+    assert preset("laptop", "caltech101").epochs == 10
+    with pytest.raises(ValueError, match="dataset='pets': unknown"):
+        preset("laptop", "pets")
+
+
+def test_a_method_with_another_clip_norm():
+    assert (
+        grids.clip_norm("mix-self@0.05") == 0.05
+        and grids.recipe("mix-self@0.05", "digits") == views.METHODS["mix-self"]
+    )
+    (cell,) = methods_grid("demo", methods=["self-aug@0.05"], models="tiny-vit", eps=1, seeds=0, learning_rates=4.0)
+    assert (cell.spec.clip_norm, cell.spec.learning_rate) == (0.05, 80.0)

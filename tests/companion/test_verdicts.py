@@ -122,7 +122,7 @@ def test_what_was_published_sets_sign_and_bound():
     turned = compare(runs, [Comparison("mix-self", "self-aug")], published.assign(mean=[78.0, 80.0])).iloc[0]
     assert turned["verdict"] == "contradicted"
     new = compare(runs, [Comparison("mix-self", "self-aug")]).iloc[0]
-    assert new["verdict"] == "lower" and new["bound"] == 2 * verdicts.SMALLEST
+    assert new["verdict"] == "lower" and new["bound"] == 0.5
     small = compare(frame(-0.3, seeds=10, spread=0.1), [Comparison("mix-self", "self-aug")], published).iloc[0]
     assert small["verdict"] == "no effect larger than 1", "differs from zero, and is far from what was published"
 

@@ -1,0 +1,208 @@
+"""Make the runs that come with the repository, in the background, and write them to data/results/laptop/.
+
+    python benchmarks/evidence.py --list                # the sets, in order of value, with what each costs
+    python benchmarks/evidence.py table3/cifar10        # one set, or several; "all" for all of them
+    python benchmarks/evidence.py table3/cifar10 --seeds 2 --export   # write what is there, run nothing
+
+Interrupted, the same line goes on: results are in the store (data/runs, or $DPMIX_STORE), a pass has checkpoints, views
+are encoded once. After each seed the file of the set is written anew, so that what is there can be looked at. A learning
+rate is chosen on the validation split over all seeds; where the set says so, the chosen heads are then trained again on
+all training images ("refit"), from the stored views.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dpmix.companion import evidence, grids, networks
+from dpmix.companion.grids import Cell
+from dpmix.companion.report import label
+from dpmix.core import views
+from dpmix.runs import experiments
+from dpmix.runs.spec import ComputeFlags
+
+BY = ("model", "method", "epsilon")
+
+
+@dataclass(frozen=True)
+class Set:
+    """`cells` of given seeds; `by` what a learning rate is chosen for; `note` what is worth knowing before it is started."""
+
+    cells: Callable[[Sequence[int]], list[Cell]]
+    seeds: int = 5
+    by: tuple[str, ...] = BY
+    refit: bool = False
+    note: str = ""  # a refit wants the default `by`
+
+
+def methods(dataset: str, names: Sequence[str], eps: Any, seeds: Sequence[int], **fixed: Any) -> list[Cell]:
+    kept = grids.with_public(names, dataset)
+    return grids.methods_grid("laptop", dataset=dataset, methods=kept, eps=eps, seeds=list(seeds), **fixed)
+
+
+def pretraining(seeds: Sequence[int]) -> list[Cell]:
+    private, alone = grids.pretraining_grid("laptop", dataset="cifar10", eps=2, seeds=list(seeds))
+    return private + alone
+
+
+def k_cells(seeds: Sequence[int]) -> list[Cell]:
+    rates = (0.5, 1.0, 2.0)
+    ks = [8, 16, 24], [8, 16, 24], [0, 2, 4]
+    return grids.k_grid("laptop", *ks, dataset="cifar10", eps=1, seeds=list(seeds), learning_rates=rates)
+
+
+def mixing(dataset: str, seeds: Sequence[int]) -> list[Cell]:
+    """What does the mixing do: the same draws, one thing changed at a time."""
+    base = methods(dataset, ["mix-self"], 1, seeds)
+    half = 1e6  # Beta(a, a) is a half, for a so large
+    recipes = {
+        "16 views": views.Recipe(k_base=16),
+        "34 views": views.Recipe(k_base=34),
+        "DP-MixSelf": views.Recipe(k_base=16, k_self=18),
+        "DP-MixSelf, α = 1": views.Recipe(k_base=16, k_self=18, alpha=1.0),
+        "DP-MixSelf, λ = ½": views.Recipe(k_base=16, k_self=18, alpha=half),
+        "CutMix of itself": views.Recipe(k_base=16, k_self=18, mix="cutmix"),
+    }
+    if grids.with_public(["mix-diff"], dataset):
+        recipes |= {
+            "DP-MixDiff": views.Recipe(k_base=16, k_self=18, k_diff=2),
+            "DP-MixDiff, α = 1": views.Recipe(k_base=16, k_self=18, k_diff=2, alpha=1.0),
+            "DP-MixDiff, λ = ½": views.Recipe(k_base=16, k_self=18, k_diff=2, alpha=half),
+            "CutMix with D": views.Recipe(k_base=16, k_self=18, k_diff=2, mix="cutmix"),
+            "D as views, unmixed": views.Recipe(k_base=16, k_diff=2),
+        }
+    return [c for name, r in recipes.items() for c in grids.changed_cells(base, name, recipe=r)]
+
+
+def same_epsilon(dataset: str, seeds: Sequence[int]) -> list[Cell]:
+    """A waterfall: each step keeps those before it. Constants for centring come from public images."""
+    n = {"cifar10": 45_000, "eurosat": 19_440}[dataset]
+    changes: dict[str, dict[str, Any]] = {
+        "the paper's settings": {},
+        "PLD instead of RDP": {"accountant": "pld"},
+        "every example in each of 200 steps": {"batch_size": n, "epochs": 200.0, "population": n},
+        "momentum of 0.9": {"momentum": 0.9},
+    }
+    plain, settings, cells = methods(dataset, ["dp-sgd"], (1, 8), seeds), dict[str, Any](), []
+    for name, change in changes.items():
+        settings |= change
+        cells += grids.changed_cells(plain, name, **settings)
+    for method in grids.with_public(["mix-self", "mix-diff"], dataset):
+        cells += grids.changed_cells(methods(dataset, [method], (1, 8), seeds), f"then {label(method)}", **settings)
+    return cells
+
+
+def scratch(seeds: Sequence[int]) -> list[Cell]:
+    return networks.microbatch_grid(networks.network_preset("laptop"), eps=8, seeds=list(seeds))
+
+
+HALVES = {d: Set(lambda s, d=d: grids.halves_grid("laptop", dataset=d, eps=2, seeds=list(s))) for d in grids.LAPTOP}
+SETS: dict[str, Set] = {
+    **{f"table3/{d}": Set(partial(methods, d, grids.TABLE3, None), refit=True)
+       for d in ("cifar10", "eurosat", "caltech101", "cifar100")},
+    **{f"table10/{d}": HALVES[d] for d in ("cifar10", "eurosat", "caltech101", "cifar100")},
+    "table12/cifar10": Set(lambda s: grids.pure_grid("laptop", dataset="cifar10", eps=1, seeds=list(s)),
+                           note="CIFAR-10 in place of CIFAR-100: there is no D for it"),
+    "table6/cifar10": Set(pretraining, note="CIFAR-10 in place of Caltech-256: there is no D for it"),
+    "table4/cifar10": Set(partial(methods, "cifar10", [*[f"self-aug+{t}" for t in grids.TABLE4], "self-aug", "mix-self"], 1),
+                          seeds=3, note="146 views an example: 2.7 times Table 3's"),
+    "mixing/caltech101": Set(partial(mixing, "caltech101"), seeds=10),
+    "mixing/cifar10": Set(partial(mixing, "cifar10"), seeds=10),
+    "same-epsilon/cifar10": Set(partial(same_epsilon, "cifar10")),
+    "same-epsilon/eurosat": Set(partial(same_epsilon, "eurosat")),
+    "table9/cifar10": Set(k_cells, seeds=3, by=("k_base", "k_self", "k_diff"), note="244 views an example"),
+    "table1/cifar10": Set(scratch, seeds=3, by=(), note="networks from scratch: hours"),
+}  # fmt: skip
+
+
+def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[experiments.Result]]:
+    results = experiments.run_all([c.spec for c in cells], compute=compute)
+    return grids.labelled(cells, experiments.frame(results)), results
+
+
+def export(name: str, runs: pd.DataFrame, results: Sequence[experiments.Result], final: pd.DataFrame) -> Path:
+    """Write what there is of a set: all runs, and which test images those in `final` got right."""
+    scored = evidence.outcomes(final)[["key", "right"]].drop_duplicates("key").set_index("key")["right"]
+    runs = runs.assign(right=[scored.get(k) for k in runs["key"]]).drop(
+        columns=["key", "device", "versions", "weights"]
+    )
+    table, dataset = name.split("/")
+    first, last = (pick((r.provenance for r in results), key=lambda p: p["date"]) for pick in (min, max))
+    size = runs["image_size"].iloc[0]
+    about = {
+        "table": table, "dataset": dataset, "seeds": sorted(set(runs["seed"])), "runs": len(runs),
+        "encoder": label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels"),
+        "commit": last["commit"] or "", "dirty": any(r.provenance["dirty"] for r in results), "code": last["code"],
+        "data": last["splits"], "machine": f"{last['device']} ({last['platform']})", "versions": last["versions"],
+        "from": first["date"], "until": last["date"],
+        "hours": sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600,
+        "test_images": max((len(r) for r in scored if r is not None), default=0),
+    }  # fmt: skip
+    about["seeds"] = [int(s) for s in about["seeds"]]
+    path = evidence.FOLDER / table / f"{dataset}.json"
+    evidence.write(path, runs, about)
+    return path
+
+
+def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool) -> None:
+    wanted, start = SETS[name], time.time()
+    count = seeds or wanted.seeds
+    store = experiments.Store()
+    frames, results = [], list[experiments.Result]()
+    for stage in ("search", "refit") if wanted.refit else ("search",):
+        for seed in range(count):
+            cells = wanted.cells([seed])
+            if stage == "refit":
+                best = experiments.choose_learning_rate(pd.concat(frames).query("not refit"), wanted.by)
+                rate = best.drop_duplicates(list(wanted.by)).set_index(list(wanted.by))["learning_rate"]
+                mine = [
+                    c
+                    for c in cells
+                    if c.spec.learning_rate
+                    == rate[tuple({**c.labels, "epsilon": c.spec.epsilon}[b] for b in wanted.by)]
+                ]
+                cells = [Cell(c.labels, replace(c.spec, validation=0.0)) for c in mine]
+            if only_export:
+                cells = [c for c in cells if store.get(experiments.key(c.spec)) is not None]
+            if not cells:
+                continue
+            found, more = run(cells, compute)
+            frames, results = [*frames, found.assign(refit=stage == "refit")], [*results, *more]
+            runs = pd.concat(frames, ignore_index=True)
+            again = runs[runs["refit"]]
+            final = again if len(again) else evidence.choose(runs, wanted.by)
+            path = export(name, runs, results, final)
+            print(
+                f"{name}: {stage}, seed {seed}, {len(runs)} runs, {(time.time() - start) / 60:.0f} min: {path}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--export", action="store_true", help="write what the store has, run nothing")
+    parser.add_argument("--workers", type=int, default=1, help="passes at a time (1: it has all the threads)")
+    asked = parser.parse_args()
+    if asked.list or not asked.names:
+        for name, s in SETS.items():
+            print(f"{name}: {len(s.cells([0]))} heads a seed, {s.seeds} seeds{', refit' if s.refit else ''}. {s.note}")
+        return
+    names = list(SETS) if asked.names == ["all"] else asked.names
+    unknown = [n for n in names if n not in SETS]
+    if unknown:
+        raise SystemExit(f"names={unknown}: unknown; --list names them")
+    for name in names:
+        make(name, asked.seeds, ComputeFlags(workers=asked.workers), asked.export)
+
+
+if __name__ == "__main__":
+    main()

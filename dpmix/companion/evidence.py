@@ -1,0 +1,137 @@
+"""Runs that came with the repository: `data/results/laptop/TABLE/DATASET.json`, written by `benchmarks/evidence.py`.
+
+A file holds a row a run and, once, what all rows share; where, when and from what it was made stands in `about`. Which
+test images a chosen run got right is packed, a bit an image, so that intervals hold the error of the images too.
+"""
+
+import base64
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Markdown
+
+from dpmix.companion.report import label
+from dpmix.core import files, heads
+from dpmix.images import data
+from dpmix.runs import experiments, passes
+from dpmix.runs.spec import ComputeFlags, RunSpec
+
+FOLDER = data.RESULTS / "laptop"
+
+
+def choose(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The runs with the learning rate that validation chose for each condition; runs that held nothing out stay as they
+    are, since nothing is chosen there."""
+    fixed = runs["validation"] == 0
+    tuned = experiments.choose_learning_rate(runs[~fixed], by) if (~fixed).any() else runs[~fixed]
+    return pd.concat([tuned, runs[fixed]], ignore_index=True) if fixed.any() else tuned
+
+
+def outcomes(
+    runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: experiments.Store | None = None
+) -> pd.DataFrame:
+    """Runs of frozen encoders with the column `right`: which test images the stored weights of each get right, [m] bool;
+    None where the store has no weights."""
+    compute, store = compute or ComputeFlags(), store or experiments.Store()
+    tests: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+    right: list[np.ndarray | None] = []
+    for name in runs["key"]:
+        result = store.get(name)
+        if result is None or result.spec.from_scratch:
+            right.append(None)
+            continue
+        spec = result.spec
+        source = spec.dataset, spec.model, spec.weights, spec.image_size
+        if source not in tests:
+            plain = RunSpec(recipe=spec.recipe, epsilon=None, learning_rate=1.0, dataset=spec.dataset, model=spec.model,
+                            weights=spec.weights, image_size=spec.image_size)  # fmt: skip
+            material = passes.prepare(plain, [], compute)
+            assert material.encoder is not None
+            tests[source] = heads.encode(material.encoder, material.test.images, compute.where()), material.test.labels
+        features, labels = tests[source]
+        head = store.tensors(result)
+        guess = (features.float().cpu() @ head["weight"].T + head["bias"]).argmax(1)
+        right.append((guess == labels).numpy())
+    return runs.assign(right=right)
+
+
+def write(path: Path, runs: pd.DataFrame, about: dict[str, Any]) -> None:
+    """The runs of one table and data set as one file; constant columns once."""
+    table = runs.drop(columns=["recipe"], errors="ignore")
+    if "right" in table:
+        table["right"] = [None if r is None else _packed(r) for r in table["right"]]
+    table = table.astype(object).where(table.notna(), None)
+    shared = {c: table[c].iloc[0] for c in table if table[c].nunique(dropna=False) == 1}
+    rest = table.drop(columns=list(shared))
+    rows = [json.dumps(row, default=lambda v: v.item()) for row in rest.itertuples(index=False, name=None)]
+    content = {"about": about, "shared": json.dumps(shared, default=lambda v: v.item())}
+    files.write_json(path, content | {"columns": list(rest), "rows": rows})
+
+
+def read(table: str, folder: Path | None = None) -> pd.DataFrame:
+    """The runs that came for a table ("table3"), of all its data sets; empty where none came. `attrs["about"]` lists what
+    each file says of itself."""
+    frames, about = [], []
+    for path in sorted(((folder or FOLDER) / table).glob("*.json"), key=_as_the_paper):
+        content = files.read_json(path)
+        if content is None:
+            continue
+        rows = [json.loads(row) for row in content["rows"]]
+        frame = pd.DataFrame(rows, columns=content["columns"]).assign(**json.loads(content["shared"]))
+        if "right" in frame:
+            size = content["about"]["test_images"]
+            frame["right"] = [_unpacked(r, size) if isinstance(r, str) else None for r in frame["right"]]
+        frames.append(frame)
+        about.append(content["about"])
+    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"dataset": [], "epsilon": []})
+    found.attrs["about"] = about
+    return found
+
+
+def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.DataFrame:
+    """Of the runs that came, those with the learning rate that validation chose: retrained on all training images where
+    that was done for the data set, else on what the validation split left."""
+    runs = read(table, folder)
+    parts = []
+    for _, part in runs.groupby("dataset", sort=False):
+        again = part["refit"].astype(bool) if "refit" in part else pd.Series(False, index=part.index)
+        parts.append(part[again] if again.any() else choose(part, by))
+    found = pd.concat(parts, ignore_index=True) if parts else runs
+    found.attrs["about"] = runs.attrs["about"]
+    return found
+
+
+def _as_the_paper(path: Path) -> tuple[int, str]:
+    order = ("cifar10", "cifar100", "eurosat", "caltech101")
+    return (order.index(path.stem) if path.stem in order else len(order), path.stem)
+
+
+def _packed(right: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
+
+
+def _unpacked(text: str, size: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=size).astype(bool)
+
+
+def status(table: str, folder: Path | None = None) -> Markdown:
+    """The first lines of a page: which real data its verdicts rest on, or that there are none."""
+    about = read(table, folder).attrs["about"]
+    if not about:
+        return Markdown(
+            "**Real data: not run.** No runs on the paper's own kind of data came with the repository for this page. What "
+            "stands beside the published numbers is the demo alone: it shows that the code runs, and decides little."
+        )
+    lines = [
+        f"- {label(a['dataset'])}: {a['encoder']}, {len(a['seeds'])} seed{'s' if len(a['seeds']) > 1 else ''}, "
+        f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "
+        f"data {a['data'][:9]}"
+        for a in about
+    ]
+    return Markdown("**Real data on this page** (they came with the repository):\n\n" + "\n".join(lines))

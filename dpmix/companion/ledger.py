@@ -1,0 +1,153 @@
+"""What reproduced: every empirical claim of the paper (`data/paper/claims.csv`), decided from results by the one rule.
+
+A claim names a table, two of its methods, where it is made, and what is claimed: the sign of the published difference, or
+that there is no gain of `bound` or more. The whole ledger is one family.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+
+from dpmix.companion import evidence, grids, networks, paper, verdicts
+from dpmix.companion.report import label
+from dpmix.companion.verdicts import Comparison
+from dpmix.runs import experiments
+
+NOT_RUN = "not run"
+# The tables whose differences are ratios: the column of their runs, and what a comparison is averaged over.
+RATIOS = {
+    "table7": ("distance", ("model", "reference")),
+    "table8": ("distance", ("model",)),
+    "table13": ("seconds", ("model",)),
+    "figure2": ("deviation", ("model",)),
+}
+RATE_FOR = ("dataset", "model", "method", "epsilon")
+
+
+def published(table: str) -> pd.DataFrame:
+    """A table of the paper with the methods named as in the runs."""
+    if table == "figure2":
+        return paper.figure2().rename(columns={"std": "mean"})
+    if table == "table1":
+        return networks.published_table1()
+    found = paper.table(int(table.removeprefix("table")))
+    if table in ("table4", "table7"):
+        plain = found["transform"] == "crop-flip"
+        found["method"] = found["method"].where(plain, found["method"] + "+" + found["transform"])
+    elif table == "table5":
+        found["method"] = [f"{label(m)} {n}" for m, n in zip(found["method"], found["n_augmentations"], strict=True)]
+    elif table == "table6":
+        found = found.replace({"method": {"synthetic-pretraining": grids.PRETRAINED["self-aug"]}})
+    elif table == "table8":
+        words = {"test": "training and test", "diffusion": "training and synthetic"}
+        found = found.assign(method=found["compared"].map(words), model=found["fid_model"])
+    elif table == "table9":
+        found = grids.k_groups(found, "mean")
+    elif table == "table10":
+        found["method"] = found["variant"]
+    return found
+
+
+def committed() -> dict[str, pd.DataFrame]:
+    """The runs that came with the repository, of every table that a claim names, at the chosen learning rates."""
+    tables = dict.fromkeys(paper.claims()["table"])
+    return {t: _ready(t, evidence.read(t) if t in RATIOS else evidence.chosen(t, _rate_for(t))) for t in tables}
+
+
+def stored(scale: str) -> dict[str, pd.DataFrame]:
+    """The same from this machine's store at another scale: what is there of Tables 3, 4, 6, 9, 10 and 12. Runs nothing."""
+    one = {"demo": "tiny-convnext", "paper": "vit-b-16"}.get(scale)
+    others = [f"self-aug+{t}" for t in grids.TABLE4]
+    cells = {
+        "table3": grids.methods_grid(scale, methods=grids.TABLE3),
+        "table4": grids.methods_grid(scale, methods=["self-aug", *others, "mix-self"], models=one, eps=1),
+        "table6": grids.pretraining_grid(scale, eps=2)[0],
+        "table10": grids.halves_grid(scale, eps=2),
+        "table12": grids.pure_grid(scale, eps=1, models=one),
+    }
+    found, store = {}, experiments.Store()
+    for table, wanted in cells.items():
+        there = [(c, r) for c in wanted if (r := store.get(experiments.key(c.spec))) is not None]
+        if there:
+            runs = grids.labelled([c for c, _ in there], experiments.frame(r for _, r in there))
+            found[table] = _ready(table, evidence.choose(runs, _rate_for(table)))
+    return found
+
+
+def _rate_for(table: str) -> tuple[str, ...]:
+    return (*RATE_FOR, "k_base", "k_self", "k_diff") if table == "table9" else RATE_FOR
+
+
+def _ready(table: str, runs: pd.DataFrame) -> pd.DataFrame:
+    if table == "table9" and len(runs):
+        return grids.k_groups(runs)
+    return runs.query("stage == 'whole'") if "stage" in runs else runs
+
+
+def where(text: Any) -> dict[str, list[str]]:
+    """ "dataset=cifar10,eurosat epsilon=1": the values of each column; empty for no text."""
+    parts = [] if pd.isna(text) else str(text).split()
+    return {name: values.split(",") for name, _, values in (p.partition("=") for p in parts)}
+
+
+def within(table: pd.DataFrame, text: Any) -> pd.DataFrame:
+    """The rows where a claim is made; what stands for the paper's data sets counts as they do."""
+    for column, values in where(text).items():
+        if column in table:
+            known = [f"{v:g}" if column == "epsilon" else grids.STANDS_FOR.get(v, v) for v in table[column]]
+            table = table[[k in values for k in known]]
+    return table
+
+
+def decide(runs: Mapping[str, pd.DataFrame], level: float = verdicts.LEVEL) -> pd.DataFrame:
+    """Every claim with `published`, `difference`, `low`, `high`, `n`, `bound`, `ratio`, `sets` and `verdict`, in the order of
+    the paper. `runs` holds the runs of each table, from `committed` or `stored`; without any a claim is "not run"."""
+    claims = paper.claims()
+    rows, effects = [], []
+    for c in claims.itertuples():
+        value, cells = RATIOS.get(c.table, ("accuracy", ("model", "epsilon")))
+        said = within(published(c.table), c.where)
+        mine = within(runs.get(c.table, pd.DataFrame({"method": []})), c.where)
+        bound = None if pd.isna(c.bound) else float(c.bound)
+        asked = Comparison(c.first, c.second, c.kind, bound)
+        mine = mine if "method" in mine else mine.assign(method=None)
+        row, effect = verdicts.measure(
+            mine, asked, said, cells=("dataset", *cells), value=value, ratio=c.table in RATIOS
+        )
+        sets = mine.loc[mine["method"].isin([c.first, c.second]), "dataset"] if "dataset" in mine else []
+        rows.append(row | {"sets": ", ".join(label(d) for d in dict.fromkeys(sets)) if effect else ""})
+        effects.append(effect)
+    there = {i: e for i, e in enumerate(effects) if e is not None}
+    decided = verdicts.decide(list(there.values()), level).set_index(pd.Index(there))
+    about = claims.rename(columns={"claim": "key"})[["key", "section", "table", "text"]]
+    found = pd.concat([about, pd.DataFrame(rows), decided], axis=1)
+    found["verdict"] = found["verdict"].astype(object).where(found["verdict"].notna(), NOT_RUN)
+    return found
+
+
+def table(found: pd.DataFrame) -> Markdown:
+    """The ledger for reading, a line a claim with a link to its page."""
+    lines = []
+    for section, part in found.groupby("section", sort=False):
+        lines.append(f"\n**{section}**\n")
+        for r in part.itertuples():
+            said, (low, got, high) = (
+                verdicts.number(r.published, r.ratio),
+                [verdicts.number(x, r.ratio) for x in (r.low, r.difference, r.high)],
+            )
+            unit = " times" if r.ratio else " points"
+            measured = f"measured {got} [{low}, {high}] on {r.sets}, n = {r.n:.0f}; " if r.verdict != NOT_RUN else ""
+            link = f"[{r.table.replace('table', 'Table ').replace('figure', 'Figure ')}]({r.table}.ipynb)"
+            lines.append(f"- {r.text} {link}. Published {said}{unit}; {measured}**{r.verdict}**.")
+    return Markdown("\n".join(lines))
+
+
+def counts(found: pd.DataFrame) -> str:
+    """ "12 hold, 3 are contradicted, ...": how often each verdict was given."""
+    kind = found["verdict"].where(~found["verdict"].str.startswith("no effect"), "no effect of that size")
+    words = {"holds": "hold", "contradicted": "are contradicted", "no effect of that size": "have no such effect",
+             "undecided": "are undecided", NOT_RUN: "were not run"}  # fmt: skip
+    return ", ".join(f"{n} {words[v]}" for v in words if (n := int(np.sum(kind == v))))

@@ -1,0 +1,307 @@
+"""Networks from scratch (Tables 1, 2 and 5): their grids of runs, and what pages show of them beside `report`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from IPython.display import Markdown
+from torch import nn
+
+from dpmix.companion import grids, paper
+from dpmix.companion.report import label, summary
+from dpmix.core import accounting, checks, microbatch, views
+from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPreset:
+    """The settings of a scale for networks from scratch. Two learning rates: of per-example clipping, and of microbatches,
+    whose sum has fewer terms and more noise. `views_cut` divides every number of views of the paper."""
+
+    dataset: str
+    model: str
+    batch_size: int
+    epochs: float
+    epsilons: tuple[float, ...]
+    learning_rate: float
+    microbatch_learning_rate: float
+    momentum: float = 0.0
+    ema_decay: float | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    views_cut: int = 1
+
+    def views_of(self, method: str, k_base: int = 16, k_self: int | None = None) -> views.Recipe:
+        """The recipe of a method with these numbers of views (None: the method's own), cut to the scale."""
+        r = views.METHODS[method]
+        cut = [max(1, k // self.views_cut) if k else 0 for k in (k_base, r.k_self if k_self is None else k_self)]
+        return r if method == "dp-sgd" else replace(r, k_base=cut[0], k_self=cut[1])
+
+
+DEMO = NetworkPreset(
+    dataset="digits",
+    model="wrn-10-1",
+    batch_size=256,
+    epochs=2,
+    epsilons=(2, 8),
+    learning_rate=4.0,
+    microbatch_learning_rate=1.0,
+    views_cut=4,
+)
+LAPTOP = NetworkPreset(
+    dataset="cifar10",
+    model="wrn-10-2",
+    batch_size=1024,
+    epochs=8,
+    epsilons=(8,),
+    learning_rate=2.0,
+    microbatch_learning_rate=0.5,
+    views_cut=4,
+)
+
+
+def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
+    """The settings of "demo" (a small network on digits), "laptop" (one on CIFAR-10, hours on two cores) or "paper"
+    (Section 4 and Appendix C, a GPU).
+
+    The demo's learning rates come from trials with seed 100 at epsilon 8, a fifth of the training set held out, by validation
+    accuracy: 4 among 1, 2 and 4 (no augmentation), among 2 and 4 at two epochs and 4 and 8 at three (4 views), and 1 among
+    0.5, 1 and 2 (pairs). At the other scales the learning rate of 2, no momentum and (paper) the EMA of 0.999 are those of
+    De et al.'s published configuration, which the paper says to follow without naming them; that of microbatches is ours.
+    """
+    checks.one_of("scale", scale, grids.SCALES)
+    if scale == "demo":
+        return replace(DEMO, dataset=dataset or DEMO.dataset)
+    checks.one_of("dataset", dataset or "cifar10", paper.DATASETS)
+    if scale == "laptop":
+        return replace(LAPTOP, dataset=dataset or LAPTOP.dataset)
+    published = paper.SETTINGS["scratch"]
+    settings: dict[str, Any] = {
+        "model": published.models[0],
+        "batch_size": published.batch_size,
+        "epochs": published.epochs,
+    }
+    own: dict[str, Any] = {
+        "epsilons": paper.EPSILONS,
+        "ema_decay": 0.999,
+        "views_cut": 1,
+        "dataset": dataset or "cifar10",
+    }
+    return replace(LAPTOP, **settings, **own)
+
+
+def network_cells(
+    p: NetworkPreset,
+    method: str,
+    recipe: views.Recipe,
+    *,
+    eps: Any = None,
+    seeds: Any = None,
+    microbatch: int = 1,
+    microbatch_mix: str = "none",
+    **labels: Any,
+) -> list[grids.Cell]:
+    """A network from scratch for every epsilon and seed. All training examples are trained on: nothing is chosen by these
+    runs, so nothing is held out. `method` and `labels` name the cells."""
+    fixed: dict[str, Any] = {
+        "recipe": recipe,
+        "learning_rate": p.learning_rate if microbatch == 1 else p.microbatch_learning_rate,
+        "validation": 0.0,
+        "microbatch": microbatch,
+        "microbatch_mix": microbatch_mix,
+        **{name: getattr(p, name) for name in ("dataset", "model", "batch_size", "epochs", "momentum", "ema_decay")},
+    }
+    return [
+        grids.Cell({"model": p.model, "method": method, **labels}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
+        for epsilon in grids.many(eps, p.epsilons, "eps")
+        for seed in grids.many(seeds, p.seeds, "seeds")
+    ]
+
+
+def network_compute(dataset: str) -> ComputeFlags:
+    """How the networks are computed: one on digits has so little to do for an example that examples go through it together."""
+    return ComputeFlags(engine="grouped", physical_batch=128) if dataset == "digits" else ComputeFlags()
+
+
+# Table 1: what is printed, and the microbatch of each row. The paper gives one number for mixup in pairs.
+TABLE1: dict[str, tuple[str, int, str]] = {
+    "DP-SGD": ("dp-sgd", 1, "none"),
+    "DP-SGD in pairs": ("dp-sgd", 2, "none"),
+    "pairs with their mixture": ("dp-sgd", 2, "add"),
+    "mixtures of pairs alone": ("dp-sgd", 2, "replace"),
+    "Self-Aug": ("self-aug", 1, "none"),
+    "Self-Aug in pairs": ("self-aug", 2, "none"),
+}
+
+
+def changed(p: Any, **settings: Any) -> Any:
+    """A preset with those settings replaced that are not None."""
+    return replace(p, **{name: value for name, value in settings.items() if value is not None})
+
+
+def microbatch_grid(p: NetworkPreset, *, eps: Any = 8, seeds: Any = None) -> list[grids.Cell]:
+    """Table 1: per-example clipping and microbatches of two, each with noise for its own sensitivity."""
+    cells = []
+    for name, (method, size, mix) in TABLE1.items():
+        cells += network_cells(p, name, p.views_of(method), eps=eps, seeds=seeds, microbatch=size, microbatch_mix=mix)
+    return cells
+
+
+def augmentations_grid(
+    scale: str, p: NetworkPreset, *, counts: Any = None, eps: Any = 8, network_seeds: Any = None, **asked: Any
+) -> list[grids.Cell]:
+    """Table 5: Self-Aug with several numbers of views against DP-MixSelf (16 base views and 16 mixtures): a network from
+    scratch, and linear layers on a frozen encoder (`asked` as in `methods_grid`).
+
+    A method is named with the paper's number of views; a network of a scale with `views_cut` takes that much less.
+    """
+    rows = [("self-aug", n, n, 0) for n in grids.many(counts, AUGMENTATIONS, "counts")] + [("mix-self", 32, 16, 16)]
+    cells = []
+    for method, n, k_base, k_self in rows:
+        name = f"{label(method)} {n}"
+        cells += network_cells(p, name, p.views_of(method, k_base, k_self), eps=eps, seeds=network_seeds)
+        recipe = replace(views.METHODS[method], k_base=k_base, k_self=k_self)
+        heads = grids.methods_grid(scale, methods=[method], eps=eps, **asked)
+        cells += grids.changed_cells(heads, name, recipe=recipe)
+    return cells
+
+
+AUGMENTATIONS = (16, 24, 32, 36)  # Table 5's Self-Aug
+
+
+def settings(p: NetworkPreset) -> pd.DataFrame:
+    """The settings of these runs beside those at paper scale: what a demo has cut."""
+
+    def column(s: NetworkPreset) -> dict[str, str]:
+        mixed = s.views_of("mix-self")
+        return {
+            "data": label(s.dataset),
+            "network": label(s.model),
+            "expected batch B": f"{s.batch_size:,}",
+            "epochs": f"{s.epochs:g}",
+            "views of Self-Aug": f"{s.views_of('self-aug').views}",
+            "views of DP-MixSelf": f"{mixed.k_base} + {mixed.k_self}",
+            "clip norm C": "1",
+            "learning rate": f"{s.learning_rate:g}",
+            "learning rate in microbatches": f"{s.microbatch_learning_rate:g}",
+            "momentum": f"{s.momentum:g}",
+            "weights evaluated": "last step" if s.ema_decay is None else f"moving average, {s.ema_decay:g}",
+            "weight standardisation": "yes",
+        }
+
+    return pd.DataFrame({"these runs": column(p), "paper scale": column(network_preset("paper"))})
+
+
+def underestimated(runs: pd.DataFrame, accountants: Sequence[str] = ("rdp", "pld")) -> pd.DataFrame:
+    """What ε pairs would really have, had the noise been calibrated to C: the sum moves by 2C, so σ is in truth σ / 2.
+
+    A row for each mechanism of `runs` in microbatches, and one for the paper's setting (CIFAR-10, whole training set).
+    """
+    rows = runs[runs["microbatch"] > 1].drop_duplicates(["epsilon", "delta", "sigma", "q", "T"])
+    found = [
+        (f"these runs ({label(r.dataset)})", r.epsilon, r.delta, r.sigma, r.q, r.T)
+        for r in rows.itertuples()
+        if r.sigma > 0
+    ]
+    p = network_preset("paper")
+    for epsilon in sorted({e for _, e, *_ in found}):
+        spec = RunSpec(
+            recipe=views.METHODS["dp-sgd"],
+            epsilon=epsilon,
+            learning_rate=p.learning_rate,
+            dataset=p.dataset,
+            model=p.model,
+            validation=0.0,
+            batch_size=p.batch_size,
+            epochs=p.epochs,
+            microbatch=2,
+        )
+        m = mechanism(spec, paper.DATASETS[p.dataset].train)
+        found.append(
+            (
+                f"the paper's setting ({label(p.dataset)})",
+                epsilon,
+                spec.delta,
+                m.noise_multiplier,
+                m.sample_rate,
+                m.steps,
+            )
+        )
+    table = []
+    for name, epsilon, delta, sigma, q, steps in found:
+        row = {
+            "setting": name,
+            "q": f"{q:.4f}",
+            "T": int(steps),
+            "σ for C": f"{sigma:.3f}",
+            "σ / 2": f"{sigma / 2:.3f}",
+            "ε claimed": f"{epsilon:g}",
+        }
+        for accountant in accountants:
+            spent = accounting.epsilon_spent(
+                noise_multiplier=sigma / 2, delta=delta, sample_rate=q, steps=int(steps), accountant=accountant
+            )
+            row[f"ε in truth ({accountant.upper()})"] = f"{spent:.1f}"
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def sign_flip(clip_norm: float = 1.0) -> pd.DataFrame:
+    """The sum of Eq. (2), in units of C along e, with and without the second of two examples, by the code that trains.
+
+    A linear layer of two logits and one input, weights zero: the gradient of an example x of class 0 is x / sqrt(2) e,
+    of class 1 it is -x / sqrt(2) e, where e = (-1, 1) / sqrt(2). Example 1 has gradient -2C e, example 2 has 4C e.
+    """
+    layer = nn.utils.skip_init(nn.Linear, 1, 2, bias=False, dtype=torch.float64)  # no global random state is touched
+    nn.init.zeros_(layer.weight)
+    model = nn.Sequential(nn.Flatten(), layer)
+    e = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) / 2**0.5
+    pixels = torch.tensor([2.0, 4.0], dtype=torch.float64) * 2**0.5 * clip_norm
+    targets = torch.eye(2, dtype=torch.float64)[[1, 0]]
+    cases = {
+        "one example, clipped alone": (1, "none"),
+        "pair": (2, "none"),
+        "pair and its mixture": (2, "add"),
+        "mixture of the pair alone": (2, "replace"),
+    }
+
+    def along(size: int, mix: str, second: bool) -> float:
+        shape = (2 // size, size, 1)  # microbatches, their size, one view
+        present = torch.tensor([True, second]).view(shape[:2])
+        lam = torch.full((len(present), 1), 0.25, dtype=torch.float64)
+        x, y = pixels.view(*shape, 1, 1, 1), targets.view(*shape, 2)
+        total = microbatch.microbatch_sum(model, x, y, present, clip_norm, mix=mix, lam=lam)
+        return float((total.grads["1.weight"] * e).sum()) / clip_norm
+
+    rows = {}
+    for name, (size, mix) in cases.items():
+        both, alone = along(size, mix, True), along(size, mix, False)
+        rows[name] = {
+            "both present": f"{both:+.2f} C",
+            "without the second": f"{alone:+.2f} C",
+            "moved by": f"{abs(both - alone):.2f} C",
+            "noise is scaled for": f"{microbatch.sensitivity(size):g} C",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def published_table1() -> pd.DataFrame:
+    """Table 1 under the names of `TABLE1`. The paper has one number for mixup in pairs; it stands at both variants."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for name, (method, size, mix) in TABLE1.items():
+        names.setdefault((method if mix == "none" else "dp-sgd-mixup", size), []).append(name)
+    table = paper.table(1)
+    table["method"] = [names[m, b] for m, b in zip(table["method"], table["microbatch_size"], strict=True)]
+    table = table.explode("method")
+    order = list(TABLE1)
+    return table.sort_values("method", key=lambda column: column.map(order.index)).reset_index(drop=True)
+
+
+def level(runs: pd.DataFrame, classes: int) -> Markdown:
+    """Whether the networks have learned at all: the lowest and the highest mean accuracy beside guessing."""
+    low, *_, high = summary(runs, ["model", "method", "epsilon"]).sort_values("mean").to_dict("records")
+    guess = 100 / classes
+    learned = "well above" if low["mean"] > 2 * guess else "**not well above** (such a run has hardly learned)"
+    ends = [f"{r['mean']:.1f} % ({label(r['method'])}, ε = {r['epsilon']:g})" for r in (low, high)]
+    return Markdown(f"The means lie between {ends[0]} and {ends[1]}; the lowest is {learned} guessing, {guess:.0f} %.")

@@ -1,0 +1,116 @@
+"""The ledger gives made-up results of known truth the verdicts that they deserve; what came with the repository is read whole."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dpmix.companion import evidence, grids, ledger, paper, plots
+
+DRAW = np.random.default_rng(3)
+
+
+def made_up(factor: float, spread: float = 0.05) -> dict[str, pd.DataFrame]:
+    """Runs of every table in which each published difference is there `factor` times over: 1 the effect, 0 none, -1 the
+    opposite. A difference claimed to be no gain is there -|factor| times, plus 2 points where the factor is negative."""
+    found = {}
+    for table in dict.fromkeys(paper.claims()["table"]):
+        said = ledger.published(table)
+        value, _ = ledger.RATIOS.get(table, ("accuracy", ()))
+        rows = []
+        for row in said.to_dict("records"):
+            level = np.log(row["mean"]) if table in ledger.RATIOS else row["mean"]
+            for seed in range(8):
+                x = factor * level + DRAW.normal() * spread * (0.02 if table in ledger.RATIOS else 1)
+                rows.append({**row, "seed": seed, value: np.exp(x) if table in ledger.RATIOS else x})
+        found[table] = pd.DataFrame(rows).drop(columns=["mean", "std"], errors="ignore")
+    return found
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1.0, "holds"), (0.0, "no effect"), (-1.0, "contradicted")])
+def test_known_truth_is_found(factor, word):
+    found = ledger.decide(made_up(factor))
+    claimed = found[(found["claim"] == "published") & (found["published"].abs() > 0.35)]
+    assert len(claimed) > 28 and claimed["verdict"].str.startswith(word).all(), claimed[["key", "verdict"]]
+    no_gain = found[(found["claim"] == "no gain") & found["published"].notna()]
+    assert (no_gain["verdict"] == "holds").all() or factor < 0
+    assert found.set_index("key").loc["pretraining-gain", "verdict"] == ledger.NOT_RUN, "the paper has no such row"
+
+
+def test_a_claim_of_no_gain_is_contradicted_by_a_gain():
+    runs = made_up(1.0)
+    runs["table10"].loc[runs["table10"]["method"] == "C", "accuracy"] += 3
+    assert ledger.decide(runs).set_index("key").loc["real-pool-few", "verdict"] == "contradicted"
+
+
+def test_of_forty_claims_without_any_difference_few_ledgers_have_a_false_one():
+    """Wide noise, nothing there: at most 5 % of ledgers with a *holds* or *contradicted* (60 ledgers; more than 8: 0.6 %)."""
+    wrong = 0
+    for _ in range(60):
+        found = ledger.decide({"table3": made_up_table3()})
+        wrong += found["verdict"].isin(["holds", "contradicted"]).any()
+    assert wrong <= 8
+
+
+def made_up_table3() -> pd.DataFrame:
+    said = ledger.published("table3").query("dataset in ('cifar10', 'eurosat') and model == 'vit-b-16'")
+    parts = [said.assign(seed=s, accuracy=80 + DRAW.normal(0, 6, len(said))) for s in range(4)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_claim_is_decided_where_it_is_made():
+    runs = made_up(1.0)["table3"]
+    digits = runs[runs["dataset"] == "cifar10"].assign(dataset="digits", model="tiny-vit")
+    found = ledger.decide({"table3": digits}).set_index("key")
+    assert found.loc["mix-self-cifar10", "verdict"] == "holds" and found.loc["mix-self-cifar10", "sets"] == "digits"
+    assert (
+        found.loc["mix-self-eurosat", "verdict"] == ledger.NOT_RUN
+        and found.loc["pairs-cost", "verdict"] == ledger.NOT_RUN
+    )
+    assert (
+        ledger.where("dataset=a,b epsilon=1") == {"dataset": ["a", "b"], "epsilon": ["1"]}
+        and ledger.where(np.nan) == {}
+    )
+    text = ledger.table(ledger.decide({"table3": digits})).data
+    assert "[Table 3](table3.ipynb)" in text and "**holds**" in text and "**not run**" in text
+    assert "were not run" in ledger.counts(ledger.decide({"table3": digits}))
+    assert plots.effects_plot(ledger.decide({"table3": digits})).axes
+
+
+def test_what_came_with_the_repository_names_its_origin():
+    for path in sorted(evidence.FOLDER.glob("*/*.json")):
+        (about,) = [a for a in evidence.read(path.parent.name).attrs["about"] if a["dataset"] == path.stem]
+        for name in ("commit", "machine", "seeds", "data", "hours", "until", "versions"):
+            assert about[name] not in ("", None, []), f"{path}: {name}"
+    ledger.decide(ledger.committed())
+
+
+def test_runs_are_written_and_read_back(tmp_path):
+    right = np.array([True, False, True] * 7)
+    runs = pd.DataFrame({
+        "dataset": "cifar10", "model": "m", "method": ["a", "a", "b", "b"], "epsilon": 1.0, "seed": 0,
+        "learning_rate": [1.0, 2.0, 1.0, 2.0], "validation": 0.1, "validation_accuracy": [1.0, 2.0, 4.0, 3.0],
+        "accuracy": [50.0, 60.0, 70.0, 80.0], "refit": False, "right": [None, right, ~right, None], "recipe": "object",
+    })  # fmt: skip
+    about = {"dataset": "cifar10", "test_images": 21, "commit": "abc", "encoder": "E", "seeds": [0], "hours": 0.5,
+             "machine": "two cores", "until": "2030-01-02T03", "data": "digest"}  # fmt: skip
+    evidence.write(tmp_path / "t" / "cifar10.json", runs, about)
+    back = evidence.read("t", tmp_path)
+    assert back.attrs["about"] == [about] and back["accuracy"].tolist() == runs["accuracy"].tolist()
+    assert back["right"][0] is None and (back["right"][1] == right).all() and (back["right"][2] == ~right).all()
+    best = evidence.chosen("t", ["method"], tmp_path)
+    assert best["accuracy"].tolist() == [60.0, 70.0], "by validation, never by test"
+    again = runs.assign(refit=[False, True, False, False])
+    evidence.write(tmp_path / "t" / "cifar10.json", again, about)
+    assert evidence.chosen("t", ["method"], tmp_path)["accuracy"].tolist() == [60.0], (
+        "those trained again on all images"
+    )
+    assert "0.5 hours on two cores" in evidence.status("t", tmp_path).data and "cifar" not in repr(about["machine"])
+    assert "not run" in evidence.status("nothing", tmp_path).data and len(evidence.read("nothing", tmp_path)) == 0
+
+
+def test_which_images_a_stored_run_gets_right_adds_up_to_its_accuracy():
+    cells = grids.methods_grid(
+        "demo", methods=["dp-sgd"], models="tiny-vit", eps=8, seeds=[0, 1], epochs=0.5, learning_rates=4.0
+    )
+    scored = evidence.outcomes(grids.run_cells(cells))
+    assert [100 * r.mean() for r in scored["right"]] == pytest.approx(scored["accuracy"].tolist())

@@ -1,0 +1,84 @@
+"""What the pages on networks from scratch show: the sign flip by the code that trains, and settings as they are."""
+
+import pandas as pd
+import pytest
+
+from dpmix.companion import networks, paper
+from dpmix.runs import spec
+
+
+def test_the_sum_of_a_pair_turns_round_and_that_of_single_examples_does_not():
+    table = networks.sign_flip(clip_norm=0.7)
+    moved = {name: float(cell.split()[0]) for name, cell in table["moved by"].items()}
+    assert moved["pair"] == 2.0 and moved["one example, clipped alone"] == 1.0
+    assert table.loc["pair", "both present"] == "+1.00 C" and table.loc["pair", "without the second"] == "-1.00 C"
+    promised = {name: float(cell.split()[0]) for name, cell in table["noise is scaled for"].items()}
+    assert all(moved[name] <= promised[name] for name in moved)
+
+
+def test_noise_for_half_the_sensitivity_costs_more_than_was_claimed():
+    p = networks.network_preset("demo")
+    (cell,) = networks.network_cells(p, "x", p.views_of("dp-sgd"), eps=8, seeds=0, microbatch=2)
+    m = spec.mechanism(cell.spec, 1437)
+    runs = pd.DataFrame(
+        [
+            dict(
+                dataset="digits",
+                microbatch=2,
+                epsilon=8,
+                delta=1e-5,
+                sigma=m.noise_multiplier,
+                q=m.sample_rate,
+                T=m.steps,
+            )
+        ]
+    )
+    found = networks.underestimated(runs)
+    assert len(found) == 2 and all(float(e) > 16 for e in found["ε in truth (RDP)"])
+    assert all(
+        float(pld) < float(rdp) for pld, rdp in zip(found["ε in truth (PLD)"], found["ε in truth (RDP)"], strict=True)
+    )
+
+
+def test_settings_stand_beside_those_of_the_paper():
+    table = networks.settings(networks.network_preset("demo"))
+    assert (
+        table.loc["expected batch B", "paper scale"] == "4,096"
+        and table.loc["views of DP-MixSelf", "paper scale"] == "16 + 18"
+    )
+    assert table.loc["views of DP-MixSelf", "these runs"] == "4 + 4" and table.loc["epochs", "paper scale"] == "200"
+
+
+def test_the_rows_of_table_1_have_the_published_numbers():
+    published = networks.published_table1()
+    assert list(dict.fromkeys(published["method"])) == list(networks.TABLE1)
+    by_name = published.groupby("method")["mean"].first()
+    assert by_name["DP-SGD"] > by_name["DP-SGD in pairs"] and len(paper.table(1)) < len(published)
+
+
+def test_networks_of_table_1_and_5():
+    p = networks.network_preset("demo")
+    cells = networks.microbatch_grid(p, seeds=0)
+    assert [c.labels["method"] for c in cells] == list(networks.TABLE1)
+    pairs = [c.spec.microbatch for c in cells]
+    assert pairs == [1, 2, 2, 2, 1, 2] and all(c.spec.from_scratch and c.spec.validation == 0 for c in cells)
+    paper_p = networks.network_preset("paper")
+    assert (paper_p.model, paper_p.batch_size, paper_p.epochs) == ("wrn-16-4", 4096, 200)
+    assert paper_p.views_of("self-aug").k_base == 16 and p.views_of("self-aug").k_base == 4
+    five = networks.augmentations_grid("paper", paper_p, network_seeds=0, seeds=0, learning_rates=1.0)
+    assert [f"{c.labels['method'].rsplit(' ', 1)[1]}" for c in five] == [f"{c.spec.recipe.views}" for c in five]
+    assert len({c.spec for c in five}) == len(five) == 5 * 3
+    changed = networks.changed(p, epochs=5, batch_size=None)
+    assert changed.epochs == 5 and changed.batch_size == p.batch_size
+
+
+def test_an_empty_list_is_refused_for_networks_too():
+    with pytest.raises(ValueError, match=r"seeds=\[\]: is empty; give a value"):
+        networks.microbatch_grid(networks.network_preset("demo"), seeds=[])
+
+
+def test_a_page_says_whether_its_networks_have_learned():
+    rows = [dict(model="wrn-10-1", method="a", epsilon=8.0, accuracy=a) for a in (12.0, 60.0)]
+    text = networks.level(pd.DataFrame([*rows, rows[0] | {"method": "b"}]), classes=10).data
+    assert "36.0 %" in text and "12.0 %" in text and "hardly learned" in text
+    assert "well above guessing, 10 %" in networks.level(pd.DataFrame([rows[1], rows[1] | {"method": "b"}]), 10).data
