@@ -89,7 +89,11 @@ def read(table: str, folder: Path | None = None) -> pd.DataFrame:
             frame["right"] = [_unpacked(r, size) if isinstance(r, str) else None for r in frame["right"]]
         frames.append(frame)
         about.append(content["about"])
-    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"dataset": [], "epsilon": []})
+    found = (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else pd.DataFrame(columns=["dataset", "model", "method", "epsilon", "seed"])
+    )
     found.attrs["about"] = about
     return found
 
