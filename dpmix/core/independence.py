@@ -16,7 +16,7 @@ from dpmix.core import rng
 # Relative. Ten thousand neighbours that each mix in so much move a gradient by less than its float32 rounding.
 TIGHT = 1e-9
 _LARGE, _HUGE = 3 * 10**7, 2 * 10**8  # parameters: fewer images, no copy in float64
-_passed: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def check_layers(model: nn.Module) -> None:
@@ -33,7 +33,12 @@ def check_layers(model: nn.Module) -> None:
 def check_network(model: nn.Module, shape: tuple[int, ...]) -> None:
     """`check_layers` and `check_no_mixing` for images of `shape` [C, H, W]; nothing is done twice for a model that is
     still built as it was when it passed."""
-    built = (tuple(shape), model.training, *((n, type(m), *map(str, _settings(m))) for n, m in model.named_modules()))
+    plain = (bool, int, float, str, tuple)
+    settings = [
+        (name, type(layer), [(k, v) for k, v in vars(layer).items() if isinstance(v, plain) or callable(v)])
+        for name, layer in model.named_modules()
+    ]
+    built = repr((tuple(shape), settings))
     if _passed.get(model) != built:
         check_layers(model)
         check_no_mixing(model, shape)
@@ -53,34 +58,23 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.from_numpy(rng.generator(0, "mixing probe").random((3 if size > _LARGE else 8, *shape))).to(like)
     with _quietly(noise.device):
-        model = copy.deepcopy(model)
-        answer = model(noise)
-        if not bool(answer.isfinite().all()):
+        trial = copy.deepcopy(model)
+        if not bool(trial(noise).isfinite().all()):
             raise ValueError(f"{name}: answers public noise with numbers that are not finite; look at its weights")
-        if size <= _HUGE:
-            try:
-                moved, noise = _moved(model.double()), noise.double()
-                together, alone = moved(noise), torch.cat([moved(x[None]) for x in noise])
-                half = len(noise) // 2
-                pairs = [(together, alone), (moved(noise[half:]), alone[half:])]
-                good = all(_close(a, b, TIGHT) for a, b in pairs)
-            except (RuntimeError, TypeError):
-                model, noise = model.to(like.dtype), noise.to(like.dtype)
-                good = _same_among_others(model, noise)
-        else:
-            good = _same_among_others(model, noise)
+        try:
+            if size > _HUGE:
+                raise RuntimeError("no room for a copy in float64")
+            trial, noise = _moved(trial.double()), noise.double()
+            alone, half = torch.cat([trial(x[None]) for x in noise]), len(noise) // 2
+            good = _close(trial(noise), alone, TIGHT) and _close(trial(noise[half:]), alone[half:], TIGHT)
+        except (RuntimeError, TypeError):
+            trial, noise = _moved(copy.deepcopy(model)), noise.to(like.dtype)
+            good = _same_among_others(trial, noise)
         if not good:
             raise ValueError(
-                f"{name}: the output for an image changes when other images are left out of the batch{_where(model, noise)}, "
+                f"{name}: the output for an image changes when other images are left out of the batch{_where(trial, noise)}, "
                 "so clipping bounds nobody's influence; remove what mixes the batch (and any dropout)"
             )
-
-
-def _settings(layer: nn.Module) -> Iterator[object]:
-    """What a layer is told beside its weights."""
-    for key, value in vars(layer).items():
-        if isinstance(value, (bool, int, float, str, tuple)) or callable(value):
-            yield key, value
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def full(device: torch.device) -> Iterator[None]:
     global _inside
     with _lock:
         if not _inside:
-            _before[:] = _switch_off()
+            older, *flags = _before[:] = _flags()
+            _set("highest" if older else "", ["ieee" if flag in ("tf32", "bf16") else flag for flag in flags])
         _inside += 1
     try:
         with torch.autocast(device.type, enabled=False):
@@ -38,32 +39,30 @@ def full(device: torch.device) -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                _put_back(*_before)
+                _set(_before[0], _before[1:])
 
 
-def _switch_off() -> list[str]:
-    """The flags as they were: the older one, which cannot be read (empty) where it and the newer ones disagree."""
-    flags = [torch._C._get_fp32_precision_getter(*key) for key in _MATMULS]
+def _flags() -> list[str]:
+    """The older flag, empty where it is at its default or cannot be read (the newer ones disagree with it), and the newer."""
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:
         older = ""
-    if older != "highest" and older:
-        torch.set_float32_matmul_precision("highest")
-    for key, flag in zip(_MATMULS, flags, strict=True):
-        if flag not in ("none", "ieee"):
-            torch._C._set_fp32_precision_setter(*key, "ieee")
-    return [older, *flags]
+    return [older if older != "highest" else "", *(torch._C._get_fp32_precision_getter(*key) for key in _MATMULS)]
 
 
-def _put_back(older: str, *flags: str) -> None:
-    if older != "highest" and older:
+def _set(older: str, flags: list[str]) -> None:
+    if older:
         torch.set_float32_matmul_precision(older)
     for key, flag in zip(_MATMULS, flags, strict=True):
-        if torch._C._get_fp32_precision_getter(*key) != flag:
-            torch._C._set_fp32_precision_setter(*key, "none")  # many a flag only passes on that of its backend
-        if torch._C._get_fp32_precision_getter(*key) != flag:
-            torch._C._set_fp32_precision_setter(*key, flag)
+        for value in ("none", flag):  # many a flag only passes on that of its backend
+            if torch._C._get_fp32_precision_getter(*key) != flag:
+                torch._C._set_fp32_precision_setter(*key, value)
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether forward and backward gain from bfloat16: on a GPU, and on a CPU with instructions for it."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @lru_cache

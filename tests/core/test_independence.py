@@ -99,8 +99,12 @@ class Insists(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_cannot_be_turned_into_float64_is_asked_as_it_is(dtype):
     check_no_mixing(Insists(lambda x: x, dtype), SHAPE)
-    with pytest.raises(ValueError, match="left out of the batch"):
-        check_no_mixing(Insists(lambda x: x + 0.02 * x.sum(0), dtype), SHAPE)
+    for hidden in (False, True):
+        mixes = Insists(lambda x: x + 0.02 * x.sum(0), dtype)
+        if hidden:
+            nn.init.zeros_(mixes.weight)
+        with pytest.raises(ValueError, match="left out of the batch"):
+            check_no_mixing(mixes, SHAPE)
 
 
 def test_in_float32_the_tolerance_of_old_would_let_a_mixture_pass():
