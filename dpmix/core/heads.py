@@ -84,7 +84,7 @@ def train_heads(
     heads: Sequence[Head],
     *,
     num_classes: int,
-    seed: int,
+    seed: rng.Seed,
     public: views.PublicImages | None = None,
     ids: Int64[Tensor, " n"] | None = None,
     redraw: bool = True,
@@ -94,7 +94,7 @@ def train_heads(
     """`train` on `FreshViews` of these examples: what is not named here is an argument of `train`. With `redraw=False`
     every example has the same views at every step (`models.stored` keeps such views and encodes them once)."""
     checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
-    recipes = [head.recipe for head in heads]
+    recipes, seed = [head.recipe for head in heads], _seed(seed, training.get("checkpoint"))
     source = FreshViews(encoder, images, labels, recipes, num_classes=num_classes, seed=seed, public=public, ids=ids,
                         redraw=redraw, device=device)  # fmt: skip
     return train(source, heads, seed=seed, **training)
@@ -106,7 +106,7 @@ def train(
     *,
     expected_batch: int,
     steps: int,
-    seed: int,
+    seed: rng.Seed,
     sample_rate: float | None = None,
     initial: tuple[Tensor, Tensor] | None = None,
     physical_batch: int = 32,
@@ -128,9 +128,11 @@ def train(
     apart that the arguments do not (other data or initial weights): they must not share noise. `observe(step, features,
     targets, weights, biases)` sees each physical batch before the update: for non-private diagnostics.
 
-    The released quantity is each head's last iterate. Raises ValueError on bad input before any training.
+    `seed=None` takes fresh entropy. The released quantity is each head's last iterate. Raises ValueError on bad input
+    before any training.
     """
     sample_rate = _checked(source, heads, expected_batch, steps, physical_batch, sample_rate)
+    seed = _seed(seed, checkpoint)
     device, union = source.device, source.union
     rows = {r: row for r, row in zip(union.recipes, union.weights, strict=True)}
     view_weights = torch.stack([rows[h.recipe] for h in heads]).to(device, torch.float32)
@@ -203,6 +205,12 @@ def train(
         weights=state.weights.cpu(), biases=state.biases.cpu(), views=state.views, seconds=_clocks(state, source),
         dropped=state.dropped,
     )  # fmt: skip
+
+
+def _seed(seed: rng.Seed, checkpoint: Path | None) -> int:
+    said = "a run with checkpoints must be given its seed, to go on with it"
+    checks.require(seed is not None or checkpoint is None, "seed", None, said)
+    return rng.as_seed(seed)
 
 
 def _checked(

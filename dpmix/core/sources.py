@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dpmix.core import checks, files, views
+from dpmix.core import checks, files, rng, views
 from dpmix.core.transforms import as_float
 
 Scaling = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
@@ -76,7 +76,7 @@ class FreshViews:
         recipes: Sequence[views.Recipe],
         *,
         num_classes: int,
-        seed: int,
+        seed: rng.Seed,
         public: views.PublicImages | None = None,
         ids: Int64[Tensor, " n"] | None = None,
         redraw: bool = True,
@@ -97,7 +97,8 @@ class FreshViews:
             views.check_public(public, tuple(images.shape[1:]), num_classes)
         self.n, self.dim, self.num_classes, self.device = n, encoder.dim, num_classes, torch.device(device)
         self.union = views.make_union(list(dict.fromkeys(recipes)))
-        self.encoder, self.images, self.labels, self.public, self.seed = encoder, images, labels, public, seed
+        self.encoder, self.images, self.labels, self.public = encoder, images, labels, public
+        self.seed = rng.as_seed(seed)  # a fresh one is drawn once, so that views that are not redrawn stay
         self.ids = torch.arange(n) if ids is None else ids
         self.redraw, self.scaling, self.seconds = redraw, scaling, {"views": 0.0, "encoder": 0.0}
         self.name = named(encoder.name, redraw, scaling)

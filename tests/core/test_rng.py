@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dpmix.core import accounting, heads, network, rng, views
+from dpmix.core import accounting, heads, network, rng, sources, views
 from tests.conftest import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def purposes(source: str) -> list[str]:
     return [c.args[1].value if len(c.args) > 1 and isinstance(c.args[1], ast.Constant) else "?" for c in ours]
 
 
-def sources() -> dict[str, str]:
+def all_texts() -> dict[str, str]:
     found = [p for folder in ("dpmix", "notebooks", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
     return {p.relative_to(ROOT).as_posix(): p.read_text() for p in found}
 
@@ -196,8 +196,8 @@ def repeated(texts) -> list[str]:
 
 def test_every_use_of_randomness_has_a_purpose_of_its_own():
     """Synthesis' image i and the Poisson coins of step i once shared ("sample", i)."""
-    assert repeated(sources().values()) == []
-    known = {purpose for text in sources().values() for purpose in purposes(text)}
+    assert repeated(all_texts().values()) == []
+    known = {purpose for text in all_texts().values() for purpose in purposes(text)}
     assert {"sample", "views", "noise", "microbatches", "image", "synthetic digit", "init", "validation"} <= known
 
 
@@ -206,7 +206,7 @@ def test_every_use_of_randomness_has_a_purpose_of_its_own():
     ("rng.generator(3)", ["?"]), ('rng.generator(seed, f"views {i}")', ["?"]), ('rng.generator(0, "quite new")', []),
 ])  # fmt: skip
 def test_a_shared_or_a_hidden_purpose_would_be_seen(text, said):
-    assert repeated([*sources().values(), text]) == said
+    assert repeated([*all_texts().values(), text]) == said
 
 
 # What would draw past the keys. `encoders` fills random weights with torch's own generator under a forked state, for a
@@ -227,6 +227,14 @@ def past(texts: dict[str, str]) -> set[tuple[str, str]]:
 
 
 def test_nothing_draws_past_the_keys():
-    ours = {f: text for f, text in sources().items() if f.startswith("dpmix/")}
+    ours = {f: text for f, text in all_texts().items() if f.startswith("dpmix/")}
     assert past(ours) == ALLOWED
     assert past({"new.py": "x = torch.randn(3)"}) == {("new.py", "randn")}
+
+
+def test_views_that_are_not_redrawn_stay_under_a_fresh_seed(private, projection):
+    source = sources.FreshViews(
+        projection, private.images, private.labels, [views.Recipe(2)], num_classes=CLASSES, seed=None, redraw=False
+    )
+    places = torch.arange(5)
+    assert torch.equal(source.made(places, 0).images, source.made(places, 7).images)
