@@ -76,8 +76,8 @@ class Methods:
 
         return run
 
-    def ours(self, model: nn.Module, engine: str, **how) -> Callable[[Tensor, Tensor], None]:
-        clipper = Clipper(model, 1.0, engine, autocast=self.autocast, channels_last=self.channels_last, **how)
+    def ours(self, model: nn.Module, engine: str) -> Callable[[Tensor, Tensor], None]:
+        clipper = Clipper(model, 1.0, engine, autocast=self.autocast, channels_last=self.channels_last)
         parameters = list(clipper.parameters.values())
 
         def run(images: Tensor, targets: Tensor) -> None:
@@ -111,8 +111,7 @@ class Methods:
         return {
             "plain SGD": self.plain,
             "ours: loop": lambda m: self.ours(m, "loop"),
-            "ours: grouped, unfolded": lambda m: self.ours(m, "grouped", unfold=True),
-            "ours: grouped, library": lambda m: self.ours(m, "grouped", unfold=False),
+            "ours: grouped": lambda m: self.ours(m, "grouped"),
             "vmap(grad) (ours: vmap)": lambda m: self.ours(m, "vmap"),
             "Opacus hooks": lambda m: self.opacus(m, False),
             "Opacus functorch": lambda m: self.opacus(m, True),

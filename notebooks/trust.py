@@ -305,7 +305,7 @@ shown.style.format(precision=3).format("{:.4f}", subset=["q"]).format("{:.1f}", 
 
 # %% [markdown]
 # *Noise multipliers by three accountants at the settings of the paper, the noise that PLD saves over RDP, and (last) the ε that is really spent where the noise of the RDP column meets a sensitivity of 2C.* The mistake costs
-# {glue:text}`trust_ratio` times the claim: with little noise a factor of two is not a factor of two. This is what {doc}`/microbatches` is about. The paper calibrates by RDP, and so do we where we compare with
+# {glue:text}`trust_ratio` times the claim: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`/microbatches`). The paper calibrates by RDP, and so do we where we compare with
 # it; a tighter bound would have saved {glue:text}`trust_saved` of the noise, for the price of some computing time.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Epsilon really spent against epsilon claimed if the sensitivity is twice what the noise was made for"}}

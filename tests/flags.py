@@ -1,10 +1,12 @@
 """Every switch of PyTorch by which float32 products lose bits, as contexts that put back what was there."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
+
+from dpmix.core import precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KEYS = [("generic", "all")] + [(kind, op) for kind in ("cuda", "mkldnn") for op in ("all", "matmul", "conv")]
@@ -63,3 +65,11 @@ FLAGS: dict[str, Callable[[], AbstractContextManager]] = {
     "reduced-precision reduction": reduced_reduction,
 }
 ROUNDS = ["autocast bfloat16", "autocast float16"]  # on every machine; what the others do depends on it
+
+
+def unguarded(monkeypatch):
+    """No flag is switched off, and no autocast that is around."""
+    real = torch.autocast
+    kept = lambda kind, *dtype, enabled=True: real(kind, *dtype) if enabled else nullcontext()  # noqa: E731
+    monkeypatch.setattr(precision, "full", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "autocast", kept)

@@ -27,12 +27,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from dpmix.audit.steps import (
-    Records,
-    Release,
-    Step,
-    noisy,
-)  # fmt: skip
+from dpmix.audit.steps import Records, Release, Step, noisy
 from dpmix.core import checks, rng
 from dpmix.images import data
 
@@ -258,9 +253,9 @@ def one_run(
         inside, outside = row[included].numpy(), row[~included].numpy()
         by, ranked = auditor(inside, outside), row.sort(descending=True).values
         ats = [_statistics().Explicit(float(ranked[max(1, round(share * count)) - 1])) for share in guesses]
-        bounds = [max(float(f(miss, delta, threshold_strategy=at)) for at in ats)
-                  for f in (by.epsilon_one_run, by.epsilon_one_run_fdp)]  # fmt: skip
-        found.append(OneRun(steinke=bounds[0], fdp=bounds[1], inside=inside, outside=outside))
+        steinke = max(float(by.epsilon_one_run(miss, delta, threshold_strategy=at)) for at in ats)
+        fdp = max(float(by.epsilon_one_run_fdp(miss, delta, threshold_strategy=at)) for at in ats)
+        found.append(OneRun(steinke=steinke, fdp=fdp, inside=inside, outside=outside))
     return found
 
 

@@ -41,6 +41,10 @@ class Records:
         parts = (first, other, rest)
         return Records(*(torch.cat([getattr(p, f) for p in parts]) for f in ("images", "labels", "ids")))
 
+    def views(self, recipe: views.Recipe, **how: Any) -> views.Views:
+        """`make_views` of the records."""
+        return views.make_views(self.images, self.labels, self.ids, recipe, **how)
+
 
 Step = Callable[[Records, int, int], Tensor]
 Release = Callable[[Records, int, int], Tensor]
@@ -61,8 +65,7 @@ def head_step(
     """
 
     def step(records: Records, seed: int, number: int) -> Tensor:
-        made = views.make_views(records.images, records.labels, records.ids, recipe,
-                                num_classes=num_classes, seed=seed, step=number, public=public)  # fmt: skip
+        made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
         features = made.images.flatten(2)
         if encoder is not None:
             features = encoder.features(made.images.flatten(0, 1)).reshape(*made.targets.shape[:2], encoder.dim)
@@ -87,14 +90,13 @@ def head_oracle(
     """The same sum on pixels, slow and obvious: float64, autograd on the mean loss of one example, clip, add up."""
 
     def step(records: Records, seed: int, number: int) -> Tensor:
-        made = views.make_views(records.images, records.labels, records.ids, recipe,
-                                num_classes=num_classes, seed=seed, step=number, public=public)  # fmt: skip
+        made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
         w, b = (t.double().requires_grad_() for t in duel(num_classes, made.images[0, 0].numel()))
         total = torch.zeros(w.numel() + b.numel(), dtype=torch.float64)
         for x, y in zip(made.images.double().flatten(2), made.targets.double(), strict=True):
             loss = -(y * torch.log_softmax(x @ w.T + b, dim=1)).sum(1).mean()
-            own = torch.cat([g.flatten() for g in torch.autograd.grad(loss, (w, b))])
-            total += own * min(1.0, clip_norm / float(own.norm()))
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, (w, b))])
+            total += gradient * min(1.0, clip_norm / float(gradient.norm()))
         return total
 
     return step
@@ -113,8 +115,7 @@ def network_step(
     """The clipped sum over all weights of a network, by `clipped_gradient_sum`."""
 
     def step(records: Records, seed: int, number: int) -> Tensor:
-        made = views.make_views(records.images, records.labels, records.ids, recipe,
-                                num_classes=num_classes, seed=seed, step=number, public=public)  # fmt: skip
+        made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
         done = clipping.clipped_gradient_sum(model, *made, clip_norm, engine, physical_batch=physical_batch)
         return torch.cat([g.flatten() for g in done.grads.values()])
 
@@ -149,13 +150,18 @@ def bank_release(
 
     def release(records: Records, seed: int, number: int) -> Tensor:
         checks.require(number == 0, "number", number, "must be 0: a bank of one step; vary the seed")
-        bank = heads.train_heads(
-            encoder, records.images, records.labels, ids=records.ids, num_classes=num_classes, expected_batch=1,
-            sample_rate=1.0, steps=1, seed=seed, public=public, initial=initial, progress=False,
-            heads=[heads.Head(recipe=recipe, learning_rate=r, noise_multiplier=noise_multiplier, clip_norm=clip_norm)
-                   for r in rates],
-        )  # fmt: skip
-        weights, biases = (initial[0] - bank.weights).flatten(1), initial[1] - bank.biases
+        about: dict[str, Any] = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "recipe": recipe}
+        bank = [heads.Head(learning_rate=rate, **about) for rate in rates]
+        how: dict[str, Any] = {
+            "sample_rate": 1.0,
+            "steps": 1,
+            "expected_batch": 1,
+            "num_classes": num_classes,
+            "initial": initial,
+        }
+        how |= {"ids": records.ids, "seed": seed, "public": public, "progress": False}
+        trained = heads.train_heads(encoder, records.images, records.labels, bank, **how)
+        weights, biases = (initial[0] - trained.weights).flatten(1), initial[1] - trained.biases
         return torch.cat([weights, biases], dim=1).double() / torch.tensor(rates, dtype=torch.float64)[:, None]
 
     return release
@@ -178,10 +184,9 @@ def marked(encoder: models.Encoder, count: int, gain: float = 10.0) -> models.En
 
 
 def bank_run(
-    train: data.ImageSet, encoder: models.Encoder, bank: Sequence[heads.Head], *, count: int, expected_batch: int,
-    steps: int, sample_rate: float, seed: int = 0, progress: bool = False,
-) -> Callable[[Bool[Tensor, " count"]], Float[Tensor, "R count"]]:  # fmt: skip
-    """For `one_run`: train heads by `heads.train_heads` on a data set and on the canaries that are in.
+    train: data.ImageSet, encoder: models.Encoder, bank: Sequence[heads.Head], *, count: int, seed: int = 0, **how: Any
+) -> Callable[[Bool[Tensor, " count"]], Float[Tensor, "R count"]]:
+    """For `one_run`: train heads by `heads.train_heads`, told `how`, on a data set and on the canaries that are in.
 
     Canary i is an image that turns on feature i of `marked` and nothing else, so the gradients of two canaries are
     orthogonal but for the bias. Its score is the weight of its feature in the direction of its label: with public
@@ -197,11 +202,10 @@ def bank_run(
     private = F.pad(train.images, (0, 0, 0, 0, 0, 2))
 
     def run(included: Tensor) -> Tensor:
-        trained = heads.train_heads(
-            marked(encoder, count), torch.cat([private, canaries[included]]), torch.cat([train.labels, labels[included]]),
-            bank, num_classes=train.num_classes, expected_batch=expected_batch, steps=steps, sample_rate=sample_rate,
-            seed=seed, ids=torch.cat([torch.arange(len(train)), len(train) + number[included]]), progress=progress,
-        )  # fmt: skip
+        images, of = torch.cat([private, canaries[included]]), torch.cat([train.labels, labels[included]])
+        ids = torch.cat([torch.arange(len(train)), len(train) + number[included]])
+        about: dict[str, Any] = {"num_classes": train.num_classes, "ids": ids, "seed": seed, "progress": False} | how
+        trained = heads.train_heads(marked(encoder, count), images, of, bank, **about)
         marks = trained.weights[:, :, encoder.dim :]
         return marks[:, labels, torch.arange(count)] - marks.mean(dim=1)
 

@@ -1,6 +1,5 @@
 """Networks from scratch (Tables 1, 2 and 5): their grids of runs, and what pages show of them beside `report`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,58 +192,35 @@ def settings(p: NetworkPreset) -> pd.DataFrame:
     return pd.DataFrame({"these runs": column(p), "paper scale": column(network_preset("paper"))})
 
 
-def underestimated(runs: pd.DataFrame, accountants: Sequence[str] = ("rdp", "pld")) -> pd.DataFrame:
-    """What ε pairs would really have, had the noise been calibrated to C: the sum moves by 2C, so σ is in truth σ / 2.
+def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """What microbatches spend, by PLD, in numbers: a row for each mechanism of `runs` in microbatches, and one for the paper's
+    setting (CIFAR-10, whole training set).
 
-    A row for each mechanism of `runs` in microbatches, and one for the paper's setting (CIFAR-10, whole training set).
+    "accounted": ε of a movement by 2C under the noise 2σC that is added; "true": of the pair of neighbours that there is (see
+    `core.microbatch`); "enough": deviation in units of σC at which the true pair spends what is accounted; "noise for C": ε of
+    that pair had the noise been made for C.
     """
-    rows = runs[runs["microbatch"] > 1].drop_duplicates(["epsilon", "delta", "sigma", "q", "T"])
+    rows = runs[(runs["microbatch"] > 1) & (runs["sigma"] > 0)].drop_duplicates(["epsilon", "delta", "sigma", "q", "T"])
+    rows = rows.sort_values("epsilon")
     found = [
-        (f"these runs ({label(r.dataset)})", r.epsilon, r.delta, r.sigma, r.q, r.T)
-        for r in rows.itertuples()
-        if r.sigma > 0
+        (f"these runs ({label(r.dataset)})", r.epsilon, r.delta, r.sigma, r.q, int(r.T)) for r in rows.itertuples()
     ]
     p = network_preset("paper")
     for epsilon in sorted({e for _, e, *_ in found}):
-        spec = RunSpec(
-            recipe=views.METHODS["dp-sgd"],
-            epsilon=epsilon,
-            learning_rate=p.learning_rate,
-            dataset=p.dataset,
-            model=p.model,
-            validation=0.0,
-            batch_size=p.batch_size,
-            epochs=p.epochs,
-            microbatch=2,
-        )
+        spec = RunSpec(recipe=views.METHODS["dp-sgd"], epsilon=epsilon, learning_rate=p.learning_rate, dataset=p.dataset,
+                       model=p.model, validation=0.0, batch_size=p.batch_size, epochs=p.epochs, microbatch=2)  # fmt: skip
         m = mechanism(spec, paper.DATASETS[p.dataset].train)
-        found.append(
-            (
-                f"the paper's setting ({label(p.dataset)})",
-                epsilon,
-                spec.delta,
-                m.noise_multiplier,
-                m.sample_rate,
-                m.steps,
-            )
-        )
+        name = f"the paper's setting ({label(p.dataset)})"
+        found.append((name, epsilon, spec.delta, m.noise_multiplier, m.sample_rate, m.steps))
     table = []
     for name, epsilon, delta, sigma, q, steps in found:
-        row = {
-            "setting": name,
-            "q": f"{q:.4f}",
-            "T": int(steps),
-            "σ for C": f"{sigma:.3f}",
-            "σ / 2": f"{sigma / 2:.3f}",
-            "ε claimed": f"{epsilon:g}",
-        }
-        for accountant in accountants:
-            spent = accounting.epsilon_spent(
-                noise_multiplier=sigma / 2, delta=delta, sample_rate=q, steps=int(steps), accountant=accountant
-            )
-            row[f"ε in truth ({accountant.upper()})"] = f"{spent:.1f}"
-        table.append(row)
-    return pd.DataFrame(table)
+        about = dict(delta=delta, sample_rate=q, steps=steps)
+        accounted = accounting.epsilon_spent(noise_multiplier=sigma, accountant="pld", **about)
+        enough = accounting.noise_multiplier(epsilon=accounted, accountant="pld", neighbours="change", **about)
+        true, for_one = (microbatch.epsilon_spent(2, deviation=d, **about) for d in (2 * sigma, sigma))
+        table.append({"setting": name, "q": q, "T": steps, "σ": sigma, "ε asked": epsilon, "accounted": accounted, "true": true,
+                      "enough": enough / sigma, "noise for C": for_one})  # fmt: skip
+    return pd.DataFrame(table).set_index("setting").rename_axis(None)
 
 
 def sign_flip(clip_norm: float = 1.0) -> pd.DataFrame:

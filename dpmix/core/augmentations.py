@@ -24,25 +24,20 @@ Every image is transformed (SimCLR leaves some alone), and the result is clamped
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from kornia import enhance, filters, geometry
 from torch import Tensor
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
-JITTER, HUE = 0.4, 0.1
-ROTATION, TRANSLATION = 15.0, 0.1
-CUTOUT = 0.25
-NOISE = 0.1
-BLUR = (0.1, 2.0)
+JITTER, HUE, ROTATION, TRANSLATION, CUTOUT, NOISE, BLUR = 0.4, 0.1, 15.0, 0.1, 0.25, 0.1, (0.1, 2.0)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """`draws(C, H, W)` uniforms an image; `apply(images [n, C, H, W], uniforms [n, draws]) -> [n, C, H, W]`."""
+class Augmentation(NamedTuple):
+    """`draws(C, H, W)` uniforms an image; `apply(images [n, C, H, W], uniforms [n, draws]) -> [n, C, H, W]`, n > 0."""
 
     draws: Callable[[Shape], int]
     apply: Callable[[Tensor, Tensor], Tensor]
@@ -120,19 +115,13 @@ SINGLE: dict[str, Augmentation] = {
 def one_of_all(images: Float[Tensor, "n C H W"], uniforms: Float[Tensor, "n draws"]) -> Float[Tensor, "n C H W"]:
     """One of `SINGLE` for each image, all equally likely. Uniforms: which, then those of the one."""
     which = (uniforms[:, 0] * len(SINGLE)).long()
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+    shape = images.shape[1], images.shape[2], images.shape[3]
     out = torch.empty_like(images)
     for place, single in enumerate(SINGLE.values()):
         chosen = which == place
-        out[chosen] = apply(single, images[chosen], uniforms[chosen, 1 : 1 + single.draws(shape)])
+        if chosen.any():
+            out[chosen] = single.apply(images[chosen], uniforms[chosen, 1 : 1 + single.draws(shape)])
     return out
-
-
-def apply(
-    augmentation: Augmentation, images: Float[Tensor, "n C H W"], uniforms: Float[Tensor, "n draws"]
-) -> Float[Tensor, "n C H W"]:
-    """The augmented images; none for n = 0."""
-    return augmentation.apply(images, uniforms) if len(images) else images
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {

@@ -95,7 +95,6 @@ class Clipper:
         *,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
-        unfold: bool | None = None,
     ) -> None:
         one_of("engine", engine, ENGINES)
         require(clip_norm == float("inf") or clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
@@ -114,7 +113,6 @@ class Clipper:
             engine = "loop" if self.device.type != "cuda" else "vmap" if left_over else "grouped"
         require(engine != "grouped" or not left_over, "engine", engine, f"has no rule for {left_over}; {ELSE}")
         self.engine, self.fits = engine, engine != "grouped"
-        self.unfold = self.device.type != "cpu" if unfold is None else unfold  # measured: see benchmarks/network.py
 
     def reset(self) -> None:
         """Start a new sum."""
@@ -203,7 +201,7 @@ class Clipper:
             self._compare_with_autograd(images.shape[2:], targets.shape[-1])
             self.fits = True
         each: dict[int, Tensor] = {}
-        with recording(self.model, len(images), each, self.unfold):
+        with recording(self.model, len(images), each):
             x = images.flatten(0, 1).detach().requires_grad_()
             # the hooks do the work; the gradient of the pixels is asked for so that every layer is passed through
             torch.autograd.grad(_loss(self._logits(x), targets.flatten(0, 1), weights.flatten()), x)

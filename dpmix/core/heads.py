@@ -156,7 +156,6 @@ def train(
     state = _State(weights, biases, moving)
     if checkpoint is not None:
         state = _load(checkpoint, told, state)
-    source.seconds.update(dict.fromkeys(source.seconds, 0.0))
     saved = time.monotonic()
     bar = tqdm(total=steps, initial=state.step, desc=f"{len(heads)} heads, {union.views} views", disable=not progress)
     try:

@@ -15,28 +15,21 @@ from torch import Tensor, nn
 
 ELSE = "use engine='vmap' or engine='loop'"
 _UNFOLDED = 2**28  # elements of an unfolded input that may exist at a time
+Gradients = dict[str, Tensor]
 
 
-def _linear(layer: nn.Linear, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
+def _linear(layer: nn.Linear, x: Tensor, g: Tensor, b: int) -> Gradients:
     x, g = x.reshape(b, -1, x.shape[-1]).to(g.dtype), g.reshape(b, -1, g.shape[-1])
-    return {"weight": g.mT @ x, "bias": _total(g, 1)}
+    return {"weight": g.mT @ x, "bias": _total(g, [1])}
 
 
-def _conv(layer: nn.Conv2d, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
-    """Unfolded input times output gradient, one matrix product an example; or the library's own weight gradient."""
+def _conv(layer: nn.Conv2d, x: Tensor, g: Tensor, b: int) -> Gradients:
+    """Unfolded input times output gradient, one matrix product an example."""
     x, padding = x.to(g.dtype), layer.padding
     if isinstance(padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    bias = _total(g.unflatten(0, (b, -1)), (1, 3, 4))
-    if not unfold or layer.groups > 1:
-        rule = torch.ops.aten.convolution_backward
-        rows = [
-            rule(dy, dx, layer.weight, None, layer.stride, padding, layer.dilation, False, [0, 0], layer.groups,
-                 [False, True, False])[1].flatten()
-            for dx, dy in zip(x.unflatten(0, (b, -1)), g.unflatten(0, (b, -1)), strict=True)
-        ]  # fmt: skip
-        return {"weight": torch.stack(rows), "bias": bias}
+    bias = _total(g.unflatten(0, (b, -1)), [1, 3, 4])
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()  # NHWC
     g = g.permute(0, 2, 3, 1)
     (n, height, width, _), (kh, kw) = g.shape, layer.kernel_size
@@ -49,19 +42,21 @@ def _conv(layer: nn.Conv2d, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[
     return {"weight": weight.flatten(1), "bias": bias}
 
 
-def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
-    normal, g = F.group_norm(x, layer.num_groups, eps=layer.eps).unflatten(0, (b, -1)), g.unflatten(0, (b, -1))
-    others = [d for d in range(g.ndim) if d not in (0, 2)]
+def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, b: int) -> Gradients:
+    return _norm(F.group_norm(x, layer.num_groups, eps=layer.eps), g, b, [d + 1 for d in range(g.ndim) if d != 1])
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, b: int) -> Gradients:
+    normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    return _norm(normal, g, b, list(range(1, 1 + x.ndim - len(layer.normalized_shape))))
+
+
+def _norm(normal: Tensor, g: Tensor, b: int, others: list[int]) -> Gradients:
+    normal, g = normal.unflatten(0, (b, -1)), g.unflatten(0, (b, -1))
     return {"weight": _total(normal * g, others), "bias": _total(g, others)}
 
 
-def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, b: int, unfold: bool) -> dict[str, Tensor]:
-    normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps).unflatten(0, (b, -1))
-    g, others = g.unflatten(0, (b, -1)), list(range(1, 1 + x.ndim - len(layer.normalized_shape)))
-    return {"weight": _total(normal * g, others), "bias": _total(g, others)}
-
-
-_RULES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
+_RULES: dict[type[nn.Module], Callable[..., Gradients]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.GroupNorm: _group_norm,
@@ -69,16 +64,16 @@ _RULES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
 }
 
 
-def _rule(layer: nn.Module) -> Callable[..., dict[str, Tensor]] | None:
+def _rule(layer: nn.Module) -> Callable[..., Gradients] | None:
     """The rule of a layer's very class; a class of one's own names the one that it takes as `gradient_rule`, and may lead on
-    from there with a method `pull_back`."""
+    from there with a method `pull_back`. Grouped convolutions have none."""
     kind = type(layer)
-    rule = _RULES.get(kind.__dict__.get("gradient_rule", kind))
+    rule = None if getattr(layer, "groups", 1) != 1 else _RULES.get(kind.__dict__.get("gradient_rule", kind))
     lead_on: Any = getattr(layer, "pull_back", None)
     return rule if rule is None or lead_on is None else lambda *given: lead_on(rule(*given))
 
 
-def _total(g: Tensor, dim: int | list[int] | tuple[int, ...]) -> Tensor:
+def _total(g: Tensor, dim: list[int]) -> Tensor:
     return g.sum(dim, dtype=torch.promote_types(g.dtype, torch.float32))
 
 
@@ -91,7 +86,7 @@ def without_rule(model: nn.Module) -> str:
 
 
 @contextmanager
-def recording(model: nn.Module, b: int, each: dict[int, Tensor], unfold: bool) -> Iterator[None]:
+def recording(model: nn.Module, b: int, each: dict[int, Tensor]) -> Iterator[None]:
     """Inside, a backward through `model` fills `each` with per-example gradients [b, numel], keyed by id(parameter).
 
     The parameters ask for no gradient meanwhile, so that the batch's own weight gradients are not computed as well.
@@ -104,7 +99,7 @@ def recording(model: nn.Module, b: int, each: dict[int, Tensor], unfold: bool) -
         rule = _rule(layer)
         assert rule is not None, name
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            for key, grads in rule(layer, x, g, b, unfold).items():
+            for key, grads in rule(layer, x, g, b).items():
                 parameter = getattr(layer, key)
                 if parameter is not None and id(parameter) in trained:
                     grads, before = grads.flatten(1), each.get(id(parameter))

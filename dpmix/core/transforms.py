@@ -5,44 +5,28 @@ business of `views`. View k of image i depends on image i and on row (i, k) of t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from dpmix.core import augmentations, checks
-
-Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """`draws(C, H, W)` uniforms a view; `apply(images [b, C, H, W], uniforms [b, k, draws]) -> [b, k, C, H, W]`."""
-
-    draws: Callable[[Shape], int]
-    apply: Callable[[Tensor, Tensor], Tensor]
+from dpmix.core import checks
+from dpmix.core.augmentations import AUGMENTATIONS, Shape
 
 
 def as_float(images: Tensor) -> Tensor:
     """Pixels as floats in 0..1: uint8 is divided by 255, floats pass unchanged."""
-    return (
-        images.float() / 255
-        if images.dtype == torch.uint8
-        else images
-        if images.is_floating_point()
-        else _refuse(images)
-    )
-
-
-def _refuse(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if images.is_floating_point():
+        return images
     raise ValueError(f"images.dtype={images.dtype}: must be uint8 (0..255) or floating point (0..1)")
 
 
 def identity(images: Tensor, uniforms: Tensor) -> Tensor:
     """The image itself, k times."""
-    k = uniforms.shape[1]
-    return as_float(images)[:, None].expand(-1, k, -1, -1, -1)
+    return as_float(images)[:, None].expand(-1, uniforms.shape[1], -1, -1, -1)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
@@ -58,7 +42,6 @@ def crop(images: Tensor, uniforms: Tensor, flip: bool = False) -> Tensor:
     """
     b, channels, height, width = images.shape
     k = uniforms.shape[1]
-    uniforms = uniforms.to(images.device)
     pad_rows, pad_cols = (max(1, side // 8) if side > 1 else 0 for side in (height, width))
     shift_rows = (uniforms[..., 0] * (2 * pad_rows + 1)).long() - pad_rows
     shift_cols = (uniforms[..., 1] * (2 * pad_cols + 1)).long() - pad_cols
@@ -73,38 +56,20 @@ def crop(images: Tensor, uniforms: Tensor, flip: bool = False) -> Tensor:
     return as_float(pixels).reshape(b, channels, k, height, width).transpose(1, 2)
 
 
-CROPS: dict[str, Transform] = {
-    "crop": Transform(lambda shape: 3, crop),
-    "crop-flip": Transform(lambda shape: 3, lambda images, uniforms: crop(images, uniforms, flip=True)),
+# Names: a crop or none, and what Table 4 adds to a crop. The uniforms of the crop come first.
+Crop = Callable[[Tensor, Tensor], Tensor]
+CROPS: dict[str, tuple[int, Crop]] = {
+    "none": (0, identity),
+    "crop": (3, crop),
+    "crop-flip": (3, partial(crop, flip=True)),
 }
+TRANSFORMS = [*CROPS, *(f"{name}+{more}" for name in ("crop", "crop-flip") for more in AUGMENTATIONS)]
 
 
-def _then(first: Transform, second: augmentations.Augmentation) -> Transform:
-    """A crop, and what Table 4 adds to it: the uniforms of the crop come first."""
-
-    def both(images: Tensor, uniforms: Tensor) -> Tensor:
-        uniforms = uniforms.to(images.device)
-        used = first.draws(_shape(images))
-        views = first.apply(images, uniforms[..., :used])
-        flat = augmentations.apply(second, views.flatten(0, 1), uniforms[..., used:].flatten(0, 1))
-        return flat.reshape(views.shape)
-
-    return Transform(lambda shape: first.draws(shape) + second.draws(shape), both)
-
-
-def _shape(images: Tensor) -> Shape:
-    return images.shape[-3], images.shape[-2], images.shape[-1]
-
-
-TRANSFORMS: dict[str, Transform] = {
-    "none": Transform(lambda shape: 0, identity),
-    **CROPS,
-    **{
-        f"{crop_name}+{name}": _then(first, second)
-        for crop_name, first in CROPS.items()
-        for name, second in augmentations.AUGMENTATIONS.items()
-    },
-}
+def draws(name: str, shape: Shape) -> int:
+    """How many uniforms a view of an image of `shape` [C, H, W] takes under the transform `name`."""
+    crop_name, _, more = name.partition("+")
+    return CROPS[crop_name][0] + (AUGMENTATIONS[more].draws(shape) if more else 0)
 
 
 def without_flip(name: str) -> str:
@@ -120,4 +85,10 @@ def apply(
     Raises ValueError for an unknown name (with near matches) or pixels that are neither uint8 nor floats.
     """
     checks.one_of("transform", name, TRANSFORMS)
-    return TRANSFORMS[name].apply(images, uniforms)
+    crop_name, _, more = name.partition("+")
+    used, first = CROPS[crop_name]
+    uniforms = uniforms.to(images.device)
+    views = first(images, uniforms[..., :used])
+    if not more or not views.numel():
+        return views
+    return AUGMENTATIONS[more].apply(views.flatten(0, 1), uniforms[..., used:].flatten(0, 1)).reshape(views.shape)

@@ -12,7 +12,7 @@ The parts are keyed apart: base views by their transform, mixtures by the pool t
 same views whether it is computed alone or in a union with others, and a smaller k takes the first of a larger one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -68,6 +68,12 @@ class Recipe:
         """K of Eq. (4), the augmentation multiplicity."""
         return self.k_base + self.k_diff + self.k_self
 
+    @property
+    def parts(self) -> dict[tuple, int]:
+        """How many views there are of each part: base views of a transform, public images, mixtures of one pool."""
+        pool = self.transform if self.k_base else "", self.k_base, self.k_diff, self.mix, self.alpha
+        return {("base", self.transform): self.k_base, ("public",): self.k_diff, ("mix", *pool): self.k_self}
+
     def for_data(self, flip: bool) -> "Recipe":
         """The recipe for a data set: without the mirror where `flip` is False."""
         return self if flip else replace(self, transform=transforms.without_flip(self.transform))
@@ -99,47 +105,34 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """A block of a union: base views of a transform, public images, or mixtures of one pool."""
-
-    kind: str
-    key: tuple
-    count: int
-
-
-@dataclass(frozen=True)
 class Union:
-    """The views that several recipes need together, each computed once (DESIGN: many heads, one pass)."""
+    """The views that several recipes need together, each computed once (many heads, one pass)."""
 
     recipes: tuple[Recipe, ...]
 
     @cached_property
-    def parts(self) -> list[Part]:
-        most: dict[tuple, int] = {}
-        for r in self.recipes:
-            wanted = {("base", r.transform): r.k_base, ("public",): r.k_diff, ("mix", *_pool(r)): r.k_self}
-            for key, count in wanted.items():
-                most[key] = max(most.get(key, 0), count)
-            if r.k_self:  # the pool must exist in full, also where no recipe averages all of it
-                most["base", r.transform] = max(most["base", r.transform], r.k_base)
-        order = {"base": 0, "public": 1, "mix": 2}
-        return [Part(key[0], key[1:], n) for key, n in sorted(most.items(), key=lambda kn: order[kn[0][0]]) if n]
+    def parts(self) -> dict[tuple, int]:
+        """As of a recipe, the largest number that one of them needs; in the order base, public, mixtures."""
+        keys = dict.fromkeys(
+            key for kind in ("base", "public", "mix") for r in self.recipes for key in r.parts if key[0] == kind
+        )
+        most = {key: max(r.parts.get(key, 0) for r in self.recipes) for key in keys}
+        return {key: count for key, count in most.items() if count}
 
     @property
     def views(self) -> int:
         """How many views an example has in the union."""
-        return sum(part.count for part in self.parts)
+        return sum(self.parts.values())
 
     @cached_property
     def weights(self) -> Float[Tensor, "recipes K"]:
         """Row r averages the views of recipe r: 1/K_r on its own views, 0 on the others'. Rows sum to one."""
         rows = torch.zeros(len(self.recipes), self.views, dtype=torch.float64)
         for row, r in zip(rows, self.recipes, strict=True):
-            own = {("base", r.transform): r.k_base, ("public",): r.k_diff, ("mix", *_pool(r)): r.k_self}
             start = 0
-            for part in self.parts:
-                row[start : start + own.get((part.kind, *part.key), 0)] = 1 / r.views
-                start += part.count
+            for key, count in self.parts.items():
+                row[start : start + r.parts.get(key, 0)] = 1 / r.views
+                start += count
         return rows
 
     def make(
@@ -158,56 +151,43 @@ class Union:
         seed = rng.as_seed(seed)
         if images.dtype != torch.uint8:
             images = transforms.as_float(images)
-        shape = images.shape[1], images.shape[2], images.shape[3]
-        if any(part.kind == "public" for part in self.parts):
-            check_public(public, shape, num_classes)
-        made: dict[tuple, tuple[Tensor, Tensor]] = {}
         eye = torch.eye(num_classes, device=images.device)
-        for part in self.parts:
-            draws = _Draws(ids, seed, step, part)
-            if part.kind == "base":
-                # What is added to a crop draws from a stream of its own: with it or without, the crop is the same.
-                crop = part.key[0].partition("+")[0]
-                drawn, all_of_it = (transforms.TRANSFORMS[name].draws(shape) for name in (crop, part.key[0]))
-                uniforms = _Draws(ids, seed, step, replace(part, key=(crop,))).uniform(drawn)
-                if all_of_it > drawn:
-                    uniforms = torch.cat([uniforms, draws.uniform(all_of_it - drawn)], dim=-1)
-                pixels = transforms.apply(part.key[0], images, uniforms.to(images.device))
-                made["base", *part.key] = pixels, eye[labels][:, None].expand(-1, part.count, -1)
-            elif part.kind == "public":
+        if ("public",) in self.parts:
+            check_public(public, tuple(images.shape[1:]), num_classes)
+        made: dict[tuple, Views] = {}
+        for key, count in self.parts.items():
+            draws = _Draws(ids, seed, step, key, count)
+            if key[0] == "base":
+                made[key] = Views(_transformed(images, key[1], draws), eye[labels][:, None].expand(-1, count, -1))
+            elif key[0] == "public":
                 assert public is not None
                 chosen = (draws.uniform(1)[..., 0] * len(public.labels)).long().to(public.images.device)
-                picked = transforms.as_float(public.images[chosen]).to(images.device)
-                made["public",] = picked, eye[public.labels[chosen].to(images.device)]
+                pixels = transforms.as_float(public.images[chosen]).to(images.device)
+                made[key] = Views(pixels, eye[public.labels[chosen].to(images.device)])
             else:
-                transform, k_base, k_diff, mix, alpha = part.key
-                blocks = [made["base", transform]] if k_base else []
-                members = [(x[:, :k], y[:, :k]) for (x, y), k in zip(blocks, [k_base], strict=False)]
-                members += [(x[:, :k_diff], y[:, :k_diff]) for x, y in [made["public",]]] if k_diff else []
-                pool = Views(*(torch.cat(tensors, dim=1) for tensors in zip(*members, strict=True)))
-                made["mix", *part.key] = _mixtures(pool, mix, *draws.mixtures(k_base + k_diff, alpha))
-        return Views(*(torch.cat(blocks, dim=1) for blocks in zip(*made.values(), strict=True)))
+                _, transform, k_base, k_diff, mix, alpha = key
+                members = ((("base", transform), k_base), (("public",), k_diff))
+                pool = _joined(Views(*(t[:, :k] for t in made[part])) for part, k in members if k)
+                made[key] = _mixtures(pool, mix, *draws.mixtures(k_base + k_diff, alpha))
+        return _joined(made.values())
 
 
-def _pool(r: Recipe) -> tuple:
-    return r.transform if r.k_base else "", r.k_base, r.k_diff, r.mix, r.alpha
+def _joined(blocks: Iterable[Views]) -> Views:
+    return Views(*(torch.cat(tensors, dim=1) for tensors in zip(*blocks, strict=True)))
 
 
 class _Draws:
     """The keyed randomness of one part: one stream an example, so nothing depends on the batch around it."""
 
-    def __init__(self, ids: Tensor, seed: int, step: int | None, part: Part) -> None:
-        self.count, self.seed = part.count, seed
-        self.keys = [(step, int(i), part.kind, *part.key) for i in ids]
+    def __init__(self, ids: Tensor, seed: int, step: int | None, part: tuple, count: int) -> None:
+        self.ids, self.seed, self.step, self.part, self.count = ids, seed, step, part, count
 
-    def _streams(self, *more: str) -> Iterator[np.random.Generator]:
-        return (rng.generator(self.seed, "views", *key, *more) for key in self.keys)
-
-    def _stack(self, rows: list[np.ndarray], *shape: int) -> Tensor:
-        return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, *shape, dtype=torch.float64)
+    def _each(self, shape: tuple, draw: Callable[[np.random.Generator], np.ndarray], *more: str) -> Tensor:
+        streams = (rng.generator(self.seed, "views", self.step, int(i), *self.part, *more) for i in self.ids)
+        return torch.from_numpy(np.stack([draw(stream) for stream in streams] or [np.zeros(shape)])[: len(self.ids)])
 
     def uniform(self, each: int) -> Float[Tensor, "b k each"]:
-        return self._stack([stream.random((self.count, each)) for stream in self._streams()], self.count, each)
+        return self._each((self.count, each), lambda stream: stream.random((self.count, each)))
 
     def mixtures(self, pool: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First and second member [b, k], lambda ~ Beta(alpha, alpha) [b, k], and the centre of a box [b, k, 2]."""
@@ -215,42 +195,43 @@ class _Draws:
         first = (uniforms[..., 0] * pool).long()
         second = (uniforms[..., 1] * (pool - 1)).long()
         second = second + (second >= first) if pool > 1 else first
-        rows = [stream.beta(alpha, alpha, self.count) for stream in self._streams("lambda")]
-        return first, second, self._stack(rows, self.count), uniforms[..., 2:]
+        lam = self._each((self.count,), lambda stream: stream.beta(alpha, alpha, self.count), "lambda")
+        return first, second, lam, uniforms[..., 2:]
 
 
-def _mixtures(
-    pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor]:
+def _transformed(images: Num[Tensor, "b C H W"], name: str, draws: _Draws) -> Float[Tensor, "b k C H W"]:
+    """T(x). What is added to a crop draws from a stream of its own: with it or without, the crop is the same."""
+    crop = name.partition("+")[0]
+    of_crop, of_all = (transforms.draws(part, tuple(images.shape[1:])) for part in (crop, name))
+    uniforms = [_Draws(draws.ids, draws.seed, draws.step, ("base", crop), draws.count).uniform(of_crop)]
+    uniforms += [draws.uniform(of_all - of_crop)] if of_all > of_crop else []
+    return transforms.apply(name, images, torch.cat(uniforms, dim=-1).to(images.device))
+
+
+def _mixtures(pool: Views, mix: str, first: Tensor, second: Tensor, lam: Tensor, centre: Tensor) -> Views:
     """Eq. (3) on two members of each example's own pool; cutmix pastes a box of area 1 - lambda instead."""
-    device = pool.images.device
+    device, dtype = pool.images.device, pool.images.dtype
     example = torch.arange(len(first), device=device)[:, None]
-    first, second = first.to(device), second.to(device)
-    lam = lam.to(device, pool.images.dtype)
+    first, second, lam, centre = first.to(device), second.to(device), lam.to(device, dtype), centre.to(device, dtype)
+    share = lam[..., None, None, None]
     if mix == "cutmix":
-        height, width = pool.images.shape[-2:]
-        half = (1 - lam).sqrt() / 2
-        rows = (torch.arange(height, device=device) + 0.5) / height
-        cols = (torch.arange(width, device=device) + 0.5) / width
-        centre = centre.to(device, pool.images.dtype)
-        box = ((rows - centre[..., 0, None]).abs() < half[..., None])[..., :, None]
-        box = box & ((cols - centre[..., 1, None]).abs() < half[..., None])[..., None, :]
-        share = 1 - box[:, :, None].to(lam.dtype)  # [b, k, 1, H, W]: where the first image stays
+        places = [(torch.arange(side, device=device) + 0.5) / side for side in pool.images.shape[-2:]]
+        half = (1 - lam[..., None]).sqrt() / 2
+        rows, cols = ((at - centre[..., axis, None]).abs() < half for axis, at in enumerate(places))
+        # Where the first image stays, [b, k, 1, H, W].
+        share = 1 - (rows[..., :, None] & cols[..., None, :])[:, :, None].to(dtype)
         lam = share.mean(dim=(2, 3, 4))
-    else:
-        share = lam[..., None, None, None]
     images = share * pool.images[example, first] + (1 - share) * pool.images[example, second]
     lam = lam[..., None].to(pool.targets.dtype)
-    return images, lam * pool.targets[example, first] + (1 - lam) * pool.targets[example, second]
+    return Views(images, lam * pool.targets[example, first] + (1 - lam) * pool.targets[example, second])
 
 
 def check_public(public: PublicImages | None, shape: tuple, num_classes: int) -> None:
     """Refuse a missing, empty or ill-fitting public set, before any training."""
-    checks.require(
-        public is not None, "public", public, "k_diff > 0 needs synthetic images; pass public=, or set k_diff=0"
-    )
+    remedy = "k_diff > 0 needs synthetic images; pass public=, or set k_diff=0"
+    checks.require(public is not None, "public", public, remedy)
     assert public is not None
-    checks.require(len(public.labels) > 0, "public", len(public.labels), "is empty; k_diff > 0 needs synthetic images")
+    checks.require(len(public.labels) > 0, "public", len(public.labels), f"is empty; {remedy}")
     got = tuple(public.images.shape[1:])
     checks.require(
         got == shape, "public.images.shape", got, f"must be that of the private images, {shape}; resize them"
@@ -293,5 +274,5 @@ def mixing_draws(
     recipe: Recipe, ids: Int64[Tensor, " b"], *, seed: int, step: int
 ) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
     """Which two members of the pool the mixtures of `make_views` take, and their lambda (mixup): what a picture of them needs."""
-    part = next(part for part in make_union([recipe]).parts if part.kind == "mix")
-    return _Draws(ids, seed, step, part).mixtures(recipe.k_base + recipe.k_diff, recipe.alpha)[:3]
+    key, count = next((key, count) for key, count in recipe.parts.items() if key[0] == "mix")
+    return _Draws(ids, rng.as_seed(seed), step, key, count).mixtures(recipe.k_base + recipe.k_diff, recipe.alpha)[:3]

@@ -42,6 +42,11 @@ class Encoder:
     name: str
     digest: str = ""
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What the network computes in."""
+        return getattr(self.features, "dtype", None)
+
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None, *, engine: str = "torch"
     ) -> "Encoder":

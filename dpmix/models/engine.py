@@ -47,6 +47,11 @@ class Frozen(nn.Module):
         return super().train(False)  # statistics of a batch would couple private examples
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.anchor.dtype
+
+    @property
     def chunk(self) -> int:
         """Images at a time: what stays in a core's cache on a CPU; a device wants more; memory is bounded on both."""
         pixels, most = (2**17, 256) if self.anchor.device.type == "cpu" else (2**25, 4096)

@@ -21,12 +21,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from dpmix.companion import grids
-from dpmix.core import accounting, clipping, files, heads, rng, views
+from dpmix.core import accounting, clipping, files, heads, rng, sources
 from dpmix.runs import experiments, passes
-from dpmix.runs.spec import ComputeFlags, Mechanism, Result, RunSpec, key, mechanism
+from dpmix.runs.spec import ComputeFlags, Result, RunSpec, key, mechanism
 
 LIBRARIES = ("jax", "jax-privacy", "dp-accounting")
 
@@ -64,19 +65,19 @@ def noise_multiplier(*, epsilon: float, delta: float, population: int, batch_siz
 
 @functools.cache  # compiled once a process and shape
 def _clipped_sums() -> Callable[..., dict[str, Any]]:
-    """(params [R, ...], clip norms [R], (features [b, K, D], targets [b, K, classes]), padding [b]) -> sums [R, ...]."""
+    """(params [R, ...], clip norms [R], view weights [R, K], (features [b, K, D], targets), padding [b]) -> sums [R, ...]."""
     lib = _libraries()
 
-    def loss(params: dict, views: tuple) -> Any:
-        features, targets = views  # of one example: [K, D] and [K, classes]
-        logits = lib.np.matmul(features, params["weights"].T, precision="highest") + params["biases"]
-        return lib.optax.softmax_cross_entropy(logits, targets).mean()
+    def one_head(params: dict, clip_norm: Any, view_weights: Any, batch: tuple, padding: Any) -> dict:
+        def loss(params: dict, views: tuple) -> Any:
+            features, targets = views  # of one example: [K, D] and [K, classes]
+            logits = lib.np.matmul(features, params["weights"].T, precision="highest") + params["biases"]
+            return (view_weights * lib.optax.softmax_cross_entropy(logits, targets)).sum()
 
-    def one_head(params: dict, clip_norm: Any, batch: tuple, padding: Any) -> dict:
         clipped = lib.clipped_grad(loss, l2_clip_norm=clip_norm, batch_argnums=1, keep_batch_dim=False)
         return clipped(params, batch, is_padding_example=padding)
 
-    return lib.jax.jit(lib.jax.vmap(one_head, in_axes=(0, 0, None, None)))
+    return lib.jax.jit(lib.jax.vmap(one_head, in_axes=(0, 0, 0, None, None)))
 
 
 def clipped_head_sums(
@@ -85,12 +86,14 @@ def clipped_head_sums(
     weights: Float[Tensor, "R num_classes D"],
     biases: Float[Tensor, "R num_classes"],
     clip_norms: Float[Tensor, " R"],
+    view_weights: Float[Tensor, "R K"],
 ) -> tuple[Float[Tensor, "R num_classes D"], Float[Tensor, "R num_classes"]]:
-    """jax-privacy's clipped sum for R heads that average all K views; float32. `clipping.clipped_head_sums` is its twin."""
+    """jax-privacy's clipped sum for R linear heads, float32. `core.clipping.clipped_head_sums` is its twin."""
     np = _libraries().np
-    arrays = [np.asarray(t.float().numpy()) for t in (weights, biases, clip_norms, features, targets)]
-    params = {"weights": arrays[0], "biases": arrays[1]}
-    sums = _clipped_sums()(params, arrays[2], (arrays[3], arrays[4]), np.zeros(len(features), bool))
+    w, b, norms, rows, z, y = (
+        np.asarray(t.float().numpy()) for t in (weights, biases, clip_norms, view_weights, features, targets)
+    )
+    sums = _clipped_sums()({"weights": w, "biases": b}, norms, rows, (z, y), np.zeros(len(z), bool))
     return _torch(sums["weights"]), _torch(sums["biases"])
 
 
@@ -98,77 +101,53 @@ def _torch(array: Any) -> Tensor:
     return torch.from_numpy(numpy.array(array))
 
 
-def train_heads(
-    material: passes.Material, bank: Sequence[heads.Head], m: Mechanism, *, batch_size: int, seed: int,
-    compute: ComputeFlags, stream: str = "",
+def train(
+    source: sources.Source, bank: Sequence[heads.Head], *, expected_batch: int, sample_rate: float, steps: int, seed: int,
+    identity: str = "", physical_batch: int = 64, progress: bool = True,
 ) -> heads.Bank:  # fmt: skip
-    """Algorithm 1 for every head, as `heads.train_heads`: the same batches, views and features, clipped and noised in JAX.
+    """Algorithm 1 for every head, as `core.heads.train`: the same batches, views and features, clipped and noised in JAX.
 
-    `m` gives q and T; sigma is each head's. Batches are padded to a fixed size; jax-privacy makes padding count as zero.
+    Batches are padded to a fixed size; jax-privacy makes padding count as zero. Each head has a noise of its own.
     """
     lib = _libraries()
     jax, np = lib.jax, lib.np
-    train, encoder, device = material.train, material.encoder, compute.where()
-    assert encoder is not None
-    physical = compute.physical_batch or 64
-    union = views.make_union(list(dict.fromkeys(h.recipe for h in bank)))
-    columns = {r: row.nonzero()[:, 0] for r, row in zip(union.recipes, union.weights, strict=True)}
-    groups = {r: np.array([i for i, h in enumerate(bank) if h.recipe == r]) for r in union.recipes}
-    clip_norms = np.array([h.clip_norm for h in bank])
-    rates = np.array([h.learning_rate / batch_size for h in bank])
-    stddevs = np.array([h.noise_multiplier * h.clip_norm for h in bank])
-    params = {
-        "weights": np.zeros((len(bank), train.num_classes, encoder.dim)),
-        "biases": np.zeros((len(bank), train.num_classes)),
-    }
-    # Scaled below, since the heads differ in sigma and C. Its own key is not used: each head has one, in its state.
-    privatizer = lib.noise.gaussian_privatizer(stddev=1.0, prng_key=0)
-    own = files.digest(repr((stream, encoder.name, m, batch_size)))
-    words = [
-        rng.generator(seed, "noise-jax", own, files.digest(repr(h))).integers(2**32, size=2, dtype="uint32")
-        for h in bank
-    ]
-    keys = jax.random.wrap_key_data(np.array(words))
-    fresh = jax.vmap(lambda key, p: (key, privatizer.init(p)[1]))(keys, params)
-
-    @jax.jit
-    def update(params: dict, sums: dict, state: Any) -> tuple[dict, Any]:
-        def one_head(p: dict, total: dict, std: Any, rate: Any, state: Any) -> tuple[dict, Any]:
-            safe = np.where(std > 0, std, 1.0)
-            noisy, state = privatizer.update(jax.tree.map(lambda x: x / safe, total), state)
-            noisy = jax.tree.map(lambda n, x: np.where(std > 0, n * safe, x), noisy, total)
-            return jax.tree.map(lambda w, g: w - rate * g, p, noisy), state
-
-        return jax.vmap(one_head)(params, sums, stddevs, rates, state)
-
-    clipped, state = _clipped_sums(), fresh
-    seconds = dict.fromkeys(("views", "encoder", "clipping", "noise"), 0.0)
-    made = 0
-    for step in tqdm(range(m.steps), desc=f"JAX, {len(bank)} heads", disable=not compute.progress):
-        chosen = accounting.poisson_batch(len(train), m.sample_rate, seed=seed, step=step)
+    rows = dict(zip(source.union.recipes, source.union.weights.float().numpy(), strict=True))
+    view_weights, clip_norms = np.array([rows[h.recipe] for h in bank]), np.array([h.clip_norm for h in bank])
+    rates = np.array([h.learning_rate / expected_batch for h in bank])
+    shapes = {"weights": (source.num_classes, source.dim), "biases": (source.num_classes,)}
+    params = {name: np.zeros((len(bank), *shape)) for name, shape in shapes.items()}
+    own = files.digest(repr((identity, source.name, sample_rate, steps, expected_batch)))
+    privatizers, states = [], []
+    for head in bank:
+        drawn = rng.generator(seed, "noise-jax", own, files.digest(repr(head))).integers(2**32, size=2, dtype="uint32")
+        key = jax.random.wrap_key_data(np.array(drawn))
+        made = lib.noise.gaussian_privatizer(stddev=head.noise_multiplier * head.clip_norm, prng_key=key)
+        privatizers.append(jax.jit(made.update))
+        states.append(made.init({name: np.zeros(shape) for name, shape in shapes.items()}))
+    seconds, views = {"clipping": 0.0, "noise": 0.0}, 0
+    for step in tqdm(range(steps), desc=f"JAX, {len(bank)} heads", disable=not progress):
+        chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=step)
         sums = jax.tree.map(np.zeros_like, params)
-        for part in chosen.split(physical):
+        for part in chosen.split(physical_batch) if len(chosen) else ():
+            padding = (0, 0) * 2 + (0, physical_batch - len(part))
+            batch = tuple(
+                np.asarray(functional.pad(t.float().cpu(), padding).numpy()) for t in source.batch(part, step)
+            )
             tick = time.perf_counter()
-            x, y = union.make(train.images[part].to(device), train.labels[part].to(device), material.ids[part],
-                              num_classes=train.num_classes, seed=seed, step=step, public=material.public)  # fmt: skip
-            seconds["views"] += (tock := time.perf_counter()) - tick
-            z = encoder.features(x.flatten(0, 1)).reshape(len(part), union.views, encoder.dim).float().cpu()
-            seconds["encoder"] += (tick := time.perf_counter()) - tock
-            short = physical - len(part)
-            z, y = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, short)) for t in (z, y.float().cpu()))
-            padding = np.arange(physical) >= len(part)
-            for recipe, own in groups.items():
-                batch = tuple(np.asarray(t[:, columns[recipe]].numpy()) for t in (z, y))
-                added = clipped(jax.tree.map(lambda p, own=own: p[own], params), clip_norms[own], batch, padding)
-                sums = jax.tree.map(lambda total, a, own=own: total.at[own].add(a), sums, added)
-            jax.block_until_ready(sums)
-            seconds["clipping"] += time.perf_counter() - tick
-            made += len(part) * union.views
+            added = _clipped_sums()(params, clip_norms, view_weights, batch, np.arange(physical_batch) >= len(part))
+            sums = jax.block_until_ready(jax.tree.map(np.add, sums, added))
+            sources.lap(seconds, "clipping", tick)
         tick = time.perf_counter()
-        params, state = jax.block_until_ready(update(params, sums, state))
-        seconds["noise"] += time.perf_counter() - tick
-    return heads.Bank(weights=_torch(params["weights"]), biases=_torch(params["biases"]), views=made, seconds=seconds,
-                      dropped=0)  # fmt: skip
+        for r, head in enumerate(bank):
+            gradient = {name: total[r] for name, total in sums.items()}
+            if head.noise_multiplier:
+                gradient, states[r] = privatizers[r](gradient, states[r])
+            params = {name: w.at[r].add(-rates[r] * gradient[name]) for name, w in params.items()}
+        jax.block_until_ready(params)
+        sources.lap(seconds, "noise", tick)
+        views += len(chosen) * source.union.views
+    return heads.Bank(weights=_torch(params["weights"]), biases=_torch(params["biases"]), views=views,
+                      seconds=source.seconds | seconds, dropped=0)  # fmt: skip
 
 
 def run_all(
@@ -204,7 +183,7 @@ def run_all(
 def _compute(
     group: Sequence[RunSpec], material: passes.Material, compute: ComputeFlags
 ) -> list[tuple[Result, dict[str, Tensor]]]:
-    encoder, train = material.encoder, material.train
+    encoder, train_set = material.encoder, material.train
     assert encoder is not None and group[0].seed is not None
     mechanisms, sigmas = [], dict[tuple, float]()
     for spec in group:
@@ -217,15 +196,15 @@ def _compute(
             m = m._replace(noise_multiplier=sigmas[asked])
         mechanisms.append(m)
     start = time.perf_counter()
-    bank = train_heads(
-        material,
-        passes.heads_of(group, mechanisms, material),
-        mechanisms[0],
-        batch_size=group[0].batch_size,
-        seed=passes.training_seed(group[0]),
-        compute=compute,
-        stream=passes.stream(group[0]),
-    )
+    of, seed = passes.heads_of(group, mechanisms, material), passes.training_seed(group[0])
+    source = sources.FreshViews(
+        encoder, train_set.images, train_set.labels, [h.recipe for h in of], num_classes=train_set.num_classes, seed=seed,
+        public=material.public, ids=material.ids, device=compute.where(),
+    )  # fmt: skip
+    bank = train(
+        source, of, expected_batch=group[0].batch_size, sample_rate=mechanisms[0].sample_rate, steps=mechanisms[0].steps,
+        seed=seed, identity=passes.stream(group[0]), physical_batch=compute.physical_batch or 64, progress=compute.progress,
+    )  # fmt: skip
     test, validation = (
         heads.accuracy(bank, heads.encode(encoder, s.images, compute.where()), s.labels).tolist() if len(s) else None
         for s in (material.test, material.validation)
@@ -235,7 +214,9 @@ def _compute(
     done = []
     for r, (spec, m) in enumerate(zip(group, mechanisms, strict=True)):
         diagnostics = experiments.NonPrivateDiagnostics(
-            validation_accuracy=validation[r] if validation else None, dropped_gradients=0, train_examples=len(train)
+            validation_accuracy=validation[r] if validation else None,
+            dropped_gradients=0,
+            train_examples=len(train_set),
         )
         assert test is not None
         result = passes.result(spec, m, test[r], diagnostics, timing, material, compute.where())
@@ -262,15 +243,15 @@ def compare_sums(seed: int = 0, *, clip_norm: float = 0.5) -> pd.DataFrame:
     draw = rng.generator(seed, "compare")
     normal = lambda *shape: torch.from_numpy(draw.standard_normal(shape)).float()  # noqa: E731
     z, y, w, bias = normal(b, k, dim), normal(b, k, classes).softmax(-1), normal(1, classes, dim), normal(1, classes)
-    norms = torch.tensor([clip_norm])
-    ours = clipping.clipped_head_sums(z, y, w, bias, norms, torch.full((1, k), 1 / k))
-    theirs = clipped_head_sums(z, y, w, bias, norms)
-    flat = clipped_head_sums(z.reshape(b * k, 1, dim), y.reshape(b * k, 1, classes), w, bias, norms)
-    rows = {"views averaged, then clipped": theirs, "views one by one": (flat[0] / k, flat[1] / k)}
+    norms, mean, one = torch.tensor([clip_norm]), torch.full((1, k), 1 / k), torch.ones(1, 1)
+    ours = clipping.clipped_head_sums(z, y, w, bias, norms, mean)
+    each = clipped_head_sums(z.reshape(b * k, 1, dim), y.reshape(b * k, 1, classes), w, bias, norms, one)
+    rows = {
+        "views averaged, then clipped": clipped_head_sums(z, y, w, bias, norms, mean),
+        "views one by one": (each[0] / k, each[1] / k),
+    }
     table = {
-        name: [
-            f"{float((got - want).abs().max() / want.abs().max()):.0e}" for got, want in zip(found, ours, strict=False)
-        ]
+        name: [f"{float((g - w).abs().max() / w.abs().max()):.0e}" for g, w in zip(found, ours, strict=False)]
         for name, found in rows.items()
     }
     return pd.DataFrame.from_dict(table, orient="index", columns=["weights", "biases"])

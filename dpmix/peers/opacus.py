@@ -149,7 +149,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
 
     In training mode `model` then takes one input [b, K, ...] and answers for b * K rows; in evaluation mode nothing
     changes. The loss is a mean over all rows (with loss_reduction="sum" a sum; the mean over K is taken here). A layer's
-    rows are averaged as soon as Opacus has made them: gradients take the memory of b rows ("ew": of b * K).
+    rows are averaged as soon as Opacus has made them: gradients take the memory of b rows.
 
     Args:
         model: what `make_private` returned; with wrap_model=False your own network.

@@ -14,6 +14,7 @@ import mutants
 import numpy as np
 import pytest
 import torch
+from flags import FLAGS, unguarded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from dpmix.runs.spec import ComputeFlags, NonPrivateDiagnostics, RunSpec, mechan
 CLASSES, SHAPE = 3, (1, 4, 4)
 RECIPE = views.Recipe(k_base=4, transform="crop")
 PLAIN = views.Recipe(k_base=4, transform="none")
+METHOD = views.Recipe(k_base=3, k_self=2, k_diff=1, transform="crop")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,12 @@ def world(name: str, *, seed: int = 0, size: int = 6) -> tuple[audit.Records, au
 
 def pixels(gain: float = 4.0) -> models.Encoder:
     return models.Encoder(lambda x: gain * x.flatten(1), SHAPE[1], 16, (1,), "pixels")
+
+
+def confident() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights under which the views' logits differ."""
+    draw = rng.generator(0, "confident weights of the audit")
+    return torch.from_numpy(draw.standard_normal((CLASSES, 16))).float(), torch.zeros(CLASSES)
 
 
 def as_bytes(records: audit.Records) -> audit.Records:
@@ -63,17 +71,52 @@ laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChe
 # Sensitivity
 
 
-@laws
+@pytest.mark.parametrize("flag", FLAGS)
+@settings(laws, max_examples=3)
 @given(recipe=recipes, classes=st.integers(1, 5), size=st.integers(1, 9), clip=st.sampled_from([0.05, 1.0, 7.0]),
        side=st.integers(1, 9), channels=st.sampled_from([1, 3]), seed=st.integers(0, 10**6))  # fmt: skip
-def test_one_example_moves_the_sum_of_a_head_by_at_most_c(recipe, classes, size, clip, side, channels, seed):
+def test_one_example_moves_the_sum_of_a_head_by_at_most_c(flag, recipe, classes, size, clip, side, channels, seed):
     shape = (channels, side, side)
     images = torch.from_numpy(rng.generator(seed, "public images").integers(0, 256, (4, *shape)).astype(np.uint8))
     names = tuple(map(str, range(classes)))
     synthetic = data.ImageSet(images, torch.arange(4) % classes, names)
     step = audit.head_step(views.Recipe(**recipe), num_classes=classes, clip_norm=clip, public=synthetic)
-    found = audit.sensitivity(step, shape=shape, num_classes=classes, clip_norm=clip, size=size, trials=1, seed=seed)
+    with FLAGS[flag]():
+        found = audit.sensitivity(
+            step, shape=shape, num_classes=classes, clip_norm=clip, size=size, trials=1, seed=seed
+        )
     assert found.holds, found
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_worlds_under_every_flag(flag, public):
+    """Heads on views that differ by little, and a network: no switch of PyTorch's lets an example in further."""
+    steps = [
+        audit.head_step(
+            METHOD, num_classes=CLASSES, clip_norm=0.2, public=public, encoder=pixels(), weights=confident()
+        )
+    ]
+    steps += [audit.network_step(small(), METHOD, num_classes=CLASSES, clip_norm=0.2, public=public, engine=engine)
+              for engine in ("loop", "grouped")]  # fmt: skip
+    with FLAGS[flag]():
+        for step in steps:
+            found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=3, trials=1)
+            assert found.holds and found.largest("add") > 0.9, found
+
+
+def test_worlds_see_a_clip_that_autocast_rounds(public, monkeypatch):
+    """Negative control of the above: without the guard the same worlds find more than C."""
+    unguarded(monkeypatch)
+    steps = [
+        audit.head_step(
+            METHOD, num_classes=CLASSES, clip_norm=0.2, public=public, encoder=pixels(), weights=confident()
+        )
+    ]
+    steps += [audit.network_step(small(), METHOD, num_classes=CLASSES, clip_norm=0.2, public=public, engine="grouped")]
+    with FLAGS["autocast bfloat16"]():
+        for step in steps:
+            found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=3, trials=1)
+            assert found.excess > 1 + 10 * audit.ROUNDING, found
 
 
 @pytest.mark.parametrize("method", views.METHODS)
@@ -123,15 +166,17 @@ def small(seed: int = 0) -> Small:
     return model
 
 
-@settings(laws, max_examples=10)
+@pytest.mark.parametrize("flag", FLAGS)
+@settings(laws, max_examples=2)
 @given(recipe=recipes, engine=st.sampled_from(["loop", "grouped", "vmap"]), size=st.integers(1, 6),
        physical=st.sampled_from([None, 1, 2]), seed=st.integers(0, 10**6))  # fmt: skip
-def test_one_example_moves_the_sum_of_a_network_by_at_most_c(recipe, engine, size, physical, seed, public):
+def test_one_example_moves_the_sum_of_a_network_by_at_most_c(flag, recipe, engine, size, physical, seed, public):
     step = audit.network_step(
         small(seed), views.Recipe(**recipe), num_classes=CLASSES, clip_norm=0.2, public=public, engine=engine,
         physical_batch=physical,
     )  # fmt: skip
-    found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=size, trials=1, seed=seed)
+    with FLAGS[flag]():
+        found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=size, trials=1, seed=seed)
     assert found.holds, found
 
 

@@ -16,28 +16,21 @@ def test_the_sum_of_a_pair_turns_round_and_that_of_single_examples_does_not():
     assert all(moved[name] <= promised[name] for name in moved)
 
 
-def test_noise_for_half_the_sensitivity_costs_more_than_was_claimed():
+def test_pairs_spend_less_than_is_accounted_and_more_where_the_noise_is_for_one():
+    """The figures of the demo and of CIFAR-10 at the paper's setting; `core/test_microbatch` has where they come from."""
     p = networks.network_preset("demo")
     (cell,) = networks.network_cells(p, "x", p.views_of("dp-sgd"), eps=8, seeds=0, microbatch=2)
     m = spec.mechanism(cell.spec, 1437)
-    runs = pd.DataFrame(
-        [
-            dict(
-                dataset="digits",
-                microbatch=2,
-                epsilon=8,
-                delta=1e-5,
-                sigma=m.noise_multiplier,
-                q=m.sample_rate,
-                T=m.steps,
-            )
-        ]
+    run = dict(
+        dataset="digits", microbatch=2, epsilon=8.0, delta=1e-5, sigma=m.noise_multiplier, q=m.sample_rate, T=m.steps
     )
-    found = networks.underestimated(runs)
-    assert len(found) == 2 and all(float(e) > 16 for e in found["ε in truth (RDP)"])
-    assert all(
-        float(pld) < float(rdp) for pld, rdp in zip(found["ε in truth (PLD)"], found["ε in truth (RDP)"], strict=True)
+    found = networks.privacy_of_pairs(
+        pd.DataFrame([run, {**run, "microbatch": 1, "sigma": 9.9}, {**run, "sigma": 0.0}])
     )
+    assert list(found["accounted"]) == pytest.approx([6.91, 7.42], rel=0.02)
+    assert list(found["true"]) == pytest.approx([3.15, 7.04], rel=0.02)
+    assert list(found["noise for C"]) == pytest.approx([8.38, 16.6], rel=0.02)
+    assert found["enough"].iloc[0] == pytest.approx(1.13, rel=0.02) and 1.9 < found["enough"].iloc[1] < 2.0
 
 
 def test_settings_stand_beside_those_of_the_paper():

@@ -39,7 +39,7 @@ def test_table_4_is_complete_and_recipes_accept_it():
 def test_a_view_depends_on_its_own_image_and_numbers_alone(name, shape):
     g = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (5, *shape), generator=g, dtype=torch.uint8)
-    draws = transforms.TRANSFORMS[name].draws(shape)
+    draws = transforms.draws(name, shape)
     uniforms = torch.rand(5, 4, draws, generator=g, dtype=torch.float64)
     before = torch.get_rng_state()
     made = transforms.apply(name, images, uniforms)
@@ -62,7 +62,7 @@ def test_a_view_depends_on_its_own_image_and_numbers_alone(name, shape):
 def test_the_numbers_matter(name):
     """Negative control of the test above: other numbers, another view, also where the crop stays put."""
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    uniforms = torch.full((1, 2, transforms.TRANSFORMS[name].draws((3, 16, 16))), 0.5, dtype=torch.float64)
+    uniforms = torch.full((1, 2, transforms.draws(name, (3, 16, 16))), 0.5, dtype=torch.float64)
     uniforms[:, 1, 3:] = 0.9
     first, second = transforms.apply(name, images, uniforms)[0]
     assert torch.equal(first, second) == name.endswith("+sobel")  # it has no numbers of its own
@@ -167,7 +167,7 @@ def nearest(name, k=2, still=True):
     """Share of augmented training digits whose nearest other training digit has their label; `still`: crop not shifted."""
     train = data.load("digits").train
     images, labels = train.images[:500], train.labels[:500]
-    draws = transforms.TRANSFORMS[name].draws(GREY)
+    draws = transforms.draws(name, GREY)
     uniforms = torch.from_numpy(np.random.default_rng(3).random((500, k, draws)))
     if still:
         uniforms[..., :3] = 0.5

@@ -179,3 +179,17 @@ def test_logit_gradients_whose_squares_vanish_are_clipped_too(clip):
         sums = clipped_head_sums(z, targets, torch.zeros(1, 2, 4), biases, torch.tensor([clip]), torch.ones(1, 1))
         worst = max(worst, float(sums.weights.double().norm()))
     assert 0 < worst <= clip * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("filling", [0.0, float("nan")])
+def test_rows_that_fill_up_a_batch_add_exactly_nothing(filling):
+    features, targets, *others = problem(b=5)
+    want = clipped_head_sums(features[:3], targets[:3], *others)
+    filled = features.clone()
+    filled[3:] = filling
+    got = clipped_head_sums(filled, targets, *others, present=3)
+    torch.testing.assert_close(got.weights, want.weights, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.biases, want.biases, rtol=0, atol=1e-12)
+    assert torch.equal(got.norms[:3].isfinite(), want.norms.isfinite()) and (got.norms[3:] == 0).all()
+    with pytest.raises(ValueError, match=r"present=6: must lie in 0\.\.5"):
+        clipped_head_sums(features, targets, *others, present=6)

@@ -2,11 +2,10 @@
 
 import itertools
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
-from flags import DEVICE, FLAGS, KEYS, ROUNDS, flag, state
+from flags import DEVICE, FLAGS, KEYS, ROUNDS, flag, state, unguarded
 from torch import nn
 
 from dpmix.core import precision
@@ -14,14 +13,6 @@ from dpmix.core.clipping import clipped_gradient_sum, clipped_head_sums
 
 BOUND = 1 + 1e-5
 NEAR = [10 ** (-1 - i / 8) for i in range(20)]
-
-
-def unguarded(monkeypatch):
-    """No flag is switched off, and no autocast that is around."""
-    real = torch.autocast
-    kept = lambda kind, *dtype, enabled=True: real(kind, *dtype) if enabled else nullcontext()  # noqa: E731
-    monkeypatch.setattr(precision, "full", lambda device: nullcontext())
-    monkeypatch.setattr(torch, "autocast", kept)
 
 
 def views_that_nearly_cancel(near: float, k: int = 16, dim: int = 768, classes: int = 100):

@@ -62,7 +62,7 @@ def test_every_shift_is_equally_likely_and_half_are_mirrored():
 def test_a_view_depends_on_its_own_image_and_numbers(name):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 2, 8, 8), generator=draw, dtype=torch.uint8)
-    numbers = torch.rand(5, 4, transforms.TRANSFORMS[name].draws((2, 8, 8)), generator=draw, dtype=torch.float64)
+    numbers = torch.rand(5, 4, transforms.draws(name, (2, 8, 8)), generator=draw, dtype=torch.float64)
     made = transforms.apply(name, images, numbers)
     others = torch.randint(0, 256, (5, 2, 8, 8), generator=draw, dtype=torch.uint8)
     others[2] = images[2]
@@ -73,7 +73,7 @@ def test_a_view_depends_on_its_own_image_and_numbers(name):
 
 @pytest.mark.parametrize("name", ["none", *CROPS])
 def test_empty_batches_and_no_views(name):
-    draws = transforms.TRANSFORMS[name].draws((1, 8, 8))
+    draws = transforms.draws(name, (1, 8, 8))
     for b, k in ((0, 3), (2, 0), (0, 0)):
         images, numbers = torch.zeros(b, 1, 8, 8, dtype=torch.uint8), torch.zeros(b, k, draws, dtype=torch.float64)
         assert transforms.apply(name, images, numbers).shape == (b, k, 1, 8, 8)

@@ -210,7 +210,7 @@ def test_mixtures_are_convex_and_image_and_label_share_lambda(monkeypatch, value
 
 def test_pairs_are_different_members_and_equally_likely():
     """p < 1e-6 once in a million seeds; the seed is fixed."""
-    draws = views._Draws(torch.arange(400), 0, 0, views.Part("mix", ("crop", 5, 0, "mixup", 0.2), 30))
+    draws = views._Draws(torch.arange(400), 0, 0, ("mix", "crop", 5, 0, "mixup", 0.2), 30)
     first, second, _, _ = draws.mixtures(5, 0.2)
     counts = np.bincount((first * 5 + second).flatten().numpy(), minlength=25).reshape(5, 5)
     assert np.trace(counts) == 0, "never a view with itself"
@@ -219,7 +219,7 @@ def test_pairs_are_different_members_and_equally_likely():
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_lambda_is_beta(alpha):
-    draws = views._Draws(torch.arange(300), 0, 0, views.Part("mix", ("crop", 5, 0, "mixup", alpha), 30))
+    draws = views._Draws(torch.arange(300), 0, 0, ("mix", "crop", 5, 0, "mixup", alpha), 30)
     lam = draws.mixtures(5, alpha)[2].flatten().numpy()
     assert stats.kstest(lam, stats.beta(alpha, alpha).cdf).pvalue > 1e-6
     assert stats.kstest(lam, stats.beta(alpha * 1.3, alpha * 1.3).cdf).pvalue < 1e-6, "the test must be able to fail"

@@ -28,7 +28,16 @@ def test_both_frameworks_clip_the_averaged_views_to_the_same_sum():
     mean = torch.full((2, 4), 0.25)
     ours = clipping.clipped_head_sums(features, targets, weights, biases, norms, mean)
     assert (ours.norms > norms).any(dim=0).all(), "the clip must bite"
-    theirs = jax_peer.clipped_head_sums(features, targets, weights, biases, norms)
+    theirs = jax_peer.clipped_head_sums(features, targets, weights, biases, norms, mean)
+    torch.testing.assert_close(theirs[0], ours.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs[1], ours.biases, rtol=1e-4, atol=1e-5)
+
+
+def test_each_head_averages_the_views_that_are_its_own():
+    features, targets, weights, biases = problem()
+    norms, own = torch.tensor([0.3, 0.9]), torch.tensor([[0.5, 0.5, 0, 0], [0, 0.2, 0.5, 0.3]])
+    ours = clipping.clipped_head_sums(features, targets, weights, biases, norms, own)
+    theirs = jax_peer.clipped_head_sums(features, targets, weights, biases, norms, own)
     torch.testing.assert_close(theirs[0], ours.weights, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(theirs[1], ours.biases, rtol=1e-4, atol=1e-5)
 
@@ -38,7 +47,8 @@ def test_the_comparison_can_tell_views_as_examples():
     features, targets, weights, biases = problem()
     norms = torch.tensor([0.3, 0.9])
     ours = clipping.clipped_head_sums(features, targets, weights, biases, norms, torch.full((2, 4), 0.25))
-    each = jax_peer.clipped_head_sums(features.reshape(24, 1, 5), targets.reshape(24, 1, 3), weights, biases, norms)
+    flat = features.reshape(24, 1, 5), targets.reshape(24, 1, 3)
+    each = jax_peer.clipped_head_sums(*flat, weights, biases, norms, torch.ones(2, 1))
     assert (each[0] / 4 - ours.weights).abs().max() > 0.01
 
 

@@ -18,6 +18,7 @@ from opacus.grad_sample import prepare_module
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPPerLayerOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from peers import opacus_script
+from peers.opacus_steps import CLASSES, RECIPE, SHAPE, opacus_step
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,7 +28,6 @@ from dpmix.core.clipping_network import clipped_gradient_sum
 from dpmix.peers import opacus as peer
 
 HERE = Path(__file__).parent
-CLASSES = 3
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(Secure RNG|Full backward hook|Optimal order|PrivacyEngine detected|A worker has been)"
 )
@@ -134,6 +134,22 @@ def test_the_sum_is_that_of_autograd_and_of_our_engines(name, mode, loss):
             torch.testing.assert_close(g, o, rtol=0, atol=len(images) * 1e-6)
     each, _ = stepped(network(name), images, targets, clip_norm, mode=mode, loss=loss, average=False)
     assert max((e - w).abs().max() for e, w in zip(each, want, strict=True)) > 0.1 * clip_norm  # K rows, K examples
+
+
+def test_a_loop_over_the_views_in_one_backward_pass_is_the_same_sum():
+    """What the page says of Opacus by itself: calls of one backward pass are added up for each example."""
+    images, targets = batch()
+    clip_norm = clip_that_bites(network("conv"), images, targets)
+    want, _ = oracle(network("conv"), images, targets, clip_norm)
+    model = network("conv")
+    hooked = prepare_module(model, grad_sample_mode="hooks")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=clip_norm, expected_batch_size=1
+    )
+    (sum(F.cross_entropy(hooked(images[:, k]), targets[:, k]) for k in range(4)) / 4).backward()
+    optimizer.step()
+    for p, w in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, w, rtol=1e-9, atol=1e-12)
 
 
 def test_rows_are_averaged_in_the_backward_pass_and_once():
@@ -326,54 +342,18 @@ def test_a_gradient_that_is_not_a_number_counts_as_zero_where_opacus_is_voided()
 # Privacy
 
 
-RECIPE = views.Recipe(k_base=3, k_self=3, transform="crop")
-
-
-def opacus_step(average=True, noise=0.0, copies=0):
-    """A step of the audits, and with `copies` a release: Opacus' own sum, and its own noise."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(32, CLASSES)
-    ).double()
-    with torch.no_grad():  # two classes alone are probable, so that their gradients point opposite ways
-        model[3].weight.zero_()
-        model[3].bias.copy_(torch.tensor([0.0, 0.0, -20.0]))
-    hooked = prepare_module(model, grad_sample_mode="hooks", loss_reduction="sum")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=noise, max_grad_norm=1.0, expected_batch_size=None,
-        loss_reduction="sum",
-    )  # fmt: skip
-    optimizer = peer.average_views(hooked, optimizer, RECIPE.views) if average else optimizer
-
-    def step(records, seed, number):
-        x, y = views.make_views(
-            records.images, records.labels, records.ids, RECIPE, num_classes=CLASSES, seed=seed, step=number
-        )
-        x, y = x.double(), y.double()
-        found = []
-        torch.manual_seed(seed % 2**62)
-        for _ in range(copies or 1):
-            optimizer.zero_grad()
-            F.cross_entropy(hooked(x if average else x.flatten(0, 1)), y.flatten(0, 1), reduction="sum").backward()
-            assert optimizer.pre_step()
-            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        return torch.stack(found) if copies else found[0]
-
-    return step
-
-
 def test_one_example_moves_the_sum_by_at_most_the_clip_norm():
-    found = audit.sensitivity(opacus_step(), shape=(1, 4, 4), num_classes=CLASSES, trials=1, size=4)
+    found = audit.sensitivity(opacus_step(), shape=SHAPE, num_classes=CLASSES, trials=1, size=4)
     assert found.holds and found.largest("add") > 0.999  # the bound is reached, so the worlds hurt
 
 
 def test_k_rows_an_example_are_not_private_at_the_stated_epsilon():
     """The negative control, and the trap of Opacus' issues: K copies in the batch, Opacus as it is."""
     repeated = opacus_step(average=False)
-    found = audit.sensitivity(repeated, shape=(1, 4, 4), num_classes=CLASSES, trials=1, size=4)
+    found = audit.sensitivity(repeated, shape=SHAPE, num_classes=CLASSES, trials=1, size=4)
     worst = max(moved for (world, _), moved in found.movements.items() if world != "not a number")
     assert not found.holds and worst > 0.9 * RECIPE.views
-    records, new = next(w[1:] for w in audit.worlds((1, 4, 4), CLASSES, 4, seed=0) if w[0] == "opponents")
+    records, new = next(w[1:] for w in audit.worlds(SHAPE, CLASSES, 4, seed=0) if w[0] == "opponents")
     about = dict(records=records, canary=new.take([0]), noise_multiplier=1.0, releases=600)
     private = audit.step_canary(opacus_step(), release=opacus_step(noise=1.0, copies=40), **about)
     copies = audit.step_canary(repeated, release=opacus_step(average=False, noise=1.0, copies=40), **about)
@@ -382,7 +362,7 @@ def test_k_rows_an_example_are_not_private_at_the_stated_epsilon():
 
 
 def test_the_noise_is_sigma_times_the_clip_norm():
-    records, _ = next(w[1:] for w in audit.worlds((1, 4, 4), CLASSES, 4, seed=0))
+    records, _ = next(w[1:] for w in audit.worlds(SHAPE, CLASSES, 4, seed=0))
     releases = opacus_step(noise=1.5, copies=60)(records, 3, 0)
     ratio, low, high = audit.noise_level(releases, 1.5)
     assert low < ratio < high

@@ -1,0 +1,269 @@
+"""Views that are drawn once, encoded once and kept on disk: a `Source` that a run reads instead of encoding.
+
+A store is a folder of blocks, one for each part of a union of views (base, public, mixtures of a pool), so that a longer
+list of recipes encodes only what is missing. A row of a block is an example: its views' features in float16, then their
+targets, of which at most two classes are not zero. float16 has eight times the precision of bfloat16; features beyond its
+range are cut to it. A chunk of rows that is whole has its checksum in the journal beside the block, so that after a crash
+only what was under way is encoded again. A store comes from private data without noise: nobody else may read it.
+"""
+
+import copy
+import hashlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dpmix.core import augmentations, checks, files, rng, transforms, views
+from dpmix.core.sources import FreshViews, Scaling, lap, named, scaled
+from dpmix.models import engine
+from dpmix.models.encoders import Encoder
+
+CHUNK = 64  # rows a line of a journal
+AT_A_TIME = 2**27  # bytes of views that are made while the engine is at work on as many
+TARGET = np.dtype([("place", np.int32, 2), ("value", np.float32, 2)])
+
+
+@dataclass
+class Block:
+    """Views `start` to `stop` of a part: a file of n rows and its journal. `columns` are their places in the union."""
+
+    path: Path
+    columns: slice
+    start: int
+    stop: int
+    n: int
+    dim: int
+    whole: set[int] = field(default_factory=set)
+    rows: Any = None
+
+    def __post_init__(self) -> None:
+        self.count, self.journal = self.stop - self.start, self.path.with_suffix(".chunks")
+        self.shape = self.n, self.count * (2 * self.dim + TARGET.itemsize)
+        self.size = self.shape[0] * self.shape[1]
+
+    @property
+    def missing(self) -> set[int]:
+        """The chunks to be encoded."""
+        return set(range(-(-self.n // CHUNK))) - self.whole
+
+    def open(self) -> "Block":
+        """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones."""
+        if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
+            self.rows = np.memmap(self.path, np.uint8, "c", shape=self.shape)
+            lines = [line.split() for line in self.journal.read_text().splitlines()]
+            told = {int(chunk): wanted for chunk, wanted in (line for line in lines if len(line) == 2)}
+            sums = {c: hashlib.sha256(self.rows[c * CHUNK : (c + 1) * CHUNK]).hexdigest() for c in told}
+            self.whole = {c for c, wanted in told.items() if sums[c] == wanted}
+            if damaged := sorted(told.keys() - self.whole):
+                said = f"{len(damaged)} chunks of {CHUNK} examples are damaged, the first {damaged[0]}; they are encoded again"
+                warnings.warn(f"{self.path}: {said}", stacklevel=2)
+        return self
+
+    def allocate(self) -> None:
+        """Take the room on the disk, so that it cannot run out later; nobody else may read the file."""
+        if self.rows is None:
+            self.journal.unlink(missing_ok=True)
+            self.path.touch(0o600)
+            with self.path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, self.size)
+
+
+class StoredViews:
+    """The views of `FreshViews(redraw=False)` of these examples, read from a store in `folder`; what is not there is
+    encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
+
+    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the
+    code that makes and encodes views; a block also by its part and, where they have a part in it, by the public images.
+    Raises ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        images: Tensor,
+        labels: Tensor,
+        recipes: Sequence[views.Recipe],
+        *,
+        num_classes: int,
+        folder: Path | str,
+        seed: int = 0,
+        public: views.PublicImages | None = None,
+        ids: Tensor | None = None,
+        scaling: Scaling | None = None,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+    ) -> None:
+        made = FreshViews(encoder, images, labels, recipes, num_classes=num_classes, seed=seed, public=public, ids=ids,
+                          redraw=False, device=device)  # fmt: skip
+        checks.require(
+            encoder.digest != "", "encoder", encoder.name, "has no digest of its content; take models.encoder"
+        )
+        self.n, self.dim, self.num_classes, self.union = made.n, made.dim, num_classes, made.union
+        self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
+        self.name, self.progress = named(encoder.name, False, scaling), progress
+        self.places: Tensor | None = None
+        about = _about(made, encoder)
+        self.folder = Path(folder) / files.digest(repr(about))[:32]
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with files.lock(self.folder / "lock"):
+            other = files.differences(files.read_json(self.folder / "store.json") or about, about)
+            checks.require(
+                not other, "store", str(self.folder), f"holds other views ({other}); remove it: rm -r {self.folder}"
+            )
+            files.write_json(self.folder / "store.json", about)
+            self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
+            tick = time.perf_counter()
+            if todo := sorted(set().union(*(block.missing for block in self.blocks))):
+                self._make_room()
+                self._encode(made, todo)
+                lap(self.seconds, "encoder", tick)
+                for block in self.blocks:
+                    block.rows = np.memmap(block.path, np.uint8, "c", shape=block.shape)
+
+    def _find_blocks(self, public: str) -> Iterator[Block]:
+        """The blocks that hold the union: of those that are there the widest whole ones, and new ones."""
+        column = 0
+        for part in self.union.parts:
+            mixed = part.kind == "public" or (part.kind == "mix" and part.key[2] > 0)
+            stem, start = files.digest(part.kind, repr(part.key), public if mixed else "")[:24], 0
+            while start < part.count:
+                there = {int(p.stem.rpartition("-")[2]) for p in self.folder.glob(f"{stem}-{start}-*.views")}
+                for stop in [*sorted(there, reverse=True), part.count]:
+                    columns = slice(column + start, column + min(stop, part.count))
+                    path = self.folder / f"{stem}-{start}-{stop}.views"
+                    block = Block(path, columns, start, stop, self.n, self.dim).open()
+                    if stop <= part.count or not block.missing:
+                        break
+                yield block
+                start = stop
+            column += part.count
+
+    def _make_room(self) -> None:
+        """Say what will be on the disk, and take it; refuse where it does not fit."""
+        new = [block for block in self.blocks if block.rows is None]
+        needed, free = sum(block.size for block in new), shutil.disk_usage(self.folder).free
+        what = f"{self.n:,} examples x {self.union.views} views of {self.dim} features"
+        if needed > free:
+            raise OSError(f"cache={str(self.folder.parent)!r}: {what} need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB "
+                          "are free; free some space or choose another folder")  # fmt: skip
+        if self.progress:
+            total = sum(block.size for block in self.blocks) / 1e9
+            tqdm.write(f"{what}: {total:.3g} GB in {self.folder}, for your eyes only; remove with rm -r {self.folder}")
+        for block in new:
+            block.allocate()
+
+    def _encode(self, made: FreshViews, todo: list[int]) -> None:
+        """Make the views of what comes next and write what came before, while the engine is at work."""
+        each = self.union.views * made.images[0].numel() * 4
+        step = max(1, min(CHUNK, AT_A_TIME // each))
+        bar = tqdm(
+            total=len(todo) * CHUNK, desc=f"encoding {self.union.views} views an example", disable=not self.progress
+        )
+        before = None
+        with ThreadPoolExecutor(1) as engine_thread, bar:
+            for chunk in todo:
+                blocks = [block for block in self.blocks if chunk in block.missing]
+                columns = torch.cat([torch.arange(self.union.views)[block.columns] for block in blocks])
+                own = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.n))
+                sums = [hashlib.sha256() for _ in blocks]
+                for rows in own.split(step):
+                    images, targets = made.made(rows, 0)
+                    images = images if len(columns) == self.union.views else images[:, columns]
+                    features = engine_thread.submit(made.encoder.features, images.flatten(0, 1))
+                    if before is not None:
+                        self._write(*before)
+                    before = rows, blocks, features, targets.cpu(), sums, chunk if rows[-1] == own[-1] else None
+                    bar.update(len(rows))
+            if before is not None:
+                self._write(*before)
+
+    def _write(
+        self,
+        rows: Tensor,
+        blocks: list[Block],
+        features: "Future[Tensor]",
+        targets: Tensor,
+        sums: list,
+        done: int | None,
+    ) -> None:
+        """Rows of some blocks; with the last rows of a chunk, its line in the journals."""
+        found = features.result().float().reshape(len(rows), -1, self.dim)
+        narrow = found.clamp(-65504, 65504).half().cpu().numpy()
+        column = 0
+        for block, total in zip(blocks, sums, strict=True):
+            own = np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1).view(np.uint8)
+            data = np.concatenate([own, _packed(targets[:, block.columns])], axis=1)
+            column += block.count
+            total.update(data)
+            with block.path.open("r+b") as file:
+                file.seek(int(rows[0]) * block.shape[1])
+                file.write(data.tobytes())
+            if done is not None:
+                with block.journal.open("a") as journal:
+                    journal.write(f"{done} {total.hexdigest()}\n")
+
+    def subset(self, places: Tensor) -> "StoredViews":
+        """The examples at these places, in this order; nothing is copied."""
+        part = copy.copy(self)
+        part.places = places if self.places is None else self.places[places]
+        part.n, part.seconds = len(places), dict(self.seconds)
+        return part
+
+    def batch(self, places: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """`Source.batch`, the same at every step."""
+        tick = time.perf_counter()
+        rows = (places if self.places is None else self.places[places]).numpy()
+        features = torch.empty(len(rows), self.union.views, self.dim, device=self.device)
+        targets = torch.zeros(len(rows), self.union.views, self.num_classes, device=self.device)
+        together = len(rows) > 0 and (np.diff(rows) == 1).all()
+        for block in self.blocks:
+            picked = block.rows[rows[0] : rows[-1] + 1] if together else block.rows[rows]
+            wide, used = block.count * 2 * self.dim, block.columns.stop - block.columns.start
+            own = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
+            features[:, block.columns] = torch.from_numpy(own).to(self.device)
+            packed = np.ascontiguousarray(picked[:, wide:]).view(TARGET).reshape(len(rows), block.count)[:, :used]
+            classes, values = (
+                torch.from_numpy(packed["place"].astype(np.int64)),
+                torch.from_numpy(packed["value"].copy()),
+            )
+            targets[:, block.columns] = targets[:, block.columns].scatter_add(
+                2, classes.to(self.device), values.to(self.device)
+            )
+        lap(self.seconds, "store", tick)
+        return scaled(features, self.scaling), targets
+
+
+def _packed(targets: Tensor) -> np.ndarray:
+    """Targets [b, k, num_classes] as the two classes of each view and their shares: bytes [b, k * 16]."""
+    values, places = targets.topk(min(2, targets.shape[2]))
+    packed = np.zeros(targets.shape[:2], TARGET)
+    packed["value"][..., : values.shape[2]], packed["place"][..., : places.shape[2]] = values.numpy(), places.numpy()
+    rest = float((targets.sum(2) - values.sum(2)).abs().max()) if targets.numel() else 0.0
+    checks.require(rest < 1e-6, "targets", rest, "of a view must lie on two classes at most to be stored")
+    return packed.view(np.uint8).reshape(len(targets), -1)
+
+
+def _content(*tensors: Tensor) -> str:
+    parts = [hashlib.sha256(t.contiguous().cpu().numpy().data).hexdigest() + str(tuple(t.shape)) for t in tensors]
+    return files.digest(*parts)
+
+
+def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
+    """What decides the features of a store's views, but for their recipes and public images."""
+    code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, engine)]
+    return {
+        "encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision),
+        "examples": made.n, "content of the examples": _content(made.images, made.labels, made.ids),
+        "seed (digest)": files.digest(repr(("stored views", made.seed)))[:16], "code": files.digest("1", *code),
+    }  # fmt: skip
