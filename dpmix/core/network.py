@@ -103,12 +103,8 @@ def train(
     """
     m = Mechanism(**mechanism)
     check_arguments(model, images, labels, m.num_classes, physical_batch, checkpoint_every, evaluate_every)
-    require(
-        seed is not None or checkpoint is None,
-        "seed",
-        None,
-        "a run with checkpoints must be given its seed, to go on with it",
-    )
+    remedy = "a run with checkpoints must be given its seed, to go on with it"
+    require(seed is not None or checkpoint is None, "seed", None, remedy)
     group = processes(device)
     device, seed = device_of(device), from_first(rng.as_seed(seed), group[1])
     model.to(device)
@@ -118,10 +114,8 @@ def train(
     if resume:
         run.load()
     agree_on_step(run.state.step, group[1], device)
-    start, untrained = (
-        run.state.step,
-        {n: t.clone() for n, t in model.state_dict().items() if n not in clipper.parameters},
-    )
+    start = run.state.step
+    untrained = {n: t.clone() for n, t in model.state_dict().items() if n not in clipper.parameters}
     _fill(clipper.parameters, run.state.weights)
     bar = tqdm(total=m.steps, initial=start, desc="DP-SGD", unit="step", disable=not progress or group[0] > 0)
     try:
@@ -149,9 +143,8 @@ def train(
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
     averaged = None if ema is None else {n: ema[n].to(t).cpu() if n in ema else t for n, t in weights.items()}
-    return TrainedNetwork(
-        weights, averaged, m.steps, clipper.engine, run.state.counters, run.diagnostics, run.seconds(), start
-    )
+    counters, diagnostics = run.state.counters, run.diagnostics
+    return TrainedNetwork(weights, averaged, m.steps, clipper.engine, counters, diagnostics, run.seconds(), start)
 
 
 class _Run:
@@ -260,10 +253,8 @@ class _Run:
         otherwise = files.differences(meta["compute"], self.compute)
         if otherwise:
             warnings.warn(f"resuming with other compute settings ({otherwise}): equal to rounding only", stacklevel=3)
-        weights, velocity, ema = (
-            t.to(self.state.weights) if (t := tensors.get(name)) is not None else None for name in TENSORS
-        )
-        assert weights is not None
+        tensors = {name: t.to(self.state.weights) for name, t in tensors.items()}
+        weights, velocity, ema = tensors["weights"], tensors.get("velocity"), tensors.get("ema")
         self.state = _State(meta["step"], weights, velocity, ema, meta["counters"])
         self.seconds_before, self.diagnostics = meta["seconds"], [(step, value) for step, value in meta["diagnostics"]]
 
@@ -283,9 +274,7 @@ class _Run:
             half = self.physical_batch // 2
             remedy = f"try physical_batch={half}; the result does not depend on it"
             if half < self.mechanism.microbatch:
-                remedy = (
-                    "the views of one example alone do not fit: take fewer views, a smaller network or another engine"
-                )
+                remedy = "the views of one example alone do not fit: take fewer, a smaller network or another engine"
             device = self.clipper.device
             raise MemoryError(f"physical_batch={self.physical_batch}: out of memory on {device}; {remedy}") from None
 
