@@ -30,7 +30,7 @@ from dpmix.models import engine
 from dpmix.models.encoders import Encoder
 
 CHUNK = 64  # rows a line of a journal
-AT_A_TIME = 2**27  # bytes of views that are made while the engine is at work on as many
+AT_A_TIME = 2**24  # bytes of views that are made while the engine is at work on as many
 TARGET = np.dtype([("place", np.int32, 2), ("value", np.float32, 2)])
 
 
@@ -91,7 +91,7 @@ class StoredViews:
     def __init__(
         self,
         encoder: Encoder,
-        images: Tensor,
+        images: Any,
         labels: Tensor,
         recipes: Sequence[views.Recipe],
         *,
@@ -134,20 +134,20 @@ class StoredViews:
     def _find_blocks(self, public: str) -> Iterator[Block]:
         """The blocks that hold the union: of those that are there the widest whole ones, and new ones."""
         column = 0
-        for part in self.union.parts:
-            mixed = part.kind == "public" or (part.kind == "mix" and part.key[2] > 0)
-            stem, start = files.digest(part.kind, repr(part.key), public if mixed else "")[:24], 0
-            while start < part.count:
+        for key, count in self.union.parts.items():
+            mixed = key[0] == "public" or (key[0] == "mix" and key[3] > 0)
+            stem, start = files.digest(repr(key), public if mixed else "")[:24], 0
+            while start < count:
                 there = {int(p.stem.rpartition("-")[2]) for p in self.folder.glob(f"{stem}-{start}-*.views")}
-                for stop in [*sorted(there, reverse=True), part.count]:
-                    columns = slice(column + start, column + min(stop, part.count))
+                for stop in [*sorted(there, reverse=True), count]:
+                    columns = slice(column + start, column + min(stop, count))
                     path = self.folder / f"{stem}-{start}-{stop}.views"
                     block = Block(path, columns, start, stop, self.n, self.dim).open()
-                    if stop <= part.count or not block.missing:
+                    if stop <= count or not block.missing:
                         break
                 yield block
                 start = stop
-            column += part.count
+            column += count
 
     def _make_room(self) -> None:
         """Say what will be on the disk, and take it; refuse where it does not fit."""
@@ -254,9 +254,14 @@ def _packed(targets: Tensor) -> np.ndarray:
     return packed.view(np.uint8).reshape(len(targets), -1)
 
 
-def _content(*tensors: Tensor) -> str:
-    parts = [hashlib.sha256(t.contiguous().cpu().numpy().data).hexdigest() + str(tuple(t.shape)) for t in tensors]
-    return files.digest(*parts)
+def _content(*tensors: Any) -> str:
+    """A digest of tensors, or of what gives tensors row by row."""
+    total = hashlib.sha256()
+    for t in tensors:
+        total.update(repr(tuple(t.shape)).encode())
+        for start in range(0, len(t), 1024):
+            total.update(t[start : start + 1024].contiguous().cpu().numpy().data)
+    return total.hexdigest()
 
 
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
