@@ -240,14 +240,19 @@ shown.rename_axis(None).style.format("{:.2f}", subset=["time of a step, × avera
 #
 # ## A head on a frozen encoder
 #
-# With a frozen encoder draw the views once (`redraw=False`), encode them once, and train the head by the same three lines. The features are as private as the images.
+# With a frozen encoder the views are drawn and encoded once (`redraw=False`), and line 1 becomes a data set of their features. `models.stored.StoredViews` keeps such features on disk and reads
+# like `FreshViews`. They are as private as the images.
 
 # %%
-from dpmix.peers.opacus import encode_views
+from dpmix.core import rng
+from dpmix.core.sources import FreshViews
 
 recipe = Recipe(k_base=views, k_self=views, transform="crop")
 encoder = models.encoder("tiny-convnext")
-features = encode_views(ViewSet(train, recipe, num_classes=10, redraw=False), encoder)  # [N, K, D] and targets
+source = FreshViews(
+    encoder, digits.train.images, digits.train.labels, [recipe], num_classes=10, seed=rng.fresh_seed(), redraw=False
+)
+features = TensorDataset(*source.batch(torch.arange(source.n), 0))  # [N, K, D] and [N, K, classes]
 
 engine, head = PrivacyEngine(accountant="rdp"), nn.Linear(encoder.dim, 10)
 head, optimizer, loader = engine.make_private(

@@ -9,7 +9,8 @@ Three lines differ from a plain script::
         loss = criterion(model(images), targets.flatten(0, 1))        # 3. the model answers for every view: [b * K, ...]
 
 Per-example gradients (`grad_sample_mode` "hooks", "functorch", "ew"), clipping, noise, divisor, Poisson sampling,
-`BatchMemoryManager` and accountants stay Opacus' own; nothing of it is copied or patched.
+`BatchMemoryManager` and accountants stay Opacus' own; nothing of it is copied or patched. For a head on a frozen encoder line
+1 is `TensorDataset(*source.batch(torch.arange(source.n), 0))`, with a source of `models.stored` (views drawn once).
 
 Guarantee: one example moves the sum of clipped gradients by at most `max_grad_norm`, whatever K, since its views come
 from itself and public images alone and are averaged before the clip. So Opacus' accountant stays right. It is wrong for
@@ -25,9 +26,9 @@ from opacus import PrivacyEngine, optimizers
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from dpmix.core import checks, heads, rng, views
+from dpmix.core import checks, rng, views
 
 _NAMES = ("DP", "DistributedDP", "DPPerLayer", "SimpleDistributedPerLayer", "AdaClipDP")
 KINDS = [getattr(optimizers, f"{name}Optimizer") for name in _NAMES]
@@ -44,7 +45,7 @@ class ViewSet(Dataset):
     It depends on example i of `dataset` and on public images only (`core.views.make_views`), not on workers or on the
     batch. Without `seed` every access draws anew from the operating system. With one, for science (a known seed makes
     views predictable), views follow from (seed, epoch, i): call `set_epoch` before each pass, as for PyTorch's
-    DistributedSampler. `redraw=False` draws once.
+    DistributedSampler. `redraw=False` draws once, as `core.sources` does with the same seed.
 
     Args:
         dataset: items (image, label): image uint8 or float in 0..1, [C, H, W]; label below `num_classes`.
@@ -56,13 +57,13 @@ class ViewSet(Dataset):
 
     def __init__(
         self, dataset: Dataset | Sequence, recipe: views.Recipe, *, num_classes: int,
-        public: views.PublicImages | None = None, seed: int | None = None, redraw: bool = True,
+        public: views.PublicImages | None = None, seed: rng.Seed = None, redraw: bool = True,
         normalise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         checks.whole("num_classes", num_classes, 1)
-        self.dataset, self.recipe, self.num_classes, self.public = dataset, recipe, num_classes, public
-        self.normalise, self.redraw = normalise, redraw
-        self.seed = rng.fresh_seed() if seed is None and not redraw else seed
+        self.dataset, self.num_classes, self.public = dataset, num_classes, public
+        self.union, self.normalise, self.redraw = views.make_union([recipe]), normalise, redraw
+        self.seed = None if seed is None and redraw else rng.as_seed(seed)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that live on
         checks.require(len(self) > 0, "dataset", len(self), "must hold at least one example")
         image = dataset[0][0]
@@ -91,27 +92,13 @@ class ViewSet(Dataset):
         images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
         for worst in (int(labels.min()), int(labels.max())):
             checks.require(0 <= worst < self.num_classes, "label", worst, f"must lie in 0..{self.num_classes - 1}")
-        seed, step = (rng.fresh_seed(), 0) if self.seed is None else (self.seed, int(self.epoch) if self.redraw else 0)
         ids = torch.tensor([int(i) % len(self) for i in places])
-        pixels, targets = views.make_views(images, labels, ids, self.recipe, num_classes=self.num_classes,
-                                           seed=seed, step=step, public=self.public)  # fmt: skip
+        step = int(self.epoch) if self.redraw else None
+        about: dict[str, Any] = dict(num_classes=self.num_classes, seed=self.seed, step=step, public=self.public)
+        pixels, targets = self.union.make(images, labels, ids, **about)
         if self.normalise is not None:
             pixels = self.normalise(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return list(zip(pixels, targets, strict=True))
-
-
-@torch.no_grad()
-def encode_views(data: ViewSet, encoder: heads.Encoder, *, batch_size: int = 64) -> TensorDataset:
-    """Features [n, K, D] and targets [n, K, num_classes] of views that are drawn once: the training set of a head.
-
-    Lines 2 and 3 stay as they are, `model` being the head. The features are as private as the images. Raises ValueError
-    for views that are drawn again at each access: they cannot be stored.
-    """
-    checks.require(not data.redraw, "data.redraw", data.redraw, "stored features need views drawn once; redraw=False")
-    parts = []
-    for x, y in DataLoader(data, batch_size=batch_size):
-        parts.append((encoder.features(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float().cpu(), y))
-    return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 class ViewAveraging(DPOptimizer):

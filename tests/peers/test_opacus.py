@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpmix import audit
-from dpmix.core import accounting, clipping, views
+from dpmix.core import accounting, clipping, sources, views
 from dpmix.core.clipping_network import clipped_gradient_sum
 from dpmix.peers import opacus as peer
 
@@ -436,10 +436,16 @@ def test_when_views_are_drawn_again():
         data.set_epoch(epoch)  # reaches a worker that lives on
         passes.append(next(iter(loader))[0])
     assert torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
-    fixed = view_set(redraw=False)[1]
+    images, fixed = view_set(redraw=False)
     first = fixed[0][0]
     fixed.set_epoch(1)
     assert torch.equal(fixed[0][0], first)
+    union = views.make_union(
+        [RECIPE]
+    ).make(  # those of core.sources and of stored views
+        images.images[:1], images.labels[:1], torch.tensor([0]), num_classes=CLASSES, seed=5, step=None
+    )
+    assert torch.equal(first, union.images[0])
     fresh = view_set(seed=None)[1]
     assert not torch.equal(fresh[0][0], fresh[0][0])
     once = [view_set(seed=None, redraw=False)[1] for _ in range(2)]
@@ -463,27 +469,28 @@ def test_data_that_do_not_fit_are_refused():
         peer.ViewSet([("image", 0)], RECIPE, num_classes=CLASSES)
     with pytest.raises(ValueError, match="dataset=0: must hold at least one example"):
         peer.ViewSet([], RECIPE, num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r"seed=1\.5: must be a whole number of at least 0"):
+        view_set(seed=1.5)
     data = peer.ViewSet(TensorDataset(torch.zeros(2, 1, 4, 4), labels), RECIPE, num_classes=CLASSES)
     with pytest.raises(ValueError, match=r"label=3: must lie in 0\.\.2"):
         data[1]
 
 
-def test_a_head_on_stored_features_takes_the_same_lines(projection):
-    images, data = view_set(n=9, redraw=False)
-    stored = peer.encode_views(data, projection, batch_size=4)
-    made = views.make_views(images.images, images.labels, torch.arange(9), RECIPE, num_classes=CLASSES, seed=5, step=0)
-    torch.testing.assert_close(stored.tensors[0], projection.features(made.images.flatten(0, 1)).unflatten(0, (9, 6)))
+def test_a_head_on_features_that_were_drawn_once_takes_the_same_lines(projection):
+    images = image_set(9)
+    source = sources.FreshViews(
+        projection, images.images, images.labels, [RECIPE], num_classes=CLASSES, seed=5, redraw=False
+    )
+    features, targets = source.batch(torch.arange(9), 0)
     torch.manual_seed(0)
     head = nn.Linear(projection.dim, CLASSES)
     w, b = head.weight.detach().clone(), head.bias.detach().clone()
     norms = torch.tensor([4.0])
-    ours = clipping.clipped_head_sums(*stored.tensors, w[None], b[None], norms, torch.full((1, 6), 1 / 6))
+    ours = clipping.clipped_head_sums(features, targets, w[None], b[None], norms, torch.full((1, 6), 1 / 6))
     assert (ours.norms > 4.0).any() and (ours.norms < 4.0).any()
-    got, _ = stepped(head, *stored.tensors, 4.0)
+    got, _ = stepped(head, features, targets, 4.0)
     torch.testing.assert_close(got[0], ours.weights[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1], ours.biases[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"data\.redraw=True: stored features need views drawn once"):
-        peer.encode_views(view_set()[1], projection)
 
 
 # Whole scripts
