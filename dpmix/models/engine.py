@@ -4,6 +4,7 @@ Both take images in chunks of one fixed shape, the last padded with zeros, so th
 the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -90,8 +91,12 @@ def _resizing(before: int, after: int, mode: str) -> Float[Tensor, "after before
 
 @cache
 def _openvino() -> Any:
-    import openvino
-
+    """Its core. To import it with its telemetry would report to its makers and leave files in the home folder."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        import openvino
+    finally:
+        del sys.modules["openvino_telemetry"]
     return openvino.Core()
 
 
@@ -167,8 +172,7 @@ class Compiled:
 
 
 def _queue(frozen: Frozen, example: Tensor, dtype: torch.dtype) -> Any:
-    """`frozen`, traced at the shape of `example` and compiled. The front end is called directly: `convert_model` would
-    report to its makers and leave files in the home folder."""
+    """`frozen`, traced at the shape of `example` and compiled; by the front end, since `convert_model` reports too."""
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
