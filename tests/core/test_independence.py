@@ -141,7 +141,7 @@ def test_honest_models_pass_and_are_left_as_they_were(name):
 
 
 def test_a_large_model_is_asked_with_fewer_images_and_without_a_copy_in_float64(monkeypatch):
-    monkeypatch.setattr(independence, "_LARGE", 10)
+    monkeypatch.setattr(independence, "_LARGE", 4)
     monkeypatch.setattr(independence, "_HUGE", 20)
     check_no_mixing(wide_resnet(10, 1, 3, channels=2), SHAPE)
     with pytest.raises(ValueError, match="left out of the batch"):
