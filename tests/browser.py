@@ -1,7 +1,8 @@
 """Open every page of the built book in a headless Chromium, at a desktop and a phone width: `make browse`.
 
 A page fails by: an error in the console, an uncaught exception, a local file that does not load, an image that is absent or has
-no alt text, a formula that is not typeset, a body wider than the phone, a link or anchor inside the book that leads nowhere.
+no alt text, a formula that is not typeset, a body wider than the phone, a link or anchor inside the book that leads nowhere, raw
+Markdown or MyST in what is read.
 The browser reaches this machine only, so what passes here works offline; requests to other hosts are listed at the end.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import http.server
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,14 +42,31 @@ PATIENCE = 60.0  # seconds for a page to load
 # The site as files.
 
 
+VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+INLINE = frozenset(["a", "abbr", "b", "cite", "em", "i", "s", "small", "span", "strong", "sub", "sup", "u"])
+UNREAD = frozenset(
+    ["code", "head", "pre", "script", "style", "svg", "textarea", "title", "mjx-container"]
+)  # code and formulas may hold anything
+UNREAD_CLASSES = frozenset(["math", "katex", "MathJax", "cm-editor", "jp-Toolbar"])
+MARKUP = {
+    "role": re.compile(r"\{[a-z]+(?::[a-z]+)?\}(?=[`\ufffc])"),
+    "pipes of a table": re.compile(r"^\s*\|.*\|\s*$|\|\s*:?-{3,}", re.M),
+    "directive": re.compile(r"^\s*(?::{3,}|`{3,})|^\s*\([\w-]+\)=\s*$", re.M),
+    "heading": re.compile(r"^\s*#{1,5} \w", re.M),
+    "emphasis": re.compile(r"\*\*\w[^*\n]*\*\*"),
+    "link": re.compile(r"\[[^\]\n]+\]\([^)\s]+\)"),
+}
+
+
 class Page(HTMLParser):
-    """What a page of HTML links to, shows and can be linked at."""
+    """What a page of HTML links to, shows, says (without code and formulas) and can be linked at."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[str] = []
         self.images: list[tuple[str, str]] = []  # source, alt text
+        self.said, self.unread = "", []  # the open tags from the first one that nobody reads
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -59,6 +78,26 @@ class Page(HTMLParser):
             self.links.append(have["src"])
         if tag == "img":
             self.images.append((have.get("src", ""), have.get("alt", "")))
+        self.said += "" if tag in INLINE or tag in UNREAD else "\n"
+        if tag not in VOID and (self.unread or tag in UNREAD or UNREAD_CLASSES & set(have.get("class", "").split())):
+            self.said += "" if self.unread else "\ufffc"  # something stands here
+            self.unread.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.unread:
+            del self.unread[len(self.unread) - 1 - self.unread[::-1].index(tag) :]
+        elif tag not in INLINE and not self.unread:
+            self.said += "\n"
+
+    def handle_data(self, data: str) -> None:
+        if not self.unread:
+            self.said += data
+
+
+def raw_markup(page: Page) -> list[str]:
+    """Markdown and MyST that a page shows as text, which is markup that nothing rendered: each once."""
+    found = ((kind, match) for kind, pattern in MARKUP.items() for match in pattern.finditer(page.said))
+    return list(dict.fromkeys(f"raw {kind}: {match[0].strip()[:60]}" for kind, match in found))
 
 
 def site_problems(site: Path) -> dict[str, list[str]]:
@@ -70,6 +109,7 @@ def site_problems(site: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path, page in pages.items():
         wrong = [f"image without alt text: {source[:80]}" for source, alt in page.images if not alt.strip()]
+        wrong += raw_markup(page)
         for link in dict.fromkeys(page.links):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

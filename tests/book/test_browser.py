@@ -41,12 +41,34 @@ def test_a_site_without_faults_has_none(site):
         ('<script src="gone.js"></script>', "dead link: gone.js"),
         ('<a href="/part/b.html">root</a>', "link from the root of the host: /part/b.html"),
         ('<a href="../outside.html">outside</a>', "dead link: ../outside.html"),
+        ("<p>as {cite:p}<code>abadi2016deep</code> has it</p>", "raw role: {cite:p}"),
+        ("<p>see {doc}`/views`</p>", "raw role: {doc}"),
+        ("<p>is {glue:text}<code>accuracy</code> percent</p>", "raw role: {glue:text}"),
+        ("<p>| method | accuracy |<br>|---|---|</p>", "raw pipes of a table: | method | accuracy |"),
+        ("<div>text\n| a | b |\nmore</div>", "raw pipes of a table: | a | b |"),
+        ("<p>a | b |:---|---:|</p>", "raw pipes of a table: |:---"),
+        ("<p>:::{note}<br>words</p>", "raw directive: :::"),
+        ("<p>(my-target)=</p>", "raw directive: (my-target)="),
+        ("<p>## Heading</p>", "raw heading: ## H"),
+        ("<p>they **agree** here</p>", "raw emphasis: **agree**"),
+        ("<p>in [Table 3](table3.ipynb)</p>", "raw link: [Table 3](table3.ipynb)"),
     ],
 )
 def test_each_fault_is_found_and_named(site, html, said):
     (site.parent / "outside.html").write_text("exists, but is not part of the site")
     (site / "index.html").write_text(HEAD + html)
-    assert browser.site_problems(site)["index.html"] == [said]
+    found = browser.site_problems(site)["index.html"]
+    assert found[0] == said and all(other.startswith("raw ") for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    "html",
+    ["<p>write <code>{cite:p}`key`</code></p>", "<pre>| a | b |\n|---|---|\n**b** [a](b)</pre>", "<p>|x| of {a, b} and {i} or C** 2</p>",
+     '<p><span class="math notranslate">\\(\\text{a}b |x| \\)</span> is</p>', '<div class="math">$$ | a | b | $$</div>', "<p>ε [0, 1] (b)</p>",
+     "<script>if (a || b) { {x}`y` }</script>", "<p>a<span>|</span>b</p>"],
+)  # fmt: skip
+def test_code_formulas_and_plain_text_are_no_raw_markup(html):
+    assert browser.raw_markup(browser.Page(HEAD + html)) == []
 
 
 HOME = "http://127.0.0.1:8000/"

@@ -1,0 +1,339 @@
+"""What the knobs of notebooks/explore answer: an example's views, a budget, one step, the results that are here.
+
+Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views and
+steps are those of `core`. Epsilons are the accountants' own on coarser grids (`spent`), so that every change answers at once.
+"""
+
+import base64
+import html
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from dp_accounting import dp_event
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+from matplotlib.figure import Figure
+from opacus.accountants import PRVAccountant, RDPAccountant
+from PIL import Image, ImageOps
+from scipy import stats
+from scipy.optimize import brentq, newton
+from torch import Tensor
+
+from dpmix import audit, models
+from dpmix.companion import grids, report
+from dpmix.core import accounting, checks, clipping, rng, views
+from dpmix.core.transforms import as_float
+from dpmix.images import data
+
+SIDE = 48  # pixels to which photographs are cut for looking at
+MOST = 100.0  # no guarantee is left above it
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # Okabe and Ito: told apart without red and green
+
+
+def answer(picture: Callable[..., str], **settings: Any) -> str:
+    """`picture(**settings)`; where it refuses them, the line that says why."""
+    try:
+        return f'<div style="line-height:1.4">{picture(**settings)}</div>'
+    except (ValueError, OSError) as refused:
+        line = html.escape(str(refused).split("\n")[0])
+        return f'<p role="alert" style="border-left:4px solid {ORANGE};padding:.5em 1em">{line}</p>'
+
+
+# One example and its views.
+
+
+@lru_cache(maxsize=4)
+def _listed(dataset: str) -> Any:
+    return data.find(dataset)
+
+
+def _read(files: Sequence[Path], labels: Sequence[int], class_names: tuple[str, ...]) -> data.ImageSet:
+    pixels = []
+    for path in files:
+        try:
+            with Image.open(path) as opened:
+                pixels.append(np.asarray(ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE))))
+        except OSError as error:
+            raise ValueError(f"image={str(path)!r}: is no image that can be read") from error
+    return data.ImageSet(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), class_names)
+
+
+@lru_cache(maxsize=64)
+def _example(dataset: str, index: int) -> data.ImageSet:
+    """Training example `index` alone; no other file is opened."""
+    found = _listed(dataset)
+    n = len(found.train) if isinstance(found, data.Splits) else found.train
+    checks.require(0 <= index < n, "index", index, f"must lie in 0..{n - 1}, the training examples of {dataset}")
+    if isinstance(found, data.Splits):
+        return found.train.subset([index])
+    return _read([found.files[index]], [int(found.labels[index])], found.class_names)
+
+
+@lru_cache(maxsize=4)
+def _public(dataset: str, class_names: tuple[str, ...], each: int = 12) -> data.ImageSet:
+    """The public images beside a data set; where they are files, the first `each` of every class."""
+    if dataset == "digits":
+        return data.public_images(dataset)
+    folders = [data.find_public(dataset) / data.folder_name(name) for name in class_names]
+    files = [(path, c) for c, folder in enumerate(folders) for path in sorted(folder.glob("*.*"))[:each]]
+    checks.require(bool(files), "dataset", dataset, f"no synthetic images in {folders[0]}; set k_diff=0")
+    return _read([path for path, _ in files], [c for _, c in files], class_names)
+
+
+def _embedded(picture: Any, kind: str, alt: str, style: str) -> str:
+    """An <img> that holds a PIL image or a figure."""
+    out = io.BytesIO()
+    picture.savefig(out, dpi=84) if isinstance(picture, Figure) else picture.save(out, kind)
+    coded = base64.b64encode(out.getvalue()).decode()
+    return f'<img src="data:image/{kind};base64,{coded}" alt="{html.escape(alt)}" style="{style}">'
+
+
+def _tile(image: Tensor, alt: str, width: int = 56) -> str:
+    """A picture of [C, H, W] in 0..1."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+    style = f"width:{width}px;height:{width}px;image-rendering:pixelated;display:inline;margin:0"
+    return _embedded(Image.fromarray(pixels), "png" if len(pixels) <= 32 else "jpeg", alt, style)
+
+
+def _block(heading: str, tiles: Sequence[tuple[str, str]]) -> str:
+    """A heading over tiles, each with its caption below; nothing where there are none."""
+    style = "margin:0;text-align:center;font-size:12px;width:9em"
+    figures = (f"<figure style='{style}'>{tile}<figcaption>{html.escape(c)}</figcaption></figure>" for tile, c in tiles)
+    row = f"<div style='display:flex;flex-wrap:wrap;gap:10px'>{''.join(figures)}</div>"
+    return f"<p style='margin:.8em 0 .3em'><b>{html.escape(heading)}</b></p>{row}" if tiles else ""
+
+
+def label_of(target: Tensor, class_names: Sequence[str]) -> str:
+    """A label as text: "5", or "0.93 · 5 + 0.07 · 8"."""
+    parts = sorted(((w, c) for c, w in enumerate(target.tolist()) if w > 0.005), reverse=True)
+    return " + ".join(class_names[c] if len(parts) == 1 else f"{w:.2f} · {class_names[c]}" for w, c in parts)
+
+
+def example_views(
+    *, dataset: str, index: int, k_base: int, k_self: int, k_diff: int, alpha: float, mix: str, transform: str, seed: int
+) -> str:  # fmt: skip
+    """All views that stand for one example in a step, with labels and weights; mixtures with both parents and lambda."""
+    one, ids, pool = _example(dataset.strip(), index), torch.tensor([index]), k_base + k_diff
+    recipe = views.Recipe(k_base, k_self, k_diff, mix, alpha, transform).for_data(one.flip)
+    said = "a mixture needs a pool of two; raise one of them, or set k_self=0"
+    checks.require(pool > 1 or not k_self, "k_base + k_diff", pool, said)
+    public = _public(dataset.strip(), one.class_names) if k_diff else None
+    about: dict[str, Any] = dict(num_classes=len(one.class_names), seed=seed, step=0, public=public)
+    made = views.make_views(one.images, one.labels, ids, recipe, **about)
+    labels = [f"label {label_of(target, one.class_names)}" for target in made.targets[0]]
+    weights = [f"weight {weight:.3f}" for weight in views.make_union([recipe]).weights[0]]
+    called = [*(str(v + 1) for v in range(k_base)), *(f"P{v + 1}" for v in range(k_diff))]
+    if k_self:
+        size = one.images.shape[-2], one.images.shape[-1]
+        first, second, share = (t[0].tolist() for t in views.mixing_draws(recipe, ids, seed=seed, step=0, size=size))
+        called += [f"{called[a]} with {called[b]}, λ = {s:.2f}" for a, b, s in zip(first, second, share, strict=True)]
+    words = [", ".join(parts) for parts in zip(called, labels, weights, strict=True)]
+    tiles = [_tile(*shown) for shown in zip(made.images[0], words, strict=True)]
+    for m in range(k_self):
+        tiles[pool + m] += "".join(_tile(made.images[0, p], f"parent {called[p]}", 24) for p in (first[m], second[m]))
+    views_of = list(zip(tiles, words, strict=True))
+    return (
+        _block(
+            "The example", [(_tile(as_float(one.images)[0], "the example"), f"label {one.class_names[one.labels[0]]}")]
+        )
+        + _block(f"{k_base} base views: {recipe.transform}", views_of[:k_base])
+        + _block(f"{k_diff} public images", views_of[k_base:pool])
+        + _block(f"{k_self} mixtures: {mix}, each with its two parents", views_of[pool:])
+    )
+
+
+# A budget.
+
+
+@lru_cache(maxsize=4096)
+def spent(sigma: float, delta: float, q: float, steps: int, accountant: str) -> float:
+    """`accounting.epsilon_spent` by the same libraries in milliseconds: an upper bound too, at most 2 % above it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
+        rdp, prv, orders = RDPAccountant(), PRVAccountant(), accounting.RDP_ORDERS
+        rdp.history = prv.history = [(sigma, q, steps)]
+        rough, best = rdp.get_privacy_spent(delta=delta, alphas=orders[::8])
+        if accountant == "rdp":  # one minimum over the orders, so it lies beside the best of every eighth
+            place = orders.index(best)
+            return float(rdp.get_epsilon(delta, alphas=orders[max(0, place - 7) : place + 8]))
+        with np.errstate(divide="ignore", over="ignore"):
+            if accountant == "prv":
+                return float(prv.get_epsilon(delta, eps_error=max(0.003, float(rough) / 150)))
+            interval = max(1e-4, (0.003 * float(rough) / steps) ** 0.5)
+            event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma))
+            return float(PLDAccountant(value_discretization_interval=interval).compose(event, steps).get_epsilon(delta))
+
+
+def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
+    """`accounting.noise_multiplier` to 1 %, by `spent`. ValueError for an epsilon that is out of reach."""
+    (low, high), (least, most) = accounting.EPSILON_RANGE, accounting.SIGMA_RANGE
+    checks.require(low <= epsilon <= high, "epsilon", epsilon, f"must lie between {low:g} and {high:g}")
+
+    def excess(x: float, by: str) -> float:
+        return math.log(max(spent(math.exp(x), delta, q, steps, by), 1e-12) / epsilon)
+
+    x = math.log(least)
+    if excess(x, "rdp") > 0:
+        out = f"out of reach at q={q:.3g}, T={steps}, delta={delta:g}; take fewer steps, a smaller batch or a larger epsilon"
+        checks.require(excess(math.log(most), "rdp") <= 0, "epsilon", epsilon, out)
+        x = brentq(excess, x, math.log(most), args=("rdp",), xtol=1e-3)
+    if accountant != "rdp" and (at := excess(x, accountant)) < -1e-2:  # secants from there
+        x = newton(excess, x, args=(accountant,), x1=x + at / 2, tol=5e-3, disp=False)
+        said = f"no noise multiplier found by the {accountant} accountant; try rdp"
+        checks.require(abs(excess(x, accountant)) < 1e-2, "epsilon", epsilon, said)
+    return math.exp(x)
+
+
+def budget(
+    *, n: int, batch_size: int, epochs: float, epsilon: float, delta: float, accountant: str, clip_norm: float,
+    parameters: int, k: int,
+) -> str:  # fmt: skip
+    """What a budget comes to: q, T, sigma, noise beside signal, the accountants' epsilons, and those of three mistakes.
+
+    The mistakes take the sigma of the budget. Pairs clipped as one move the sum by 2C, k views clipped one by one by kC;
+    of shuffled batches, accounted as Poisson samples, an attack proves a lower bound.
+    """
+    steps, q = accounting.steps_for(n=n, batch_size=batch_size, epochs=epochs), batch_size / n
+    checks.require(0 < delta < 1 / n, "delta", delta, f"must be below 1/N = {1 / n:.2g}")
+    sigma = calibrated(epsilon, delta, q, steps, accountant)
+    noise = sigma * clip_norm * parameters**0.5 / batch_size
+    facts = f"q = B/N = {q:.4g}, T = {steps:,} steps, <b>σ = {sigma:.3g}</b>. The noise on a mean gradient has length σC√D′/B = "
+    facts += f"{noise:.3g}, {noise / clip_norm:.2g} times the C = {clip_norm:g} that one example may have."
+    values = {f"ε of this run by {a.upper()}": spent(sigma, delta, q, steps, a) for a in accounting.ACCOUNTANTS}
+    for name, factor in {"pairs clipped as one, noise for one": 2, f"{k} views clipped one by one": k}.items():
+        values[f"mistake: {name}"] = spent(sigma / factor, delta, q, steps, "pld")
+    values["mistake: shuffled batches, at least"] = audit.shuffled_epsilon(
+        noise_multiplier=sigma, batches=max(1, round(1 / q)), epochs=max(1, int(epochs)), delta=delta
+    )
+    shown = np.log10(pd.DataFrame({"ε": values}).clip(0.011, MOST)).style
+    shown = shown.format(lambda v: f"{10**v:.3g}" if v < np.log10(MOST) else f"over {MOST:g}")
+    shown = shown.bar(color="#9ecae1", align="left", vmin=-2, vmax=np.log10(MOST))
+    shown = shown.set_properties(width="14em", text_align="left").set_table_styles(
+        [{"selector": "th", "props": "text-align:left"}]
+    )
+    return f"<p>{facts}</p>{shown.to_html()}"
+
+
+# One step.
+
+
+@lru_cache(maxsize=64)
+def _looked_at(method: str, seed: int) -> tuple[Tensor, Tensor]:
+    """The averaged gradients of eight digits [8, parameters] at a head that was trained on synthetic ones, and the two
+    directions [2, parameters] in which the gradients of the synthetic ones spread most."""
+    encoder, head, plane = _public_head()
+    train, public = data.load("digits").train, data.public_images("digits")
+    ids = torch.from_numpy(rng.generator(seed, "explore").permutation(len(train))[:8])
+    recipe = views.METHODS[method].for_data(train.flip)
+    about: dict[str, Any] = dict(num_classes=train.num_classes, seed=seed, step=0, public=public)
+    made = views.make_views(train.images[ids], train.labels[ids], ids, recipe, **about)
+    features = encoder.features(made.images.flatten(0, 1)).unflatten(0, (len(ids), -1))
+    return torch.stack([_gradient(features[i, None], made.targets[i, None], head) for i in range(len(ids))]), plane
+
+
+def _gradient(features: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+    """The sum over examples of their averaged gradients, unclipped, as one vector; `head` [classes, D + 1] holds the biases."""
+    even, far = torch.full((1, features.shape[1]), 1 / features.shape[1]), torch.tensor([math.inf])
+    sums = clipping.clipped_head_sums(features, targets, head[None, :, :-1], head[None, :, -1], far, even)
+    return torch.cat([sums.weights[0], sums.biases[0, :, None]], dim=1).flatten()
+
+
+@lru_cache(maxsize=1)
+def _public_head(steps: int = 25, rate: float = 8.0) -> tuple[models.Encoder, Tensor, Tensor]:
+    encoder, public = models.encoder("tiny-convnext"), data.public_images("digits").subset(slice(0, 400))
+    features = encoder.features(as_float(public.images))[:, None]
+    targets = torch.eye(public.num_classes)[public.labels][:, None]
+    head = torch.zeros(public.num_classes, features.shape[-1] + 1)
+    for _ in range(steps):
+        head = head - rate / len(public) * _gradient(features, targets, head).view_as(head)
+    each = torch.stack([_gradient(z[None], y[None], head) for z, y in zip(features, targets, strict=True)])
+    return encoder, head, torch.linalg.svd(each, full_matrices=False).Vh[:2]
+
+
+def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int) -> str:
+    """One step on eight digits in two public directions: averaged, clipped, summed, noised, with and without one of them."""
+    raw, plane = _looked_at(method, seed)
+    checks.require(1 <= without <= len(raw), "without", without, f"must be one of the examples 1 to {len(raw)}")
+    norms, scale = raw.norm(dim=1), sigma * clip_norm
+    cut = raw * (clip_norm / norms).clamp(max=1)[:, None]
+    order = [i for i in range(len(raw)) if i != without - 1] + [without - 1]
+    flat, arrows = (raw[order] @ plane.T).numpy(), (cut[order] @ plane.T).numpy()
+    path = np.vstack([np.zeros(2), arrows.cumsum(axis=0)])
+    noise = rng.generator(seed, "explore noise").normal(size=(2, 60, 2)) * scale
+    turn = np.linspace(0, 2 * np.pi, 73)
+    ring, figures = np.stack([np.cos(turn), np.sin(turn)]), [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
+    left, right = (figure.subplots() for figure in figures)
+    colours = [BLUE] * (len(raw) - 1) + [ORANGE]
+    arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=colours)
+    left.quiver(*np.zeros((2, len(raw))), *flat.T, alpha=0.3, **arrow)
+    left.quiver(*np.zeros((2, len(raw))), *arrows.T, **arrow)
+    left.plot(*clip_norm * ring, color=GREY)
+    right.quiver(*path[:-1].T, *arrows.T, **arrow)
+    for end, draws, colour, mark in ((path[-1], noise[0], ORANGE, "^"), (path[-2], noise[1], BLUE, "o")):
+        name = f"{'with' if mark == '^' else 'without'} example {without}"
+        right.plot(*(end + draws).T, mark, color=colour, ms=4, alpha=0.5, label=name)
+        right.plot(*(end[:, None] + scale * ring), color=colour, ls="-" if mark == "^" else "--")
+    right.legend(fontsize=9)
+    far = 1.1 * max(clip_norm, np.abs(flat).max())
+    left.set(title="Averaged (faint), clipped to the circle C", xlim=(-far, far), ylim=(-far, far), aspect="equal")
+    right.set(title="Summed, and 60 noisy sums; circles σC", aspect="equal", adjustable="datalim")
+    moved = float(cut[without - 1].norm())
+    words = f"Lengths before clipping ({raw.shape[1]} parameters): {norms.min():.2f} to {norms.max():.2f}; "
+    words += f"{int((norms > clip_norm).sum())} of {len(raw)} are above C = {clip_norm:g}. "
+    words += f"Example {without} moves the sum by {moved:.3f}"
+    words += f", {moved / scale:.2f} standard deviations of the noise." if scale else "; without noise, that shows."
+    alts = (
+        "Eight gradients and the circle that they are clipped to",
+        "Their sums with and without one, and noise around both",
+    )
+    shown = (_embedded(f, "png", alt, "max-width:100%;height:auto") for f, alt in zip(figures, alts, strict=True))
+    return f"<div style='display:flex;flex-wrap:wrap'>{''.join(shown)}</div><p>{words}</p>"
+
+
+# What came with the repository.
+
+
+def _called(recipe: views.Recipe, clip_norm: float) -> str:
+    plain = "self-aug" if recipe.transform != "none" else "mixed-ghost" if clip_norm == 0.05 else "dp-sgd"
+    mixed = "mix-self" if not recipe.k_diff else "mix-diff" if recipe.k_base else "pure-mix-diff"
+    return mixed if recipe.k_self or recipe.k_diff else plain
+
+
+@lru_cache(maxsize=1)
+def results() -> pd.DataFrame:
+    """The runs below `data/results`, a row each, with `source`, their folder, and `method`, which their recipe is of."""
+    folders = [p.name for p in sorted(data.RESULTS.glob("*")) if any(p.glob("*.json"))]
+    checks.require(bool(folders), "data/results", str(data.RESULTS), "holds no results; they are in a clone of dpmix")
+    runs = pd.concat([grids.reference(name).assign(source=name) for name in folders], ignore_index=True)
+    return runs.assign(method=[_called(r, c) for r, c in zip(runs["recipe"], runs["clip_norm"], strict=True)])
+
+
+def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
+    """Test accuracy against epsilon of runs that came with the repository: means and 95 % intervals over the seeds."""
+    runs = results().query("dataset == @dataset and model == @model and method in @methods")
+    checks.require(len(runs) > 0, "methods", list(methods), f"no runs of them on {dataset} with {model}; choose others")
+    seen = runs.groupby(["method", "epsilon"])["accuracy"].agg(["mean", "sem", "count"]).unstack(0)
+    half = seen["sem"] * stats.t.ppf(0.975, seen["count"] - 1)
+    figure = Figure(figsize=(7.4, 4.1))
+    ax, colours = figure.subplots(), ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+    for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--"), strict=False):
+        bars, said = half[name].fillna(0), report.label(name)
+        ax.errorbar(seen.index, seen["mean"][name], bars, fmt=style, color=colour, capsize=4, label=said)
+    ax.set(xlabel="ε", ylabel="test accuracy (%)", title=f"{dataset}, {report.label(model)}", xscale="log")
+    ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    least, dates = int(seen["count"].min(axis=None)), sorted(str(d)[:10] for d in runs["date"])
+    told = "bars: 95 % intervals over the seeds" if least > 1 else "no bar: one seed, so no interval"
+    told = (
+        f"{len(runs)} runs of data/results/{', '.join(sorted(set(runs['source'])))}, {dates[0]} to {dates[-1]}; {told}"
+    )
+    alt = f"Test accuracy against ε on {dataset}, a line a method"
+    return f"{_embedded(figure, 'png', alt, 'max-width:100%;height:auto')}<p>{told}.</p>"
