@@ -81,7 +81,7 @@ def log(name, low, high, value):
 # ## The views of one example
 #
 # An example contributes $K = K_\text{base} + K_\text{self} + K_\text{diff}$ views. Their gradients are averaged, each with the weight that stands below it, and only then clipped
-# ({doc}`/views`). Two members of the pool (base views, and public images P1, P2, …) are the parents of a mixture; λ is the share of the first. With $K_\text{self} > 0$ the pool
+# ({doc}`/views`). Two members of the pool (base views, and public images P1, P2, …) are the parents of a mixture; λ is the share of the first (of a CutMix, the label tells it). With $K_\text{self} > 0$ the pool
 # needs two members.
 #
 # Data set: a name or `folder:PATH`, with the folders of {doc}`/own_images`. Photographs are cut to small squares here. Their public images are the first few of each class; a run draws from all of
@@ -111,7 +111,7 @@ live(explore.example_views, example_controls, {"mix": "cutmix", "k_diff": 0}, {"
 # Each budget $(\varepsilon, \delta)$ asks for a noise multiplier σ ({doc}`/dp_sgd`). The noise on a mean gradient grows with the number of parameters $D'$, the gradient of an example never exceeds $C$.
 # Below are ε by the three accountants, and ε of a run that makes a mistake and adds the same noise: pairs of examples clipped as one ({doc}`/microbatches`), each view clipped by itself
 # ({doc}`/sensitivity`), or batches that were shuffled and not sampled, for which an attack proves the number ({doc}`trust`). Bars are logarithmic. The numbers come from the accountants on
-# coarser grids than elsewhere in this book: within 2 %.
+# coarser grids than elsewhere in this book: within 3 %.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 sizes = {f"{facts.train:,}: {report.label(name)}": facts.train for name, facts in paper.DATASETS.items()}

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from dpmix import audit, models
 from dpmix.companion import grids, report
-from dpmix.core import accounting, checks, clipping, rng, views
+from dpmix.core import accounting, checks, rng, views
 from dpmix.core.transforms import as_float
 from dpmix.images import data
 
 SIDE = 48  # pixels to which photographs are cut for looking at
 MOST = 100.0  # no guarantee is left above it
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # Okabe and Ito: told apart without red and green
+BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito: told apart without red and green
 
 
 def answer(picture: Callable[..., str], **settings: Any) -> str:
@@ -119,7 +119,7 @@ def label_of(target: Tensor, class_names: Sequence[str]) -> str:
 def example_views(
     *, dataset: str, index: int, k_base: int, k_self: int, k_diff: int, alpha: float, mix: str, transform: str, seed: int
 ) -> str:  # fmt: skip
-    """All views that stand for one example in a step, with labels and weights; mixtures with both parents and lambda."""
+    """All views that stand for one example in a step, with labels and weights; mixtures with their parents."""
     one, ids, pool = _example(dataset.strip(), index), torch.tensor([index]), k_base + k_diff
     recipe = views.Recipe(k_base, k_self, k_diff, mix, alpha, transform).for_data(one.flip)
     said = "a mixture needs a pool of two; raise one of them, or set k_self=0"
@@ -131,9 +131,11 @@ def example_views(
     weights = [f"weight {weight:.3f}" for weight in views.make_union([recipe]).weights[0]]
     called = [*(str(v + 1) for v in range(k_base)), *(f"P{v + 1}" for v in range(k_diff))]
     if k_self:
-        size = one.images.shape[-2], one.images.shape[-1]
-        first, second, share = (t[0].tolist() for t in views.mixing_draws(recipe, ids, seed=seed, step=0, size=size))
-        called += [f"{called[a]} with {called[b]}, λ = {s:.2f}" for a, b, s in zip(first, second, share, strict=True)]
+        first, second, share = (t[0].tolist() for t in views.mixing_draws(recipe, ids, seed=seed, step=0))
+        shares = [
+            f", λ = {s:.2f}" if mix == "mixup" else "" for s in share
+        ]  # a box is cut at the border: its label tells
+        called += [f"{called[a]} with {called[b]}{s}" for a, b, s in zip(first, second, shares, strict=True)]
     words = [", ".join(parts) for parts in zip(called, labels, weights, strict=True)]
     tiles = [_tile(*shown) for shown in zip(made.images[0], words, strict=True)]
     for m in range(k_self):
@@ -153,22 +155,21 @@ def example_views(
 
 
 @lru_cache(maxsize=4096)
-def spent(sigma: float, delta: float, q: float, steps: int, accountant: str) -> float:
-    """`accounting.epsilon_spent` by the same libraries in milliseconds: an upper bound too, at most 2 % above it."""
-    with warnings.catch_warnings():
+def spent(sigma: float, delta: float, q: float, steps: int, accountant: str, neighbours: str = "join") -> float:
+    """`accounting.epsilon_spent` by the same libraries in milliseconds: an upper bound too, at most 3 % above it."""
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
         rdp, prv, orders = RDPAccountant(), PRVAccountant(), accounting.RDP_ORDERS
         rdp.history = prv.history = [(sigma, q, steps)]
         rough, best = rdp.get_privacy_spent(delta=delta, alphas=orders[::8])
         if accountant == "rdp":  # one minimum over the orders, so it lies beside the best of every eighth
-            place = orders.index(best)
-            return float(rdp.get_epsilon(delta, alphas=orders[max(0, place - 7) : place + 8]))
-        with np.errstate(divide="ignore", over="ignore"):
-            if accountant == "prv":
-                return float(prv.get_epsilon(delta, eps_error=max(0.003, float(rough) / 150)))
-            interval = max(1e-4, (0.003 * float(rough) / steps) ** 0.5)
-            event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma))
-            return float(PLDAccountant(value_discretization_interval=interval).compose(event, steps).get_epsilon(delta))
+            near = orders[max(0, orders.index(best) - 7) : orders.index(best) + 8]
+            return float(rdp.get_epsilon(delta, alphas=near))
+        if accountant == "prv":
+            return float(prv.get_epsilon(delta, eps_error=max(0.003, float(rough) / 150)))
+        pld = PLDAccountant(accounting.NEIGHBOURS[neighbours], max(1e-4, (0.003 * float(rough) / steps) ** 0.5))
+        event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma))
+        return float(pld.compose(event, steps).get_epsilon(delta))
 
 
 def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
@@ -197,8 +198,8 @@ def budget(
 ) -> str:  # fmt: skip
     """What a budget comes to: q, T, sigma, noise beside signal, the accountants' epsilons, and those of three mistakes.
 
-    The mistakes take the sigma of the budget. Pairs clipped as one move the sum by 2C, k views clipped one by one by kC;
-    of shuffled batches, accounted as Poisson samples, an attack proves a lower bound.
+    The mistakes take the sigma of the budget: pairs clipped as one with the noise of single examples (`core.microbatch`), k
+    views clipped one by one, which move the sum by kC, and shuffled batches, for which an attack proves a lower bound.
     """
     steps, q = accounting.steps_for(n=n, batch_size=batch_size, epochs=epochs), batch_size / n
     checks.require(0 < delta < 1 / n, "delta", delta, f"must be below 1/N = {1 / n:.2g}")
@@ -207,92 +208,81 @@ def budget(
     facts = f"q = B/N = {q:.4g}, T = {steps:,} steps, <b>σ = {sigma:.3g}</b>. The noise on a mean gradient has length σC√D′/B = "
     facts += f"{noise:.3g}, {noise / clip_norm:.2g} times the C = {clip_norm:g} that one example may have."
     values = {f"ε of this run by {a.upper()}": spent(sigma, delta, q, steps, a) for a in accounting.ACCOUNTANTS}
-    for name, factor in {"pairs clipped as one, noise for one": 2, f"{k} views clipped one by one": k}.items():
-        values[f"mistake: {name}"] = spent(sigma / factor, delta, q, steps, "pld")
+    values["mistake: pairs clipped as one, noise for one"] = spent(sigma, delta, q, steps, "pld", "change")
+    values[f"mistake: {k} views clipped one by one"] = spent(sigma / k, delta, q, steps, "pld")
     values["mistake: shuffled batches, at least"] = audit.shuffled_epsilon(
         noise_multiplier=sigma, batches=max(1, round(1 / q)), epochs=max(1, int(epochs)), delta=delta
     )
     shown = np.log10(pd.DataFrame({"ε": values}).clip(0.011, MOST)).style
     shown = shown.format(lambda v: f"{10**v:.3g}" if v < np.log10(MOST) else f"over {MOST:g}")
     shown = shown.bar(color="#9ecae1", align="left", vmin=-2, vmax=np.log10(MOST))
-    shown = shown.set_properties(width="14em", text_align="left").set_table_styles(
-        [{"selector": "th", "props": "text-align:left"}]
-    )
+    shown = shown.set_properties(width="14em").set_table_styles([{"selector": "*", "props": "text-align:left"}])
     return f"<p>{facts}</p>{shown.to_html()}"
 
 
 # One step.
 
 
-@lru_cache(maxsize=64)
-def _looked_at(method: str, seed: int) -> tuple[Tensor, Tensor]:
-    """The averaged gradients of eight digits [8, parameters] at a head that was trained on synthetic ones, and the two
-    directions [2, parameters] in which the gradients of the synthetic ones spread most."""
-    encoder, head, plane = _public_head()
-    train, public = data.load("digits").train, data.public_images("digits")
-    ids = torch.from_numpy(rng.generator(seed, "explore").permutation(len(train))[:8])
-    recipe = views.METHODS[method].for_data(train.flip)
-    about: dict[str, Any] = dict(num_classes=train.num_classes, seed=seed, step=0, public=public)
-    made = views.make_views(train.images[ids], train.labels[ids], ids, recipe, **about)
-    features = encoder.features(made.images.flatten(0, 1)).unflatten(0, (len(ids), -1))
-    return torch.stack([_gradient(features[i, None], made.targets[i, None], head) for i in range(len(ids))]), plane
-
-
-def _gradient(features: Tensor, targets: Tensor, head: Tensor) -> Tensor:
-    """The sum over examples of their averaged gradients, unclipped, as one vector; `head` [classes, D + 1] holds the biases."""
-    even, far = torch.full((1, features.shape[1]), 1 / features.shape[1]), torch.tensor([math.inf])
-    sums = clipping.clipped_head_sums(features, targets, head[None, :, :-1], head[None, :, -1], far, even)
-    return torch.cat([sums.weights[0], sums.biases[0, :, None]], dim=1).flatten()
+def _gradients(features: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+    """Each example's cross-entropy gradient [b, parameters], averaged over its views and not clipped; the last column of
+    `head` holds the biases."""
+    z = torch.nn.functional.pad(features, (0, 1), value=1.0)
+    return torch.einsum("bkc,bkd->bcd", (z @ head.T).softmax(-1) - targets, z).flatten(1) / z.shape[1]
 
 
 @lru_cache(maxsize=1)
 def _public_head(steps: int = 25, rate: float = 8.0) -> tuple[models.Encoder, Tensor, Tensor]:
+    """An encoder, a head on it that was trained on synthetic digits, and the two directions [2, parameters] in which their
+    gradients spread most."""
     encoder, public = models.encoder("tiny-convnext"), data.public_images("digits").subset(slice(0, 400))
-    features = encoder.features(as_float(public.images))[:, None]
-    targets = torch.eye(public.num_classes)[public.labels][:, None]
-    head = torch.zeros(public.num_classes, features.shape[-1] + 1)
+    features, targets = encoder.features(as_float(public.images))[:, None], torch.eye(10)[public.labels][:, None]
+    head = torch.zeros(10, features.shape[-1] + 1)
     for _ in range(steps):
-        head = head - rate / len(public) * _gradient(features, targets, head).view_as(head)
-    each = torch.stack([_gradient(z[None], y[None], head) for z, y in zip(features, targets, strict=True)])
-    return encoder, head, torch.linalg.svd(each, full_matrices=False).Vh[:2]
+        head = head - rate * _gradients(features, targets, head).mean(0).view_as(head)
+    return encoder, head, torch.linalg.svd(_gradients(features, targets, head), full_matrices=False).Vh[:2]
+
+
+@lru_cache(maxsize=64)
+def _eight(method: str, seed: int) -> Tensor:
+    """The averaged gradients of eight training digits, [8, parameters]."""
+    encoder, head, _ = _public_head()
+    train, recipe = data.load("digits").train, views.METHODS[method].for_data(False)
+    ids = torch.from_numpy(rng.generator(seed, "explore").permutation(len(train))[:8])
+    about: dict[str, Any] = dict(num_classes=10, seed=seed, step=0, public=data.public_images("digits"))
+    made = views.make_views(train.images[ids], train.labels[ids], ids, recipe, **about)
+    return _gradients(encoder.features(made.images.flatten(0, 1)).unflatten(0, (8, -1)), made.targets, head)
 
 
 def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int) -> str:
     """One step on eight digits in two public directions: averaged, clipped, summed, noised, with and without one of them."""
-    raw, plane = _looked_at(method, seed)
-    checks.require(1 <= without <= len(raw), "without", without, f"must be one of the examples 1 to {len(raw)}")
+    checks.require(1 <= without <= 8, "without", without, "must be one of the examples 1 to 8")
+    raw, plane = _eight(method, seed), _public_head()[2]
     norms, scale = raw.norm(dim=1), sigma * clip_norm
-    cut = raw * (clip_norm / norms).clamp(max=1)[:, None]
-    order = [i for i in range(len(raw)) if i != without - 1] + [without - 1]
-    flat, arrows = (raw[order] @ plane.T).numpy(), (cut[order] @ plane.T).numpy()
-    path = np.vstack([np.zeros(2), arrows.cumsum(axis=0)])
-    noise = rng.generator(seed, "explore noise").normal(size=(2, 60, 2)) * scale
-    turn = np.linspace(0, 2 * np.pi, 73)
-    ring, figures = np.stack([np.cos(turn), np.sin(turn)]), [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
-    left, right = (figure.subplots() for figure in figures)
-    colours = [BLUE] * (len(raw) - 1) + [ORANGE]
-    arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=colours)
-    left.quiver(*np.zeros((2, len(raw))), *flat.T, alpha=0.3, **arrow)
-    left.quiver(*np.zeros((2, len(raw))), *arrows.T, **arrow)
-    left.plot(*clip_norm * ring, color=GREY)
-    right.quiver(*path[:-1].T, *arrows.T, **arrow)
-    for end, draws, colour, mark in ((path[-1], noise[0], ORANGE, "^"), (path[-2], noise[1], BLUE, "o")):
-        name = f"{'with' if mark == '^' else 'without'} example {without}"
-        right.plot(*(end + draws).T, mark, color=colour, ms=4, alpha=0.5, label=name)
-        right.plot(*(end[:, None] + scale * ring), color=colour, ls="-" if mark == "^" else "--")
+    order = [i for i in range(8) if i != without - 1] + [without - 1]
+    flat = (raw @ plane.T)[order].numpy()
+    cut = flat * (clip_norm / norms[order]).clamp(max=1)[:, None].numpy()
+    path, noise = np.vstack([np.zeros(2), cut.cumsum(0)]), rng.generator(seed, "explore noise").normal(size=(2, 60, 2))
+    turn, figures = np.linspace(0, 2 * np.pi, 73), [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
+    ring, (left, right) = np.stack([np.cos(turn), np.sin(turn)]), (figure.subplots() for figure in figures)
+    arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=[BLUE] * 7 + [ORANGE])
+    left.quiver(*np.zeros((2, 8)), *flat.T, alpha=0.3, **arrow)
+    left.quiver(*np.zeros((2, 8)), *cut.T, **arrow)
+    left.plot(*clip_norm * ring, color="#777777")
+    right.quiver(*path[:-1].T, *cut.T, **arrow)
+    for end, draws, colour, mark, name in ((-1, noise[0], ORANGE, "^", "with"), (-2, noise[1], BLUE, "o", "without")):
+        right.plot(
+            *(path[end] + scale * draws).T, mark, color=colour, ms=4, alpha=0.5, label=f"{name} example {without}"
+        )
+        right.plot(*(path[end][:, None] + scale * ring), color=colour, ls="-" if name == "with" else "--")
     right.legend(fontsize=9)
     far = 1.1 * max(clip_norm, np.abs(flat).max())
     left.set(title="Averaged (faint), clipped to the circle C", xlim=(-far, far), ylim=(-far, far), aspect="equal")
     right.set(title="Summed, and 60 noisy sums; circles σC", aspect="equal", adjustable="datalim")
-    moved = float(cut[without - 1].norm())
+    moved = min(clip_norm, float(norms[without - 1]))
     words = f"Lengths before clipping ({raw.shape[1]} parameters): {norms.min():.2f} to {norms.max():.2f}; "
-    words += f"{int((norms > clip_norm).sum())} of {len(raw)} are above C = {clip_norm:g}. "
-    words += f"Example {without} moves the sum by {moved:.3f}"
+    words += f"{int((norms > clip_norm).sum())} of 8 are above C = {clip_norm:g}. Example {without} moves the sum by {moved:.3f}"
     words += f", {moved / scale:.2f} standard deviations of the noise." if scale else "; without noise, that shows."
-    alts = (
-        "Eight gradients and the circle that they are clipped to",
-        "Their sums with and without one, and noise around both",
-    )
+    alts = ("Eight gradients, and clipped to a circle", "Their sums with and without one, and noise around both")
     shown = (_embedded(f, "png", alt, "max-width:100%;height:auto") for f, alt in zip(figures, alts, strict=True))
     return f"<div style='display:flex;flex-wrap:wrap'>{''.join(shown)}</div><p>{words}</p>"
 
@@ -324,16 +314,14 @@ def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     figure = Figure(figsize=(7.4, 4.1))
     ax, colours = figure.subplots(), ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
     for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--"), strict=False):
-        bars, said = half[name].fillna(0), report.label(name)
-        ax.errorbar(seen.index, seen["mean"][name], bars, fmt=style, color=colour, capsize=4, label=said)
+        about: dict[str, Any] = dict(fmt=style, color=colour, capsize=4, label=report.label(name))
+        ax.errorbar(seen.index, seen["mean"][name], half[name].fillna(0), **about)
     ax.set(xlabel="ε", ylabel="test accuracy (%)", title=f"{dataset}, {report.label(model)}", xscale="log")
     ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
     ax.minorticks_off()
     ax.legend(frameon=False)
-    least, dates = int(seen["count"].min(axis=None)), sorted(str(d)[:10] for d in runs["date"])
-    told = "bars: 95 % intervals over the seeds" if least > 1 else "no bar: one seed, so no interval"
     told = (
-        f"{len(runs)} runs of data/results/{', '.join(sorted(set(runs['source'])))}, {dates[0]} to {dates[-1]}; {told}"
+        f"{len(runs)} runs of data/results/{', '.join(sorted(set(runs['source'])))}, made {runs['date'].min()[:10]} to "
     )
-    alt = f"Test accuracy against ε on {dataset}, a line a method"
-    return f"{_embedded(figure, 'png', alt, 'max-width:100%;height:auto')}<p>{told}.</p>"
+    told += f"{runs['date'].max()[:10]}; bars are 95 % intervals over the seeds, and one seed has none"
+    return f"{_embedded(figure, 'png', f'Accuracy against ε on {dataset}', 'max-width:100%;height:auto')}<p>{told}.</p>"
