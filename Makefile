@@ -27,9 +27,10 @@ book: $(READY)
 	find book/_build/html/reports -name '*.log' -exec tail -n 3 {} + 2> /dev/null; exit 1; }
 	@echo "$(CURDIR)/book/_build/html/index.html"
 
-browse: $(READY)  ## open every page of the built book in a headless Chromium
+browse: $(READY)  ## open every page of the built book, and three notebooks in JupyterLab, in a headless Chromium
 	@test -f book/_build/html/index.html || { echo "book/_build/html/index.html: absent; run make book first"; exit 1; }
 	$(BIN)/python tests/browser.py
+	$(BIN)/python tests/lab.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

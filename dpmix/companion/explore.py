@@ -20,6 +20,7 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from opacus.accountants import PRVAccountant, RDPAccountant
 from PIL import Image, ImageOps
 from scipy import stats
@@ -27,10 +28,12 @@ from scipy.optimize import brentq, newton
 from torch import Tensor
 
 from dpmix import audit, models
-from dpmix.companion import grids, report
-from dpmix.core import accounting, checks, rng, views
+from dpmix.companion import evidence, report
+from dpmix.core import accounting, checks, files, rng, views
 from dpmix.core.transforms import as_float
 from dpmix.images import data
+from dpmix.runs import experiments
+from dpmix.runs.spec import Result
 
 SIDE = 48  # pixels to which photographs are cut for looking at
 MOST = 100.0  # no guarantee is left above it
@@ -46,17 +49,12 @@ def answer(picture: Callable[..., str], **settings: Any) -> str:
         return f'<p role="alert" style="border-left:4px solid {ORANGE};padding:.5em 1em">{line}</p>'
 
 
-# One example and its views.
+_found = lru_cache(maxsize=4)(data.find)  # what follows is one example and its views
 
 
-@lru_cache(maxsize=4)
-def _listed(dataset: str) -> Any:
-    return data.find(dataset)
-
-
-def _read(files: Sequence[Path], labels: Sequence[int], class_names: tuple[str, ...]) -> data.ImageSet:
+def _read(paths: Sequence[Path], labels: Sequence[int], class_names: tuple[str, ...]) -> data.ImageSet:
     pixels = []
-    for path in files:
+    for path in paths:
         try:
             with Image.open(path) as opened:
                 pixels.append(np.asarray(ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE))))
@@ -68,7 +66,7 @@ def _read(files: Sequence[Path], labels: Sequence[int], class_names: tuple[str, 
 @lru_cache(maxsize=64)
 def _example(dataset: str, index: int) -> data.ImageSet:
     """Training example `index` alone; no other file is opened."""
-    found = _listed(dataset)
+    found = _found(dataset)
     n = len(found.train) if isinstance(found, data.Splits) else found.train
     checks.require(0 <= index < n, "index", index, f"must lie in 0..{n - 1}, the training examples of {dataset}")
     if isinstance(found, data.Splits):
@@ -132,19 +130,17 @@ def example_views(
     called = [*(str(v + 1) for v in range(k_base)), *(f"P{v + 1}" for v in range(k_diff))]
     if k_self:
         first, second, share = (t[0].tolist() for t in views.mixing_draws(recipe, ids, seed=seed, step=0))
-        shares = [
-            f", λ = {s:.2f}" if mix == "mixup" else "" for s in share
-        ]  # a box is cut at the border: its label tells
+        # Of a CutMix the label tells: its box is cut at the border.
+        shares = [f", λ = {s:.2f}" if mix == "mixup" else "" for s in share]
         called += [f"{called[a]} with {called[b]}{s}" for a, b, s in zip(first, second, shares, strict=True)]
     words = [", ".join(parts) for parts in zip(called, labels, weights, strict=True)]
     tiles = [_tile(*shown) for shown in zip(made.images[0], words, strict=True)]
     for m in range(k_self):
         tiles[pool + m] += "".join(_tile(made.images[0, p], f"parent {called[p]}", 24) for p in (first[m], second[m]))
     views_of = list(zip(tiles, words, strict=True))
+    own = _tile(as_float(one.images)[0], "the example"), f"label {one.class_names[one.labels[0]]}"
     return (
-        _block(
-            "The example", [(_tile(as_float(one.images)[0], "the example"), f"label {one.class_names[one.labels[0]]}")]
-        )
+        _block("The example", [own])
         + _block(f"{k_base} base views: {recipe.transform}", views_of[:k_base])
         + _block(f"{k_diff} public images", views_of[k_base:pool])
         + _block(f"{k_self} mixtures: {mix}, each with its two parents", views_of[pool:])
@@ -187,8 +183,9 @@ def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: s
         x = brentq(excess, x, math.log(most), args=("rdp",), xtol=1e-3)
     if accountant != "rdp" and (at := excess(x, accountant)) < -1e-2:  # secants from there
         x = newton(excess, x, args=(accountant,), x1=x + at / 2, tol=5e-3, disp=False)
-        said = f"no noise multiplier found by the {accountant} accountant; try rdp"
-        checks.require(abs(excess(x, accountant)) < 1e-2, "epsilon", epsilon, said)
+        checks.require(
+            abs(excess(x, accountant)) < 1e-2, "accountant", accountant, "found no noise multiplier; try rdp"
+        )
     return math.exp(x)
 
 
@@ -262,19 +259,17 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     flat = (raw @ plane.T)[order].numpy()
     cut = flat * (clip_norm / norms[order]).clamp(max=1)[:, None].numpy()
     path, noise = np.vstack([np.zeros(2), cut.cumsum(0)]), rng.generator(seed, "explore noise").normal(size=(2, 60, 2))
-    turn, figures = np.linspace(0, 2 * np.pi, 73), [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
-    ring, (left, right) = np.stack([np.cos(turn), np.sin(turn)]), (figure.subplots() for figure in figures)
+    figures = [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
+    left, right = (figure.subplots() for figure in figures)
     arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=[BLUE] * 7 + [ORANGE])
     left.quiver(*np.zeros((2, 8)), *flat.T, alpha=0.3, **arrow)
     left.quiver(*np.zeros((2, 8)), *cut.T, **arrow)
-    left.plot(*clip_norm * ring, color="#777777")
+    left.add_patch(Circle((0, 0), clip_norm, fill=False, color="#777777"))
     right.quiver(*path[:-1].T, *cut.T, **arrow)
     for end, draws, colour, mark, name in ((-1, noise[0], ORANGE, "^", "with"), (-2, noise[1], BLUE, "o", "without")):
-        right.plot(
-            *(path[end] + scale * draws).T, mark, color=colour, ms=4, alpha=0.5, label=f"{name} example {without}"
-        )
-        right.plot(*(path[end][:, None] + scale * ring), color=colour, ls="-" if name == "with" else "--")
-    right.legend(fontsize=9)
+        right.plot(*(path[end] + scale * draws).T, mark, color=colour, ms=4, alpha=0.5, label=name)
+        right.add_patch(Circle(path[end], scale, fill=False, color=colour, ls="-" if name == "with" else "--"))
+    right.legend(title=f"example {without}")
     far = 1.1 * max(clip_norm, np.abs(flat).max())
     left.set(title="Averaged (faint), clipped to the circle C", xlim=(-far, far), ylim=(-far, far), aspect="equal")
     right.set(title="Summed, and 60 noisy sums; circles σC", aspect="equal", adjustable="datalim")
@@ -282,27 +277,25 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     words = f"Lengths before clipping ({raw.shape[1]} parameters): {norms.min():.2f} to {norms.max():.2f}; "
     words += f"{int((norms > clip_norm).sum())} of 8 are above C = {clip_norm:g}. Example {without} moves the sum by {moved:.3f}"
     words += f", {moved / scale:.2f} standard deviations of the noise." if scale else "; without noise, that shows."
-    alts = ("Eight gradients, and clipped to a circle", "Their sums with and without one, and noise around both")
-    shown = (_embedded(f, "png", alt, "max-width:100%;height:auto") for f, alt in zip(figures, alts, strict=True))
+    shown = (_embedded(f, "png", f.axes[0].get_title(), "max-width:100%;height:auto") for f in figures)
     return f"<div style='display:flex;flex-wrap:wrap'>{''.join(shown)}</div><p>{words}</p>"
 
 
 # What came with the repository.
 
 
-def _called(recipe: views.Recipe, clip_norm: float) -> str:
-    plain = "self-aug" if recipe.transform != "none" else "mixed-ghost" if clip_norm == 0.05 else "dp-sgd"
-    mixed = "mix-self" if not recipe.k_diff else "mix-diff" if recipe.k_base else "pure-mix-diff"
-    return mixed if recipe.k_self or recipe.k_diff else plain
-
-
 @lru_cache(maxsize=1)
 def results() -> pd.DataFrame:
-    """The runs below `data/results`, a row each, with `source`, their folder, and `method`, which their recipe is of."""
-    folders = [p.name for p in sorted(data.RESULTS.glob("*")) if any(p.glob("*.json"))]
-    checks.require(bool(folders), "data/results", str(data.RESULTS), "holds no results; they are in a clone of dpmix")
-    runs = pd.concat([grids.reference(name).assign(source=name) for name in folders], ignore_index=True)
-    return runs.assign(method=[_called(r, c) for r, c in zip(runs["recipe"], runs["clip_norm"], strict=True)])
+    """The runs of Table 3 that came with the repository; where there are none, whatever single runs did."""
+    runs = evidence.chosen("table3", ["dataset", "model", "method", "epsilon"])
+    if runs.empty:
+        read = (files.read_json(path) for path in sorted(data.RESULTS.glob("*/*.json")))
+        runs = experiments.frame(Result.from_json(content) for content in read if content)
+        checks.require(
+            len(runs) > 0, "data/results", str(data.RESULTS), "holds no results; they are in a clone of dpmix"
+        )
+        runs["method"] = [f"{r.k_base} base, {r.k_self} mixed, {r.k_diff} public views" for r in runs["recipe"]]
+    return runs
 
 
 def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
@@ -312,16 +305,15 @@ def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     seen = runs.groupby(["method", "epsilon"])["accuracy"].agg(["mean", "sem", "count"]).unstack(0)
     half = seen["sem"] * stats.t.ppf(0.975, seen["count"] - 1)
     figure = Figure(figsize=(7.4, 4.1))
-    ax, colours = figure.subplots(), ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-    for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--"), strict=False):
+    ax, colours = figure.subplots(), (BLUE, ORANGE, "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+    for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-."), strict=False):
         about: dict[str, Any] = dict(fmt=style, color=colour, capsize=4, label=report.label(name))
         ax.errorbar(seen.index, seen["mean"][name], half[name].fillna(0), **about)
-    ax.set(xlabel="ε", ylabel="test accuracy (%)", title=f"{dataset}, {report.label(model)}", xscale="log")
+    ax.set(
+        xlabel="ε", ylabel="test accuracy (%)", title=f"{report.label(dataset)}, {report.label(model)}", xscale="log"
+    )
     ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
     ax.minorticks_off()
     ax.legend(frameon=False)
-    told = (
-        f"{len(runs)} runs of data/results/{', '.join(sorted(set(runs['source'])))}, made {runs['date'].min()[:10]} to "
-    )
-    told += f"{runs['date'].max()[:10]}; bars are 95 % intervals over the seeds, and one seed has none"
-    return f"{_embedded(figure, 'png', f'Accuracy against ε on {dataset}', 'max-width:100%;height:auto')}<p>{told}.</p>"
+    told = f"{len(runs)} runs that came with the repository. Bars are 95 % intervals over the seeds; a single seed has none."
+    return f"{_embedded(figure, 'png', f'Accuracy against ε on {dataset}', 'max-width:100%;height:auto')}<p>{told}</p>"

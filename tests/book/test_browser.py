@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import browser
+import lab
 import pytest
 
 HEAD = '<html><head><link rel="stylesheet" href="style.css"></head><body>'
@@ -63,10 +64,16 @@ def test_each_fault_is_found_and_named(site, html, said):
 
 @pytest.mark.parametrize(
     "html",
-    ["<p>write <code>{cite:p}`key`</code></p>", "<pre>| a | b |\n|---|---|\n**b** [a](b)</pre>", "<p>|x| of {a, b} and {i} or C** 2</p>",
-     '<p><span class="math notranslate">\\(\\text{a}b |x| \\)</span> is</p>', '<div class="math">$$ | a | b | $$</div>', "<p>ε [0, 1] (b)</p>",
-     "<script>if (a || b) { {x}`y` }</script>", "<p>a<span>|</span>b</p>"],
-)  # fmt: skip
+    [
+        "<p>write <code>{cite:p}`key`</code></p>",
+        "<pre>| a | b |\n|---|---|\n**b** [a](b)</pre>",
+        "<p>|x| of {a, b} and {i} or C** 2, ε [0, 1] (b)</p>",
+        '<p><span class="math notranslate">\\(\\text{a}b |x| \\)</span> is</p>',
+        '<div class="math">$$ | a | b | $$</div>',
+        "<script>if (a || b) { {x}`y` }</script>",
+        "<p>a<span>|</span>b</p>",
+    ],
+)
 def test_code_formulas_and_plain_text_are_no_raw_markup(html):
     assert browser.raw_markup(browser.Page(HEAD + html)) == []
 
@@ -140,3 +147,11 @@ def test_without_a_browser_it_says_which_to_install(site, monkeypatch, capsys):
     assert browser.main() == 1
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "no-such-browser" in out
+
+
+def test_without_a_browser_no_notebook_is_opened_and_it_says_why(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lab.py"])
+    monkeypatch.setattr(browser, "BROWSERS", ("no-such-browser",))
+    assert lab.main() == 1
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "no-such-browser" in out and "apt-get install chromium" in out

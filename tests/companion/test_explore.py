@@ -130,15 +130,14 @@ def test_a_large_clip_norm_clips_nothing_and_no_noise_shows_the_example():
 
 def test_curves_are_those_of_the_committed_runs_with_intervals_where_there_are_seeds(monkeypatch):
     runs = explore.results()
-    assert {"source", "method", "accuracy"} <= set(runs) and set(runs["method"]) <= set(views.METHODS)
     about = {"dataset": runs["dataset"][0], "model": runs["model"][0]}
     shown = explore.answer(explore.curves, **about, methods=tuple(runs["method"]))
-    assert "data/results/" in shown and "<img" in shown
+    assert "that came with the repository" in shown and "<img" in shown
     five = explore.pd.concat([runs[:1].assign(seed=s, accuracy=50.0 + s) for s in range(5)], ignore_index=True)
     drawn = []
     monkeypatch.setattr(explore, "results", lambda: five)
     monkeypatch.setattr(explore, "_embedded", lambda figure, *rest: drawn.append(figure) or "")
-    assert "95 % intervals" in explore.curves(**about, methods=(five["method"][0],))
+    explore.curves(**about, methods=(five["method"][0],))
     (bar,) = drawn[0].axes[0].containers[0][2]
     low, high = bar.get_segments()[0][:, 1]
     half = 2.776445 * math.sqrt(2.5 / 5)  # Student's t with four degrees of freedom
@@ -147,14 +146,6 @@ def test_curves_are_those_of_the_committed_runs_with_intervals_where_there_are_s
     explore.curves(**about, methods=(five["method"][0],))
     (bar,) = drawn[1].axes[0].containers[0][2]
     assert np.ptp(bar.get_segments()[0][:, 1]) == 0  # one seed: no interval
-
-
-@pytest.mark.parametrize("recipe, c, method", [
-    *((recipe, 0.05 if name == "mixed-ghost" else 1.0, name) for name, recipe in views.METHODS.items()),
-    (views.Recipe(k_base=4, k_self=4), 1.0, "mix-self"), (views.Recipe(k_base=1, transform="crop-flip"), 1.0, "self-aug"),
-])  # fmt: skip
-def test_a_recipe_is_called_by_its_method(recipe, c, method):
-    assert explore._called(recipe, c) == method
 
 
 # Bad input is a line in the place of the picture.
