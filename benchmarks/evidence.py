@@ -11,19 +11,23 @@ all training images ("refit"), from the stored views.
 """
 
 import argparse
+import base64
+import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dpmix.companion import evidence, grids, networks
 from dpmix.companion.grids import Cell
 from dpmix.companion.report import label
-from dpmix.core import views
+from dpmix.core import files, views
 from dpmix.runs import experiments
 from dpmix.runs.spec import ComputeFlags
 
@@ -126,6 +130,23 @@ def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, lis
     return grids.labelled(cells, experiments.frame(results)), results
 
 
+def write(path: Path, runs: pd.DataFrame, about: dict[str, Any]) -> None:
+    """The runs of one table and data set as one file; constant columns once."""
+    table = runs.drop(columns=["recipe"], errors="ignore")
+    if "right" in table:
+        table["right"] = [None if r is None else packed(r) for r in table["right"]]
+    table = table.astype(object).where(table.notna(), None)
+    shared = {c: table[c].iloc[0] for c in table if table[c].nunique(dropna=False) == 1}
+    rest = table.drop(columns=list(shared))
+    rows = [json.dumps(row, default=lambda v: v.item()) for row in rest.itertuples(index=False, name=None)]
+    content = {"about": about, "shared": json.dumps(shared, default=lambda v: v.item())}
+    files.write_json(path, content | {"columns": list(rest), "rows": rows})
+
+
+def packed(right: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
+
+
 def export(name: str, runs: pd.DataFrame, results: Sequence[experiments.Result], final: pd.DataFrame) -> Path:
     """Write what there is of a set: all runs, and which test images those in `final` got right."""
     scored = evidence.outcomes(final)[["key", "right"]].drop_duplicates("key").set_index("key")["right"]
@@ -146,7 +167,7 @@ def export(name: str, runs: pd.DataFrame, results: Sequence[experiments.Result],
     }  # fmt: skip
     about["seeds"] = [int(s) for s in about["seeds"]]
     path = evidence.FOLDER / table / f"{dataset}.json"
-    evidence.write(path, runs, about)
+    write(path, runs, about)
     return path
 
 

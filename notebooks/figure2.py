@@ -23,7 +23,7 @@
 # ```
 
 # %% tags=["hide-input"]
-from dpmix.companion import diagnostics, evidence, grids, inside, paper, report, verdicts
+from dpmix.companion import diagnostics, evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 
 evidence.status("figure2")
@@ -68,7 +68,7 @@ by_key = {key: cell.spec for key, cell in zip(runs["key"], cells, strict=True)}
 looked = chosen.assign(gradients=diagnostics.gradients([by_key[k] for k in chosen["key"]], stages=stages))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Histograms of the per-parameter gradient before clipping and noise, one panel a method, one line a stage of training"}}
-inside.gradient_plot(looked)
+plots.gradient_plot(looked)
 
 # %% [markdown]
 # *Histograms of the gradient of each parameter of the head, averaged over views and examples, before clipping and noise, first seed. Grey: over all of training. Lines: over the
@@ -80,7 +80,7 @@ inside.gradient_plot(looked)
 # the length of the features and the number of classes; the ratio to Self-Aug does not.
 
 # %% tags=["hide-input"]
-deviations = inside.gradient_deviations(looked)
+deviations = diagnostics.gradient_deviations(looked)
 published = paper.figure2().assign(stage="whole").rename(columns={"std": "mean"})
 published = published.assign(mean=1000 * published["mean"], std=float("nan"))
 found = report.Sources(published, evidence.read("figure2"), deviations, scale)

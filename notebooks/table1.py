@@ -23,7 +23,6 @@
 # - **pairs with their mixture**: the mixup of the two joins them; **mixtures of pairs alone**: it takes their place.
 
 # %% tags=["hide-input"]
-from myst_nb import glue
 
 from dpmix.companion import evidence, grids, networks, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
@@ -130,38 +129,28 @@ verdicts.page(found, pairs)
 # %% tags=["hide-input"]
 pairs_spend = networks.privacy_of_pairs(runs)
 own, there = pairs_spend.iloc[-1 - len(pairs_spend) // 2], pairs_spend.iloc[-1]  # the largest ε of each block
-for name, value in {
-    "asked": f"{own['ε asked']:g}",
-    "accounted": f"{own['accounted']:.2f}",
-    "true": f"{own['true']:.2f}",
-    "enough": f"{own['enough']:.2f}",
-    "paper_accounted": f"{there['accounted']:.2f}",
-    "paper_true": f"{there['true']:.2f}",
-    "paper_enough": f"{there['enough']:.2f}",
-    "one": f"{own['noise for C']:.1f}",
-    "paper_one": f"{there['noise for C']:.1f}",
-}.items():
-    glue(f"table1_{name}", value, display=False)
-formats = {"q": "{:.4f}", "σ": "{:.3f}", "ε asked": "{:g}", "noise for C": "{:.1f}"}
-pairs_spend.rename(
-    columns={
-        "accounted": "ε as a movement by 2C",
-        "true": "ε of the true pair",
-        "enough": "noise that suffices (σC)",
-        "noise for C": "ε with noise for C",
-    }
-).style.format({**formats, "ε as a movement by 2C": "{:.2f}", "ε of the true pair": "{:.2f}", "noise that suffices (σC)": "{:.2f}",
-                "ε with noise for C": "{:.1f}"})  # fmt: skip
+words = {
+    "accounted": "ε as a movement by 2C",
+    "true": "ε of the true pair",
+    "enough": "noise that suffices (σC)",
+    "noise for C": "ε with noise for C",
+}
+shown = pairs_spend.rename(columns=words)
+digits = {"q": 4, "σ": 3, "T": 0, "ε asked": 0, "ε with noise for C": 1}
+pd.DataFrame({c: [f"{v:.{digits.get(c, 2)}f}" for v in shown[c]] for c in shown}, index=shown.index).T
+
+# %% tags=["hide-input"]
+Markdown(
+    f"""*All by PLD; σ was calibrated by RDP to the ε asked for. The middle rows are for the noise that the runs had, 2σC.* In these runs the rows of single examples spend
+{own["accounted"]:.2f} where {own["ε asked"]:g} was asked for, and so do the pairs as long as nothing but 2C is known of them; in truth they spend {own["true"]:.2f}. Noise of
+{own["enough"]:.2f} σC would have cost them the same {own["accounted"]:.2f}. So the pairs of this page carry more noise than equal privacy asks for, and their rows stand lower than they would have to.
+At the setting of the paper the same two numbers are {there["accounted"]:.2f} and {there["true"]:.2f}, and {there["enough"]:.2f} σC suffices: over thousands of steps at a small rate
+the two pairs of distributions are nearly one, and all rows of Table 1 have, as good as, the same ε.
+
+The last row is the price of leaving the noise alone, at σC as if a pair were one example: {own["noise for C"]:.1f} in these runs, {there["noise for C"]:.1f} at the setting of the paper."""
+)
 
 # %% [markdown]
-# *All by PLD; σ was calibrated by RDP to the ε asked for. The middle columns are for the noise that the runs had, $2 \sigma C$.* In these runs the rows of single examples spend
-# {glue:text}`table1_accounted` where {glue:text}`table1_asked` was asked for, and so do the pairs as long as nothing but $2C$ is known of them; in truth they spend {glue:text}`table1_true`. Noise of
-# {glue:text}`table1_enough` σC would have cost them the same {glue:text}`table1_accounted`. So the pairs of this page carry more noise than equal privacy asks for, and their rows stand lower than they would have to.
-# At the setting of the paper the same two numbers are {glue:text}`table1_paper_accounted` and {glue:text}`table1_paper_true`, and {glue:text}`table1_paper_enough` σC suffices: over thousands of steps at a small rate
-# the two pairs of distributions are nearly one, and all rows of Table 1 have, as good as, the same ε.
-#
-# The last column is the price of leaving the noise alone, at σC as if a pair were one example: {glue:text}`table1_one` in these runs, {glue:text}`table1_paper_one` at the setting of the paper.
-#
 # ## Privacy
 #
 # The sampling rate q is the same in all rows: in pairs, it is whole pairs that join a step. For pairs the three accountants below are told of a movement by $2C$ under noise of $2 \sigma C$: an upper bound.

@@ -21,9 +21,10 @@
 # does. Each is repeated, in alternation, after one step that warms up.
 
 # %% tags=["hide-input"]
+import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import diagnostics, evidence, grids, inside, paper, report, verdicts
+from dpmix.companion import diagnostics, evidence, grids, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
 
 evidence.status("table13")
@@ -89,7 +90,16 @@ verdicts.page(found, pairs, cells=("model",), value="seconds", ratio=True)
 # What the A100 achieved follows from the table, if we read the number of views off Section 6.5:
 
 # %% tags=["hide-input"]
-inside.published_rates(published, dataset="caltech256")
+images = paper.DATASETS["caltech256"].train * paper.epochs("caltech256")
+pd.DataFrame(
+    {
+        report.label(r.method): {
+            "views of an example": f"{(views := grids.recipe(r.method, 'caltech256').views)}",
+            "views/s (published)": f"{images * views / (60 * r.mean):,.0f}",
+        }
+        for r in published.itertuples()
+    }
+).T
 
 # %% [markdown]
 # The row of DP-MixDiff takes the number of synthetic images that the paper's third footnote gives for Caltech-256. Then it would have passed more views a second than
@@ -102,14 +112,9 @@ inside.published_rates(published, dataset="caltech256")
 # floor's.
 
 # %% tags=["hide-input"]
-inside.time_shares(alone)
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of microseconds a view, split into encoder, views, clipping and noise, one a method and one for the bank; a dash marks the encoder alone"}}
-inside.time_plot(timed)
+diagnostics.time_shares(timed)
 
 # %% [markdown]
-# *Time of a view in microseconds, by what it is spent on, for each method by itself and for the bank. The dashes mark the floor, the encoder alone. Medians over the repeats.*
-#
 # In the demo the encoder is tiny, so what surrounds it weighs more than it would beside a ViT-B-16: drawing a crop takes as long for a small encoder as for a large one.
 #
 # ## What one pass replaces
@@ -133,14 +138,18 @@ Markdown(
 # and Opacus on all views; and a whole pass with 64 heads against one with a single head:
 
 # %% tags=["hide-input"]
-inside.head_ratios(inside.benchmark("heads"))
+ratios = report.benchmark("heads")["ratios"]
+pd.DataFrame({"measured": {name: f"{ratio:.2f}" for name, ratio in ratios.items()}})
 
 # %% [markdown]
 # A whole network, where the views of an example share one backward pass. The limit is plain SGD on the same images:
 
 # %% tags=["hide-input"]
-measured = inside.benchmark("network")
-inside.network_ratios(measured)
+measured = report.benchmark("network")
+rows = pd.DataFrame(measured["rows"]).sort_values(["convolutions", "row"], kind="stable")
+rows["memory layout"] = rows["channels_last"].map({True: "channels last", False: "contiguous"})
+rows = rows.rename(columns={"row": "gradient", "views_per_second": "views/s", "times_plain": "÷ plain SGD"})
+rows[["convolutions", "gradient", "memory layout", "views/s", "÷ plain SGD"]].round({"views/s": 0, "÷ plain SGD": 2})
 
 # %% tags=["hide-input"]
 about = measured["about"]

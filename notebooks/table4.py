@@ -22,8 +22,14 @@
 # training.
 
 # %% tags=["hide-input"]
+from dataclasses import replace
+
+import torch
+
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core import views
+from dpmix.images import data
 
 evidence.status("table4")
 
@@ -115,7 +121,14 @@ verdicts.page(found, pairs)
 # Here is what they do to one example, six views each:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Six views of one training example under each transformation, a row a transformation"}}
-plots.view_sheet(preset.dataset, transforms)
+train, ids = data.load(preset.dataset).train, torch.tensor([0])
+recipe = views.Recipe(k_base=6).for_data(train.flip)
+sheet = []
+for name in [recipe.transform, *(f"{recipe.transform}+{t}" for t in transforms)]:
+    one = train.images[ids], train.labels[ids], ids, replace(recipe, transform=name)
+    made = views.make_views(*one, num_classes=train.num_classes, seed=0, step=0)
+    sheet.append((name.replace("-", " and ").replace("+", ", then "), made.images[0], [""] * 6))
+plots.picture_rows(sheet)
 
 # %% [markdown]
 # *Six views of one training example under each transformation.*

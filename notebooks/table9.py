@@ -24,7 +24,7 @@
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, grids, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import views
 
@@ -78,34 +78,27 @@ report.provenance_note(runs, scale)
 # %% [markdown]
 # ## Published, real data, demo
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Heatmaps of test accuracy over K_base and K_self, a row a K_diff, a column a source"}}
+# %% tags=["hide-input"]
 by = ["dataset", "model", *ks, "epsilon"]
 chosen = evidence.outcomes(evidence.choose(runs, by))
-wanted = pd.DataFrame(grid.keys(), columns=ks)
-found = report.Sources(paper.table(9).merge(wanted, on=ks), evidence.chosen("table9", by), chosen, scale)
-sources = {"published": found.published} | {name: report.summary(f, by) for name, f in found.runs().items()}
-panels = {f"{report.label(t['dataset'].iloc[0])},\n{name}": t for name, t in sources.items() if len(t)}
-plots.grid_plot(panels)
-
-# %% tags=["hide-input"]
-spread = ", ".join(
-    f"{t['std'].mean():.1f} ({name}, n = {int(t['n'].min())})" for name, t in sources.items() if "n" in t
-)
-Markdown(
-    "*Test accuracy in percent: published (one number a cell, no deviation given) and mean over the seeds. Each column of panels has its own colours, the lighter the better; the best cell is framed. "
-    f"The average standard deviation of a cell over the seeds, in points: {spread}. Smaller differences between two cells mean nothing.*"
-)
+named = pd.DataFrame([{**dict(zip(ks, k, strict=True)), "pool": f"K_diff = {k[2]}"} for k in grid])
+named = named.assign(row=[f"{b} + {s}" for b, s in zip(named["k_base"], named["k_self"], strict=True)])
+parts = [t.merge(named, on=ks) if len(t) else t for t in (paper.table(9), evidence.chosen("table9", by), chosen)]
+found = report.Sources(*parts, scale)
+shape = {"rows": ("row",), "columns": ("pool",), "split": ("dataset", "model")}
+report.tables(found, **shape)
 
 # %% [markdown]
+# *Test accuracy in percent: published (one number a cell, no deviation given), and mean (standard deviation) over the n seeds. A row is $K_\text{base} + K_\text{self}$.*
+#
 # The average over all cells with one number in common is less noisy:
 
 # %% tags=["hide-input"]
+sources = {"published": found.published} | {name: report.summary(f, [*by, "row"]) for name, f in found.runs().items()}
 pd.DataFrame(
     {
-        title.replace("\n", " "): {
-            f"K_{k[2:]} = {v}": f"{part.mean():.1f}" for k in ks for v, part in t.groupby(k)["mean"]
-        }
-        for title, t in panels.items()
+        name: {f"K_{k[2:]} = {v}": f"{part.mean():.1f}" for k in ks for v, part in t.groupby(k)["mean"]}
+        for name, t in sources.items()
     }
 )
 

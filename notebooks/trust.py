@@ -39,7 +39,7 @@ from IPython.display import Markdown
 from myst_nb import glue
 
 from dpmix import audit, models
-from dpmix.companion import inside, paper, plots, report
+from dpmix.companion import paper, plots, report
 from dpmix.core import accounting, heads, rng, views
 from dpmix.images import data
 
@@ -375,7 +375,23 @@ Markdown(f"*{repeats} simulated test sets of {images} images, {last} epochs of t
 # These figures came with the repository:
 
 # %% tags=["hide-input"]
-inside.soak_figures(inside.benchmark("soak"))
+soak = report.benchmark("soak")
+storm, calm, found = soak["disturbed"], soak["undisturbed"], soak["results"]
+figures = {
+    "runs asked for": found["asked"],
+    "kills without warning": " and ".join(f"{n} of a {who}" for who, n in storm["kills"].items()),
+    "starts": storm["starts"],
+    "results present": found["present"],
+    "results equal to the undisturbed": found["equal"],
+    "weights equal, bit for bit": found["equal weights, bit for bit"],
+    "minutes, disturbed and undisturbed": f"{storm['seconds'] / 60:.1f} and {calm['seconds'] / 60:.1f}",
+    "memory of the largest process, MiB, by thirds": ", ".join(
+        f"{m:.0f}" for m in storm["MiB, largest process, median by third"]
+    ),
+    "memory gained by a pass, undisturbed": f"{calm['MiB gained a pass, once warm']:.2f} MiB",
+    "checkpoints and temporary files left": f"{found['checkpoints left']} and {found['temporary files left']}",
+}
+pd.DataFrame({"": {k: str(v) for k, v in figures.items()}})
 
 # %% [markdown]
 # Noise is keyed by seed, step and head, so a step that is repeated after a kill draws the same noise again: nothing is spent twice.

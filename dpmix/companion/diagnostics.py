@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpmix import models
-from dpmix.companion import grids, paper
 from dpmix.companion.report import label
-from dpmix.core import checks, clipping, heads, rng, views
+from dpmix.core import checks, clipping, heads, views
 from dpmix.core.transforms import as_float
-from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec, mechanism
+
+PARTS = ("encoder", "views", "clipping", "noise")
 
 
 class Gradients(NamedTuple):
@@ -166,37 +166,27 @@ def _train(
     )
 
 
-def without_private(methods: Sequence[str], dataset: str, model: str, image_size: int | None = None) -> pd.DataFrame:
-    """The clipped sum of 64 private examples under a head with random weights, and how far it moves when all their pixels
-    become noise and all their labels change: by nothing for a method whose views hold no private pixel.
+def gradient_deviations(looked: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviation over the parameters, times 1,000 (`deviation`): a row a method, seed and stage ("whole", "20 %")."""
+    rows = []
+    for row in looked.itertuples():
+        parts = {f"{100 * (s + 1) // len(row.gradients.stages)} %": g for s, g in enumerate(row.gradients.stages)}
+        for stage, g in {"whole": row.gradients.overall, **parts}.items():
+            same = {c: getattr(row, c) for c in ("dataset", "model", "method", "seed", "epsilon")}
+            rows.append(same | {"stage": stage, "deviation": 1000 * float(g.std())})
+    return pd.DataFrame(rows)
 
-    RuntimeError if it moves for "pure-mix-diff", or does not move for another method.
-    """
-    encoder = models.encoder(paper.ENCODERS.get(model, model), image_size=image_size)
-    train = data.load(dataset).train
-    public = data.public_images(dataset, like=train)
-    ids, one = torch.arange(64), torch.ones(1)
-    draw = rng.generator(0, "table12")
-    weights = torch.from_numpy(draw.standard_normal((1, train.num_classes, encoder.dim))).float()
-    noise = torch.from_numpy(draw.integers(0, 256, train.images[ids].shape, dtype="uint8"))
+
+def time_shares(timed: pd.DataFrame) -> pd.DataFrame:
+    """Views a second and the shares of a run's time, medians over the repeats."""
     rows = {}
-    for method in methods:
-        recipe = grids.recipe(method, dataset).for_data(train.flip)
-        sums = []
-        for images, shift in ((train.images[ids], 0), (noise, 1)):
-            labels = (train.labels[ids] + shift) % train.num_classes
-            made = views.make_views(
-                images, labels, ids, recipe, num_classes=train.num_classes, seed=0, step=0, public=public
-            )
-            features = encoder.features(made.images.flatten(0, 1)).unflatten(0, made.images.shape[:2])
-            even = one.expand(1, recipe.views) / recipe.views
-            bias = torch.zeros(1, train.num_classes)
-            sums.append(clipping.clipped_head_sums(features, made.targets, weights, bias, one, even).weights)
-        moved = (sums[1] - sums[0]).norm().item()
-        if (moved == 0) != (method == "pure-mix-diff"):
-            raise RuntimeError(
-                f"{method}: the clipped sum moves by {moved:.2g}; the argument of this page does not hold"
-            )
-        length = {"length of the clipped sum": f"{sums[0].norm().item():.2f}"}
-        rows[label(method)] = length | {"moves by": f"{moved:.2f}" if moved else "0, not a bit"}
-    return pd.DataFrame(rows).T
+    for name, part in timed.groupby("method", sort=False):
+        rate, floor = part["views_per_second"].median(), part["floor"].median()
+        shares = {p: f"{100 * part[p].median():.0f} %" for p in PARTS}
+        rows[label(name)] = {
+            "views/s": f"{rate:,.0f}",
+            **shares,
+            "floor, views/s": f"{floor:,.0f}",
+            "of the floor": f"{100 * (part['views_per_second'] / part['floor']).median():.0f} %",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -9,7 +9,6 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,19 +60,6 @@ def outcomes(
     return runs.assign(right=right)
 
 
-def write(path: Path, runs: pd.DataFrame, about: dict[str, Any]) -> None:
-    """The runs of one table and data set as one file; constant columns once."""
-    table = runs.drop(columns=["recipe"], errors="ignore")
-    if "right" in table:
-        table["right"] = [None if r is None else _packed(r) for r in table["right"]]
-    table = table.astype(object).where(table.notna(), None)
-    shared = {c: table[c].iloc[0] for c in table if table[c].nunique(dropna=False) == 1}
-    rest = table.drop(columns=list(shared))
-    rows = [json.dumps(row, default=lambda v: v.item()) for row in rest.itertuples(index=False, name=None)]
-    content = {"about": about, "shared": json.dumps(shared, default=lambda v: v.item())}
-    files.write_json(path, content | {"columns": list(rest), "rows": rows})
-
-
 def read(table: str, folder: Path | None = None) -> pd.DataFrame:
     """The runs that came for a table ("table3"), of all its data sets; empty where none came. `attrs["about"]` lists what
     each file says of itself."""
@@ -114,10 +100,6 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
 def _as_the_paper(path: Path) -> tuple[int, str]:
     order = ("cifar10", "cifar100", "eurosat", "caltech101")
     return (order.index(path.stem) if path.stem in order else len(order), path.stem)
-
-
-def _packed(right: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
 
 
 def _unpacked(text: str, size: int) -> np.ndarray:

@@ -43,36 +43,31 @@ class Statistics(NamedTuple):
 
 
 class Running:
-    """Mean and covariance of features that come in batches, any number of them, merged pairwise (Chan et al. 1983)."""
+    """Mean and covariance of features that come in batches, any number of them, from their sums in float64, about the mean
+    of the first batch, so that no digits cancel."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.origin, self.total, self.squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
 
     def add(self, features: Float[Tensor, "n D"]) -> None:
         """Count these rows in. An empty batch changes nothing. ValueError for a number that is not finite."""
-        if not len(features):
-            return
         good = int(features.isfinite().all(dim=1).sum())
         require(good == len(features), "features", f"{len(features) - good} of {len(features)} rows", "must be finite")
-        features = features.double()
-        if self.n == 0:
-            self.mean = features.new_zeros(features.shape[1])
-            self.scatter = features.new_zeros(features.shape[1], features.shape[1])
-        total, mean = self.n + len(features), features.mean(dim=0)
-        gap, centred = mean - self.mean, features - mean
-        self.scatter = self.scatter + centred.T @ centred + torch.outer(gap, gap) * (self.n * len(features) / total)
-        self.mean, self.n = self.mean + gap * (len(features) / total), total
+        if len(features):
+            features = features.double().cpu()
+            self.origin = self.origin if self.n else features.mean(dim=0)
+            features = features - self.origin
+            self.total, self.squares = self.total + features.sum(dim=0), self.squares + features.T @ features
+            self.n += len(features)
 
     def statistics(self) -> Statistics:
         """Of all rows so far. ValueError for fewer than two; a warning where they cannot fill a covariance matrix."""
         require(self.n >= 2, "images", self.n, "a distance needs at least 2 images in each set")
-        if self.n <= len(self.mean):
-            few = (
-                f"{self.n} images for {len(self.mean)} feature dimensions: the covariance is singular and the distance "
-            )
-            remedy = "biased upwards; use more images, or an encoder with fewer dimensions"
-            warnings.warn(few + remedy, stacklevel=2)
-        return Statistics(self.n, self.mean.cpu(), (self.scatter / (self.n - 1)).cpu())
+        mean = self.total / self.n
+        if self.n <= len(mean):
+            said = f"{self.n} images for {len(mean)} feature dimensions: the covariance is singular and the distance biased "
+            warnings.warn(said + "upwards; use more images, or an encoder with fewer dimensions", stacklevel=2)
+        return Statistics(self.n, self.origin + mean, (self.squares - self.n * torch.outer(mean, mean)) / (self.n - 1))
 
 
 @torch.no_grad()

@@ -200,26 +200,23 @@ def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     `core.microbatch`); "enough": deviation in units of σC at which the true pair spends what is accounted; "noise for C": ε of
     that pair had the noise been made for C.
     """
-    rows = runs[(runs["microbatch"] > 1) & (runs["sigma"] > 0)].drop_duplicates(["epsilon", "delta", "sigma", "q", "T"])
-    rows = rows.sort_values("epsilon")
-    found = [
-        (f"these runs ({label(r.dataset)})", r.epsilon, r.delta, r.sigma, r.q, int(r.T)) for r in rows.itertuples()
-    ]
+    columns = ["dataset", "epsilon", "delta", "sigma", "q", "T"]
+    asked = runs.loc[(runs["microbatch"] > 1) & (runs["sigma"] > 0), columns].drop_duplicates().sort_values("epsilon")
+    found = [(f"these runs ({label(name)})", *rest) for name, *rest in asked.itertuples(index=False)]
     p = network_preset("paper")
-    for epsilon in sorted({e for _, e, *_ in found}):
-        spec = RunSpec(recipe=views.METHODS["dp-sgd"], epsilon=epsilon, learning_rate=p.learning_rate, dataset=p.dataset,
-                       model=p.model, validation=0.0, batch_size=p.batch_size, epochs=p.epochs, microbatch=2)  # fmt: skip
-        m = mechanism(spec, paper.DATASETS[p.dataset].train)
+    for epsilon in asked["epsilon"].unique():
+        (cell,) = network_cells(p, "", p.views_of("dp-sgd"), eps=float(epsilon), seeds=0, microbatch=2)
+        m = mechanism(cell.spec, paper.DATASETS[p.dataset].train)
         name = f"the paper's setting ({label(p.dataset)})"
-        found.append((name, epsilon, spec.delta, m.noise_multiplier, m.sample_rate, m.steps))
+        found.append((name, epsilon, cell.spec.delta, m.noise_multiplier, m.sample_rate, m.steps))
     table = []
     for name, epsilon, delta, sigma, q, steps in found:
-        about = dict(delta=delta, sample_rate=q, steps=steps)
+        about: dict[str, Any] = {"delta": delta, "sample_rate": q, "steps": int(steps)}
         accounted = accounting.epsilon_spent(noise_multiplier=sigma, accountant="pld", **about)
-        enough = accounting.noise_multiplier(epsilon=accounted, accountant="pld", neighbours="change", **about)
+        enough = accounting.noise_multiplier(epsilon=accounted, accountant="pld", neighbours="change", **about) / sigma
         true, for_one = (microbatch.epsilon_spent(2, deviation=d, **about) for d in (2 * sigma, sigma))
-        table.append({"setting": name, "q": q, "T": steps, "σ": sigma, "ε asked": epsilon, "accounted": accounted, "true": true,
-                      "enough": enough / sigma, "noise for C": for_one})  # fmt: skip
+        spent = {"accounted": accounted, "true": true, "enough": enough, "noise for C": for_one}
+        table.append({"setting": name, "q": q, "T": int(steps), "σ": sigma, "ε asked": epsilon, **spent})
     return pd.DataFrame(table).set_index("setting").rename_axis(None)
 
 
@@ -241,22 +238,22 @@ def sign_flip(clip_norm: float = 1.0) -> pd.DataFrame:
         "pair and its mixture": (2, "add"),
         "mixture of the pair alone": (2, "replace"),
     }
-
-    def along(size: int, mix: str, second: bool) -> float:
-        shape = (2 // size, size, 1)  # microbatches, their size, one view
-        present = torch.tensor([True, second]).view(shape[:2])
-        lam = torch.full((len(present), 1), 0.25, dtype=torch.float64)
-        x, y = pixels.view(*shape, 1, 1, 1), targets.view(*shape, 2)
-        total = microbatch.microbatch_sum(model, x, y, present, clip_norm, mix=mix, lam=lam)
-        return float((total.grads["1.weight"] * e).sum()) / clip_norm
-
     rows = {}
     for name, (size, mix) in cases.items():
-        both, alone = along(size, mix, True), along(size, mix, False)
+        shape = (2 // size, size, 1)  # microbatches, their size, one view
+        lam = torch.full((2 // size, 1), 0.25, dtype=torch.float64)
+        x, y = pixels.view(*shape, 1, 1, 1), targets.view(*shape, 2)
+        both, alone = (
+            microbatch.microbatch_sum(
+                model, x, y, torch.tensor([True, second]).view(shape[:2]), clip_norm, mix=mix, lam=lam
+            )
+            for second in (True, False)
+        )
+        ends = [float((total.grads["1.weight"] * e).sum()) / clip_norm for total in (both, alone)]
         rows[name] = {
-            "both present": f"{both:+.2f} C",
-            "without the second": f"{alone:+.2f} C",
-            "moved by": f"{abs(both - alone):.2f} C",
+            "both present": f"{ends[0]:+.2f} C",
+            "without the second": f"{ends[1]:+.2f} C",
+            "moved by": f"{abs(ends[0] - ends[1]):.2f} C",
             "noise is scaled for": f"{microbatch.sensitivity(size):g} C",
         }
     return pd.DataFrame.from_dict(rows, orient="index")

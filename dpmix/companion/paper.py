@@ -12,45 +12,22 @@ import pandas as pd
 from dpmix.core.checks import one_of, require
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "paper"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a table is about: `unit` of its numbers, `statistic` over the runs, `keys` that name a row, in order."""
-
-    title: str
-    keys: tuple[str, ...]
-    unit: str = "%"
-    statistic: str = "mean"
-
-
-def _keys(words: str) -> tuple[str, ...]:
-    return tuple(words.split())
-
-
-TABLES: dict[int, Facts] = {
-    1: Facts("Microbatches of one and two", _keys("dataset model method microbatch_size epsilon")),
-    2: Facts("Training from scratch", _keys("dataset model method epsilon")),
-    3: Facts("Fine-tuning", _keys("dataset model method epsilon")),
-    4: Facts("Other transformations", _keys("dataset model method transform epsilon")),
-    5: Facts("Number of augmentations", _keys("dataset model method n_augmentations k_base k_self k_diff epsilon")),
-    6: Facts("Pretraining on synthetic images", _keys("dataset model method pretrained_on_synthetic epsilon")),
-    7: Facts(
-        "FID of what each method trains on",
-        _keys("dataset method transform reference"),
-        unit="FID",
-        statistic="not stated",
-    ),
-    8: Facts(
-        "FID between data sets", _keys("dataset fid_model reference compared"), unit="FID", statistic="not stated"
-    ),
-    9: Facts("K_base, K_self and K_diff", _keys("dataset model method k_base k_self k_diff epsilon")),
-    10: Facts("Synthetic against real images in the pool", _keys("dataset model method variant pool epsilon")),
-    11: Facts("The comparison in JAX", _keys("dataset model method framework epsilon"), statistic="median"),
-    12: Facts("Pure-DP-MixDiff", _keys("dataset model method epsilon")),
-    13: Facts("Running time", _keys("dataset model method"), unit="minutes", statistic="not stated"),
+# What names a row of each table, in order. Units: Tables 7 and 8 are FIDs, 13 minutes, all others per cent.
+TABLES: dict[int, str] = {
+    1: "dataset model method microbatch_size epsilon",
+    2: "dataset model method epsilon",
+    3: "dataset model method epsilon",
+    4: "dataset model method transform epsilon",
+    5: "dataset model method n_augmentations k_base k_self k_diff epsilon",
+    6: "dataset model method pretrained_on_synthetic epsilon",
+    7: "dataset method transform reference",
+    8: "dataset fid_model reference compared",
+    9: "dataset model method k_base k_self k_diff epsilon",
+    10: "dataset model method variant pool epsilon",
+    11: "dataset model method framework epsilon",  # medians
+    12: "dataset model method epsilon",
+    13: "dataset model method",
 }
-
 LABELS: dict[str, str] = {  # how a key is printed
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -79,31 +56,40 @@ LABELS: dict[str, str] = {  # how a key is printed
     "sobel": "Sobel",
     "all": "all of them",
 }
-METHODS = _keys("dp-sgd dp-sgd-mixup mixed-ghost self-aug mix-self mix-diff pure-mix-diff synthetic-pretraining")
-TRANSFORMS = _keys("crop-flip jitter affine cutout noise blur sobel all")  # Table 4: added to crop and flip
+METHODS = (
+    *("dp-sgd", "dp-sgd-mixup", "mixed-ghost", "self-aug", "mix-self", "mix-diff", "pure-mix-diff"),
+    "synthetic-pretraining",
+)
+TRANSFORMS = (
+    "crop-flip",
+    "jitter",
+    "affine",
+    "cutout",
+    "noise",
+    "blur",
+    "sobel",
+    "all",
+)  # Table 4: added to crop and flip
 EPSILONS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Sizes of a data set as the paper splits it (Appendix C). `pixels`: the side, if all are one square size."""
+    """Sizes of a data set as the paper splits it (Appendix C)."""
 
     train: int
     test: int
-    classes: int
-    pixels: int | None = None
 
 
 # Caltech-256 and SUN397: the paper gives the total (30,607 and 108,754) and 80 / 20; `train` is 80 % rounded down.
 DATASETS: dict[str, DatasetFacts] = {
-    "cifar10": DatasetFacts(50_000, 10_000, 10, 32),
-    "cifar100": DatasetFacts(50_000, 10_000, 100, 32),
-    "eurosat": DatasetFacts(21_600, 5_400, 10, 64),
-    "caltech256": DatasetFacts(24_485, 6_122, 257),
-    "sun397": DatasetFacts(87_003, 21_751, 397),
-    "pets": DatasetFacts(3_680, 3_669, 37),
+    "cifar10": DatasetFacts(50_000, 10_000),
+    "cifar100": DatasetFacts(50_000, 10_000),
+    "eurosat": DatasetFacts(21_600, 5_400),
+    "caltech256": DatasetFacts(24_485, 6_122),
+    "sun397": DatasetFacts(87_003, 21_751),
+    "pets": DatasetFacts(3_680, 3_669),
 }
-
 # Section 4 says Open Clip and LAION-2B and no more: which weights of open_clip these are is this project's reading.
 ENCODERS: dict[str, str] = {
     "vit-b-16": "open_clip:ViT-B-16/laion2b_s34b_b88k",
@@ -142,13 +128,13 @@ def clip_norm(method: str) -> float:
 def epochs(dataset: str) -> int:
     """Epochs of fine-tuning (Section 4): 20 for EuroSAT, 10 for the others."""
     one_of("dataset", dataset, DATASETS)
-    return 20 if dataset == "eurosat" else SETTINGS["fine-tuning"].epochs
+    return 20 if dataset == "eurosat" else 10
 
 
 def k_diff(dataset: str) -> int:
     """K_diff of DP-MixDiff (Section 6.5, footnote 3): 24 for Caltech-256 and Oxford-IIIT Pet, 2 for the others."""
     one_of("dataset", dataset, DATASETS)
-    return 24 if dataset in ("caltech256", "pets") else SETTINGS["fine-tuning"].k_diff
+    return 24 if dataset in ("caltech256", "pets") else 2
 
 
 def _read(name: str) -> pd.DataFrame:
@@ -160,10 +146,10 @@ def _read(name: str) -> pd.DataFrame:
 
 
 def table(n: int) -> pd.DataFrame:
-    """Table `n` (1 to 13) of the paper: one row a number, columns `TABLES[n].keys`, `mean` and `std`, both float64.
+    """Table `n` (1 to 13) of the paper: one row a number, columns `TABLES[n]`, `mean` and `std`, both float64.
 
-    The unit is `TABLES[n].unit`; `std` is NaN where the paper gives none (Tables 7, 8, 9 and 13). In Table 11, `mean`
-    holds medians. Each call reads the file anew, so the frame is the caller's to change.
+    `std` is NaN where the paper gives none (Tables 7, 8, 9 and 13). In Table 11, `mean` holds medians. Each call reads the
+    file anew, so the frame is the caller's to change.
     """
     known = isinstance(n, int) and not isinstance(n, bool) and n in TABLES
     require(known, "table", n, f"the paper has tables 1 to {len(TABLES)}")

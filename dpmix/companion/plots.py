@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
 
 from dpmix.companion.report import Sources, label, summary
-from dpmix.core import transforms, views
-from dpmix.images import data
 
 PALETTE = "colorblind"
 
@@ -91,46 +89,6 @@ def point_plot(
     return _finish(figure)
 
 
-def grid_plot(panels: dict[str, pd.DataFrame]) -> Figure:
-    """K_base × K_self as heatmaps (`k_base`, `k_self`, `k_diff`, `mean`): a column a source, with colours of its own, and a
-    row a K_diff. The best cell of a source is framed."""
-    sns.set_theme(style="white")
-    k_diffs = sorted({k for table in panels.values() for k in table["k_diff"]})
-    figure, axes = plt.subplots(
-        len(k_diffs), len(panels), figsize=(3.1 * len(panels), 2.6 * len(k_diffs)), squeeze=False
-    )
-    for col, (title, table) in enumerate(panels.items()):
-        best = table.loc[table["mean"].idxmax()]
-        for row, k_diff in enumerate(k_diffs):
-            ax = axes[row][col]
-            wide = table[table["k_diff"] == k_diff].pivot(index="k_base", columns="k_self", values="mean")
-            if wide.empty:
-                ax.set_axis_off()
-                continue
-            sns.heatmap(
-                wide,
-                ax=ax,
-                annot=True,
-                fmt=".1f",
-                cmap="cividis",
-                cbar=False,
-                square=True,
-                linewidths=1,
-                vmin=table["mean"].min(),
-                vmax=table["mean"].max(),
-                annot_kws={"size": 12},
-            )
-            if best["k_diff"] == k_diff:
-                place = wide.columns.get_loc(best["k_self"]), wide.index.get_loc(best["k_base"])
-                ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="#d55e00", lw=3))
-            head = f"{title}\n" if row == 0 else ""
-            ax.set(title=f"{head}$K_{{diff}}$ = {k_diff}", xlabel="$K_{self}$", ylabel="$K_{base}$")
-            ax.tick_params(axis="y", rotation=0)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
-
-
 def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 6) -> Figure:
     """Blocks of pictures under a heading: (heading, images [n, C, H, W] in 0..1, a caption each), `columns` a row."""
     sns.set_theme(style="white")
@@ -158,21 +116,6 @@ def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 
     return figure
 
 
-def view_sheet(dataset: str, added: Sequence[str], example: int = 0, columns: int = 6) -> Figure:
-    """Views of one training example under crop and flip alone, and with each added transformation."""
-    train = data.load(dataset).train
-    ids = torch.tensor([example])
-    base = "crop-flip" if train.flip else transforms.without_flip("crop-flip")
-    sheet = []
-    for extra in ("", *added):
-        recipe = views.Recipe(k_base=columns, transform=f"{base}+{extra}" if extra else base)
-        images, labels = train.images[ids], train.labels[ids]
-        made = views.make_views(images, labels, ids, recipe, num_classes=train.num_classes, seed=0, step=0)
-        alone = "crop and flip" if train.flip else "crop alone"
-        sheet.append((f"{alone}, then {label(extra)}" if extra else alone, made.images[0], [""] * columns))
-    return picture_rows(sheet, columns)
-
-
 def effects_plot(found: pd.DataFrame) -> Figure:
     """The ledger as a picture: each claim's published effect (a ring) and the measured one with its interval (a dot), in
     points; ratios as a logarithm, in per cent. The scale is linear within five and logarithmic beyond."""
@@ -195,3 +138,37 @@ def effects_plot(found: pd.DataFrame) -> Figure:
     ax.set(xlabel="difference in points (ratios: logarithm, %)", ylim=(-0.7, len(shown) - 0.3))
     ax.set_yticks(range(len(shown)), shown["key"])
     return _finish(figure, legend)
+
+
+def gradient_plot(looked: pd.DataFrame) -> Figure:
+    """Histograms of the gradients of the first seed, a panel a method: all of training, and a line a stage."""
+    sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.95)
+    first = looked[looked["seed"] == looked["seed"].iloc[0]]
+    every = np.concatenate([g.stages.flatten().numpy() for g in first["gradients"]])
+    edge = np.quantile(np.abs(every[np.isfinite(every)]), 0.999)
+    bins = np.linspace(-edge, edge, 61)
+    figure, axes = plt.subplots(1, len(first), figsize=(3.7 * len(first), 3.6), sharex=True, sharey=True, squeeze=False)
+    for ax, method, g in zip(axes[0], first["method"], first["gradients"], strict=True):
+        ax.hist(g.overall.numpy(), bins=bins, density=True, color="0.78", label="all of training")
+        styles = ("-", "--", "-.", ":", (0, (5, 1)))
+        for s, (stage, colour) in enumerate(
+            zip(g.stages.numpy(), sns.color_palette(PALETTE, len(g.stages)), strict=True)
+        ):
+            density, _ = np.histogram(stage, bins=bins, density=True)
+            name = f"{100 * (s + 1) // len(g.stages)} %"
+            ax.plot(
+                (bins[1:] + bins[:-1]) / 2,
+                np.where(density > 0, density, np.nan),
+                color=colour,
+                lw=1.4,
+                ls=styles[s % len(styles)],
+                label=name,
+            )
+        ax.set(title=label(method), xlabel="gradient", yscale="log")
+        ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    axes[0][0].set_ylabel("density")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncol=6, frameon=False, bbox_to_anchor=(0.5, -0.08))
+    figure.tight_layout()
+    plt.close(figure)
+    return figure

@@ -5,6 +5,7 @@ columns than a telephone is wide.
 """
 
 import html
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from dpmix.companion.grids import LABELS, STANDS_FOR
+from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags
 
@@ -122,8 +124,8 @@ def tables(
             table = summary(table, list(dict.fromkeys([*here, *rows, *columns])), value)
         for names, part in table.groupby(here, sort=False) if here else [((), table)]:
             known = dict(zip(here, names if isinstance(names, tuple) else (names,), strict=True))
-            data = known.get("dataset", "")
-            group = (source.startswith("made"), order.setdefault(STANDS_FOR.get(data, data), len(order)), place)
+            name = known.get("dataset", "")
+            group = (source.startswith("made"), order.setdefault(STANDS_FOR.get(name, name), len(order)), place)
             words = [source, *(entry(c, v) for c, v in known.items())]
             words += [f"n = {int(part['n'].min())}"] if "n" in part else []
             found.append((group, ", ".join(words), block(part, rows, columns, digits)))
@@ -199,3 +201,8 @@ def provenance_note(runs: pd.DataFrame, scale: str = "", noun: str = "runs") -> 
         f"*{what} on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
         f"{runs['date'].max()[:16]} UTC on {devices}, with {versions}.*"
     )
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    """What `python benchmarks/NAME.py` wrote when it was last run for the repository, on a machine of the authors."""
+    return json.loads((data.PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())

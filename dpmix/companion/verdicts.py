@@ -52,6 +52,7 @@ class Effect(NamedTuple):
     expected: float = 1.0
     no_gain: bool = False
     images: float = 0.0
+    ratio: bool = False
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -101,7 +102,9 @@ def _word(e: Effect, mean: float, differs: bool, none: bool) -> str:
     if e.no_gain:
         return (HOLDS if mean < e.bound else CONTRADICTED) if differs else UNDECIDED
     if none:
-        return f"no effect larger than {e.bound:.2g}"
+        return (
+            f"no effect larger than {e.bound:.2g}" if not e.ratio else f"no effect larger than {np.expm1(e.bound):.0%}"
+        )
     if not differs:
         return UNDECIDED
     if e.expected == 0:
@@ -173,7 +176,7 @@ def measure(
     values, images = per_seed(runs, c.first, c.second, [k for k in cells if k in runs], value, ratio)
     expected = {"above": 1.0, "no gain": 1.0}.get(c.claim, 0.0 if np.isnan(said) else float(np.sign(said)))
     error = 0.0 if np.isnan(images) else images
-    return row | {"images": images}, Effect(values.tolist(), bound, expected, c.claim == "no gain", error)
+    return row | {"images": images}, Effect(values.tolist(), bound, expected, c.claim == "no gain", error, ratio)
 
 
 def compare(

@@ -14,7 +14,6 @@ from dpmix import models
 from dpmix.companion import fid, grids, grids_fid
 from dpmix.core import views
 from dpmix.images import data
-from dpmix.models import encoders
 from dpmix.runs.spec import ComputeFlags
 
 
@@ -114,7 +113,7 @@ def test_bad_input_is_named(pixels):
 
 
 def test_absent_inception_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(fid, "WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError) as caught:
         fid.encoder("inceptionv3")
     told = str(caught.value)
@@ -122,7 +121,7 @@ def test_absent_inception_says_what_to_fetch_and_where_to_put_it(tmp_path, monke
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(fid, "WEIGHTS", tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / fid.FILE)
     with pytest.raises(ValueError, match="its sha256 does not begin with 6726825d; fetch it again"):
         fid.inception()

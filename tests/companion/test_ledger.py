@@ -1,11 +1,19 @@
 """The ledger gives made-up results of known truth the verdicts that they deserve; what came with the repository is read whole."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from dpmix.companion import evidence, grids, ledger, paper, plots
 
+ROOT = Path(__file__).resolve().parents[2]
+place = importlib.util.spec_from_file_location("maker", ROOT / "benchmarks" / "evidence.py")
+maker = sys.modules["maker"] = importlib.util.module_from_spec(place)
+place.loader.exec_module(maker)
 DRAW = np.random.default_rng(3)
 
 
@@ -93,14 +101,14 @@ def test_runs_are_written_and_read_back(tmp_path):
     })  # fmt: skip
     about = {"dataset": "cifar10", "test_images": 21, "commit": "abc", "encoder": "E", "seeds": [0], "hours": 0.5,
              "machine": "two cores", "until": "2030-01-02T03", "data": "digest"}  # fmt: skip
-    evidence.write(tmp_path / "t" / "cifar10.json", runs, about)
+    maker.write(tmp_path / "t" / "cifar10.json", runs, about)
     back = evidence.read("t", tmp_path)
     assert back.attrs["about"] == [about] and back["accuracy"].tolist() == runs["accuracy"].tolist()
     assert back["right"][0] is None and (back["right"][1] == right).all() and (back["right"][2] == ~right).all()
     best = evidence.chosen("t", ["method"], tmp_path)
     assert best["accuracy"].tolist() == [60.0, 70.0], "by validation, never by test"
     again = runs.assign(refit=[False, True, False, False])
-    evidence.write(tmp_path / "t" / "cifar10.json", again, about)
+    maker.write(tmp_path / "t" / "cifar10.json", again, about)
     assert evidence.chosen("t", ["method"], tmp_path)["accuracy"].tolist() == [60.0], (
         "those trained again on all images"
     )
@@ -114,3 +122,26 @@ def test_which_images_a_stored_run_gets_right_adds_up_to_its_accuracy():
     )
     scored = evidence.outcomes(grids.run_cells(cells))
     assert [100 * r.mean() for r in scored["right"]] == pytest.approx(scored["accuracy"].tolist())
+
+
+def test_every_set_of_runs_names_cells_that_can_be_run():
+    """Specs are checked as they are made; a set has passes to share, and its rates can be chosen."""
+    for name, wanted in maker.SETS.items():
+        cells = wanted.cells([0])
+        assert len({c.spec for c in cells}) == len(cells) > 0, name
+        assert {c.spec.dataset for c in cells} == {name.split("/")[1]} and {c.spec.seed for c in cells} == {0}
+
+
+def test_a_set_is_made_and_written_with_its_refits(tmp_path, monkeypatch):
+    asked = dict(methods=["dp-sgd", "mixed-ghost"], models="tiny-vit", eps=8, epochs=0.3, learning_rates=[2.0, 8.0])
+    tiny = maker.Set(lambda seeds: grids.methods_grid("demo", **asked, seeds=list(seeds)), seeds=2, refit=True)
+    monkeypatch.setitem(maker.SETS, "tiny/digits", tiny)
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    maker.make("tiny/digits", None, maker.ComputeFlags(progress=False, workers=1), False)
+    found = evidence.read("tiny")
+    assert len(found) == 2 * 2 * 2 + 2 * 2 and found["refit"].sum() == 4
+    best = evidence.chosen("tiny", maker.BY)
+    assert len(best) == 4 and (best["validation"] == 0).all() and best["N"].eq(1437).all()
+    assert [100 * r.mean() for r in best["right"]] == pytest.approx(best["accuracy"].tolist())
+    (about,) = found.attrs["about"]
+    assert about["seeds"] == [0, 1] and about["test_images"] == 360 and about["hours"] > 0 and about["machine"]
