@@ -24,6 +24,9 @@
 
 # %% tags=["hide-input"]
 
+import pandas as pd
+from IPython.display import Markdown
+
 from dpmix.companion import evidence, grids, networks, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.images import data
