@@ -36,7 +36,7 @@ import pandas as pd
 from myst_nb import glue
 
 from dpmix import audit, models
-from dpmix.companion import inside, report
+from dpmix.companion import report
 from dpmix.core import accounting
 from dpmix.images import data
 
@@ -221,7 +221,7 @@ audited.assign(**{"claim refuted": exceeds}).style.format("{:.2f}", subset=list(
 # the calls of one backward pass. Figures came with the repository; `python benchmarks/in_opacus.py` takes them anew.
 
 # %% tags=["hide-input"]
-measured = inside.benchmark("in_opacus")
+measured = report.benchmark("in_opacus")
 about = measured["about"]
 times = pd.DataFrame(measured["rows"]).set_index("row")
 glue("from_opacus_model", f"{about['batch']} examples × {about['views']} views of {about['side']} pixels, "
