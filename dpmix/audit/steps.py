@@ -111,12 +111,14 @@ def network_step(
     public: views.PublicImages | None = None,
     engine: str = "auto",
     physical_batch: int | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Step:
     """The clipped sum over all weights of a network, by `clipped_gradient_sum`."""
 
     def step(records: Records, seed: int, number: int) -> Tensor:
         made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
-        done = clipping.clipped_gradient_sum(model, *made, clip_norm, engine, physical_batch=physical_batch)
+        how: dict[str, Any] = {"physical_batch": physical_batch, "autocast": autocast}
+        done = clipping.clipped_gradient_sum(model, *made, clip_norm, engine, **how)
         return torch.cat([g.flatten() for g in done.grads.values()])
 
     return step

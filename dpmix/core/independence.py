@@ -56,7 +56,9 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
     """
     size = sum(p.numel() for p in model.parameters())
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    noise = torch.from_numpy(rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape))).to(like)
+    noise = torch.from_numpy(rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape))).to(
+        like
+    )
     with _quietly(noise.device):
         trial = copy.deepcopy(model)
         if not bool(trial(noise[:2]).isfinite().all()):

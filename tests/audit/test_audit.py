@@ -187,6 +187,16 @@ def test_the_bound_of_a_network_is_reached(engine):
     assert found.holds and found.largest("add") > 0.999 and found.largest("replace") > 1.7, found
 
 
+@pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
+def test_the_bound_of_a_network_holds_and_is_reached_in_bfloat16(engine, public):
+    """What a CPU with instructions for bfloat16 and a GPU compute by default."""
+    step = audit.network_step(
+        small(), METHOD, num_classes=CLASSES, clip_norm=0.05, engine=engine, autocast=torch.bfloat16, public=public
+    )
+    found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.05, size=4, trials=1)
+    assert found.holds and found.largest("add") > 0.999, found
+
+
 @pytest.mark.parametrize("name", mutants.MUTANTS)
 def test_wrong_algorithms_move_it_further(name):
     step = getattr(mutants.Mutants(RECIPE, num_classes=CLASSES), name)

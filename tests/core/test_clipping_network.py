@@ -244,6 +244,26 @@ def test_bfloat16_is_near_and_bounded():
         assert norm_of(alone.grads) <= 0.05 * (1 + 1e-6)
 
 
+def test_in_bfloat16_the_rounded_gradient_is_what_is_measured_clipped_and_added():
+    """The oracle in that mode: gradients by autocast, everything after them in float64."""
+    model, (images, targets) = wide_resnet(10, 1, 3, channels=2, seed=1), batch(4, 3, dtype=torch.float32)
+    rows = []
+    for x, y in zip(images, targets, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y.float())
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double())
+    norms = torch.stack([row.norm() for row in rows])
+    clip = float(norms.median())
+    want = sum(row * min(1.0, clip / float(row.norm())) for row in rows)
+    clipper = Clipper(model, clip, "loop", autocast=torch.bfloat16)
+    torch.testing.assert_close(clipper.add(images, targets).double(), norms, rtol=1e-6, atol=0)
+    assert clipper.total.dtype == torch.float32
+    torch.testing.assert_close(clipper.total.double(), want, rtol=1e-5, atol=1e-7)
+    exact = clipped_gradient_sum(model, images, targets, clip, "loop").norms.double()
+    assert float((exact / norms - 1).abs().max()) > 1e-4, "the mode is another one"
+
+
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 @pytest.mark.parametrize("way", WAYS)
 def test_every_device_at_hand(device, way):

@@ -183,6 +183,15 @@ def test_runs_with_other_settings_and_one_seed_do_not_share_noise(noises):
     assert all(not torch.equal(a, b) for a, b in zip(noises[0].values(), noises[1].values(), strict=True))
 
 
+def test_bfloat16_rounds_gradients_and_neither_noise_nor_weights():
+    about = dict(steps=2, momentum=0.9, ema_decay=0.5)
+    assert same(train(sample_rate=1e-9, **about).state, train(sample_rate=1e-9, autocast=torch.bfloat16, **about).state)
+    exact, rough = train(sample_rate=1.0, **about), train(sample_rate=1.0, autocast=torch.bfloat16, **about)
+    assert all(t.dtype == torch.float32 for t in rough.state.values()) and not same(exact.state, rough.state)
+    for n, t in exact.state.items():
+        torch.testing.assert_close(rough.state[n], t, rtol=0.05, atol=0.01)
+
+
 @pytest.mark.parametrize("mix", ["none", "add", "replace"])
 def test_microbatches_train(mix):
     got = train(small(), microbatch=2, microbatch_mix=mix, expected_batch=3, steps=2, data=data(11))
