@@ -190,7 +190,8 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
                 ]
                 cells = [Cell(c.labels, replace(c.spec, validation=0.0)) for c in mine]
             if only_export:
-                cells = [c for c in cells if store.get(experiments.key(c.spec)) is not None]
+                there = experiments.look_up([c.spec for c in cells], store=store)
+                cells = [c for c, r in zip(cells, there, strict=True) if r is not None]
             if not cells:
                 continue
             found, more = run(cells, compute)

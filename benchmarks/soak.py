@@ -28,7 +28,8 @@ import torch
 
 from dpmix.core import views
 from dpmix.runs import experiments
-from dpmix.runs.spec import ComputeFlags, RunSpec, key
+from dpmix.runs.run import ask
+from dpmix.runs.spec import ComputeFlags, RunSpec
 
 HEADS = 10  # runs that share a pass
 
@@ -134,11 +135,12 @@ def undisturbed(store: Path, count: int) -> dict:
 def compare(disturbed_store: Path, calm_store: Path, count: int) -> dict:
     """How many results are present and equal; what lies about besides results, weights and locks."""
     one, other = experiments.Store(disturbed_store), experiments.Store(calm_store)
-    asked = [f.name for f in fields(experiments.Result) if f.name not in ("timing", "provenance")]
+    asked = [f.name for f in fields(experiments.Result) if f.name not in ("key", "timing", "provenance")]
+    pairs = zip(*(ask(runs(count), ComputeFlags(), store) for store in (one, other)), strict=True)
     present = equal = equal_weights = 0
     largest = 0.0
-    for spec in runs(count):
-        found, expected = one.get(key(spec)), other.get(key(spec))
+    for ours, theirs in pairs:
+        found, expected = one.get(ours.name), other.get(theirs.name)
         assert expected is not None
         if found is None:
             continue
@@ -150,8 +152,13 @@ def compare(disturbed_store: Path, calm_store: Path, count: int) -> dict:
         a, b = one.tensors(found), other.tensors(expected)
         equal_weights += all(torch.equal(a[name], b[name]) for name in b)
         largest = max(largest, *(float((a[name] - b[name]).abs().max()) for name in b))
-    known = {f"{key(spec)}{end}" for spec in runs(count) for end in (".json", ".safetensors")}
-    rest = [p for p in disturbed_store.rglob("*") if p.is_file() and p.name not in known and p.parent.name != "locks"]
+    asked_for = ask(runs(count), ComputeFlags(), one)
+    known = {f"{a.name}{end}" for a in asked_for for end in (".json", ".safetensors")}
+    rest = [
+        p
+        for p in disturbed_store.rglob("*")
+        if p.is_file() and p.name not in {*known, "key"} and p.parent.name not in ("locks", "contents")
+    ]
     temporary = [p for p in rest if p.suffix == ".tmp"]
     checkpoints = [p for p in rest if ".checkpoint" in p.name and p not in temporary]
     return {

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dpmix.core.views import METHODS, Recipe, make_views
     from dpmix.images.data import load
     from dpmix.models.encoders import encoder
-    from dpmix.runs.experiments import release, run, run_all
+    from dpmix.runs.release import release
+    from dpmix.runs.run import run, run_all
     from dpmix.runs.spec import ComputeFlags, RunSpec
 
 __version__ = "0.1.0"
@@ -20,9 +21,9 @@ __version__ = "0.1.0"
 _HOME = {
     "RunSpec": "runs.spec",
     "ComputeFlags": "runs.spec",
-    "run": "runs.experiments",
-    "run_all": "runs.experiments",
-    "release": "runs.experiments",
+    "run": "runs.run",
+    "run_all": "runs.run",
+    "release": "runs.release",
     "Recipe": "core.views",
     "METHODS": "core.views",
     "make_views": "core.views",

@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dpmix.images.data import ImageSet
 from dpmix.models.encoders import Encoder
@@ -46,3 +48,24 @@ def projection() -> Encoder:
     """A frozen random projection of the pixels."""
     matrix = torch.from_numpy(np.random.default_rng(2).normal(size=(SIDE * SIDE, DIM)))
     return Encoder(lambda x: x.flatten(1) @ matrix.to(x), SIDE, DIM, (1,), "projection")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of forty training and eight test images of two classes, grey, 8x8, no two alike."""
+    base = tmp_path / "photos"
+    for part, count in (("train", 20), ("test", 4)):
+        for c in (0, 1):
+            (base / part / "ab"[c]).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([i, c, part == "test"]).integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(base / part / "ab"[c] / f"{i}.png")
+    return base
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of results, empty."""
+    from dpmix.runs.store import Store
+
+    return Store(tmp_path / "runs")

@@ -17,8 +17,11 @@ from dpmix import models
 from dpmix.companion.report import label
 from dpmix.core import checks, clipping, heads, views
 from dpmix.core.transforms import as_float
-from dpmix.runs import passes
-from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec, mechanism
+from dpmix.runs import passes, run
+from dpmix.runs.identity import pass_of
+from dpmix.runs.material import Material, prepare
+from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec
+from dpmix.runs.store import Store
 
 PARTS = ("encoder", "views", "clipping", "noise")
 
@@ -43,7 +46,7 @@ def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlag
     checks.whole("stages", stages, 1)
     groups: dict[RunSpec, list[RunSpec]] = {}
     for spec in specs:
-        groups.setdefault(passes.pass_of(spec), []).append(spec)
+        groups.setdefault(pass_of(spec), []).append(spec)
     found: dict[RunSpec, Gradients] = {}
     for group in groups.values():
         found |= dict(zip(group, _observed(group, stages, compute or ComputeFlags()), strict=True))
@@ -111,12 +114,12 @@ def timings(
     return pd.DataFrame(rows)
 
 
-def _encoder(material: passes.Material) -> models.Encoder:
+def _encoder(material: Material) -> models.Encoder:
     assert material.encoder is not None
     return material.encoder
 
 
-def _encoder_alone(material: passes.Material, each: int, compute: ComputeFlags) -> float:
+def _encoder_alone(material: Material, each: int, compute: ComputeFlags) -> float:
     """Views a second of the encoder, fed with as many ready-made images as a physical batch has views."""
     many = torch.arange(each * (compute.physical_batch or 128)) % len(material.train)
     ready = as_float(material.train.images[many].to(compute.where()))
@@ -125,19 +128,19 @@ def _encoder_alone(material: passes.Material, each: int, compute: ComputeFlags) 
     return len(many) / (time.perf_counter() - start)
 
 
-def _bank(specs: Sequence[RunSpec], compute: ComputeFlags) -> tuple[passes.Material, list[heads.Head], Mechanism]:
+def _bank(specs: Sequence[RunSpec], compute: ComputeFlags) -> tuple[Material, list[heads.Head], Mechanism]:
     checks.require(len(specs) > 0, "specs", len(specs), "must hold at least one run")
-    shared = passes.pass_of(specs[0])
-    together = not shared.from_scratch and all(passes.pass_of(s) == shared for s in specs)
+    shared = pass_of(specs[0])
+    together = not shared.from_scratch and all(pass_of(s) == shared for s in specs)
     said = "must be heads of one encoder, data set, batch size, number of epochs and seed"
     checks.require(together, "specs", [s.model for s in specs], said)
-    material = passes.prepare(shared, specs, compute)
-    found = [mechanism(s, material.n) for s in specs]
-    return material, passes.heads_of(specs, found, material), found[0]
+    tasks = run.plan(run.ask(specs, compute, Store()), compute)
+    material = prepare([task.identity for task in tasks], compute)
+    return material, passes.heads_of(tasks, material), tasks[0].mechanism
 
 
 def _train(
-    material: passes.Material,
+    material: Material,
     bank: Sequence[heads.Head],
     m: Mechanism,
     spec: RunSpec,
@@ -156,7 +159,6 @@ def _train(
         steps=steps,
         sample_rate=m.sample_rate,
         seed=passes.training_seed(spec),
-        identity=passes.stream(spec),
         public=material.public,
         ids=material.ids,
         observe=observe,

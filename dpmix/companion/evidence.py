@@ -18,8 +18,11 @@ from IPython.display import Markdown
 from dpmix.companion.report import label
 from dpmix.core import files, heads
 from dpmix.images import data
-from dpmix.runs import experiments, passes
+from dpmix.runs.identity import Contents
+from dpmix.runs.material import prepare
+from dpmix.runs.result import choose_learning_rate
 from dpmix.runs.spec import ComputeFlags, RunSpec
+from dpmix.runs.store import Store
 
 FOLDER = data.RESULTS / "laptop"
 
@@ -28,16 +31,14 @@ def choose(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """The runs with the learning rate that validation chose for each condition; runs that held nothing out stay as they
     are, since nothing is chosen there."""
     fixed = runs["validation"] == 0
-    tuned = experiments.choose_learning_rate(runs[~fixed], by) if (~fixed).any() else runs[~fixed]
+    tuned = choose_learning_rate(runs[~fixed], by) if (~fixed).any() else runs[~fixed]
     return pd.concat([tuned, runs[fixed]], ignore_index=True) if fixed.any() else tuned
 
 
-def outcomes(
-    runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: experiments.Store | None = None
-) -> pd.DataFrame:
+def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: Store | None = None) -> pd.DataFrame:
     """Runs of frozen encoders with the column `right`: which test images the stored weights of each get right, [m] bool;
     None where the store has no weights."""
-    compute, store = compute or ComputeFlags(), store or experiments.Store()
+    compute, store = compute or ComputeFlags(), store or Store()
     tests: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
     right: list[np.ndarray | None] = []
     for name in runs["key"]:
@@ -50,7 +51,7 @@ def outcomes(
         if source not in tests:
             plain = RunSpec(recipe=spec.recipe, epsilon=None, learning_rate=1.0, dataset=spec.dataset, model=spec.model,
                             weights=spec.weights, image_size=spec.image_size)  # fmt: skip
-            material = passes.prepare(plain, [], compute)
+            material = prepare([Contents(compute, store.folder).identity(plain)], compute)
             assert material.encoder is not None
             tests[source] = heads.encode(material.encoder, material.test.images, compute.where()), material.test.labels
         features, labels = tests[source]

@@ -33,7 +33,7 @@ from dpmix.core import accounting, checks, files, rng, views
 from dpmix.core.transforms import as_float
 from dpmix.images import data
 from dpmix.runs import experiments
-from dpmix.runs.spec import Result
+from dpmix.runs.result import Result
 
 SIDE = 48  # pixels to which photographs are cut for looking at
 MOST = 100.0  # no guarantee is left above it

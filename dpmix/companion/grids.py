@@ -10,7 +10,8 @@ import pandas as pd
 from dpmix.companion import paper
 from dpmix.core import checks, views
 from dpmix.images import data
-from dpmix.runs import experiments
+from dpmix.runs.result import frame
+from dpmix.runs.run import run_all
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
 SCALES = ("demo", "laptop", "paper")
@@ -283,9 +284,9 @@ def pure_grid(scale: str, *, longer: float = 10, **asked: Any) -> list[Cell]:
 
 
 def run_cells(cells: Sequence[Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
-    """Run (or look up) the cells: one row each, `experiments.frame` with the labels of the cells in front."""
-    results = experiments.run_all([c.spec for c in cells], compute=compute)
-    return labelled(cells, experiments.frame(results))
+    """Run (or look up) the cells: one row each, `frame` with the labels of the cells in front."""
+    results = run_all([c.spec for c in cells], compute=compute)
+    return labelled(cells, frame(results))
 
 
 def labelled(cells: Sequence[Cell], runs: pd.DataFrame) -> pd.DataFrame:

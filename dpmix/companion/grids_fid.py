@@ -16,8 +16,11 @@ from dpmix.companion.grids import recipe
 from dpmix.companion.report import told
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
-from dpmix.runs import experiments, passes
-from dpmix.runs.spec import ComputeFlags, files_of
+from dpmix.runs.identity import Contents, code_digest
+from dpmix.runs.material import SCALED
+from dpmix.runs.passes import provenance
+from dpmix.runs.spec import ComputeFlags
+from dpmix.runs.store import Store
 
 FidRows = Callable[[data.Splits, models.Encoder, int, torch.device], list[dict[str, Any]]]
 WORDS = {"test": "training and test", "diffusion": "training and synthetic", "train": "training and training"}
@@ -117,10 +120,11 @@ def _distances(
     compute: ComputeFlags,
 ) -> pd.DataFrame:
     """`rows` for each encoder and seed, from the store where they are there, with the columns of a provenance."""
-    device, store = compute.where(), experiments.Store().folder / "fid"
-    decoded = (image_size or 224) if dataset in passes.SCALED else None  # 224: what ViT-B-16 takes
+    device, store = compute.where(), Store()
+    decoded = (image_size or 224) if dataset in SCALED else None  # 224: what ViT-B-16 takes
     splits = data.load(dataset, compute.root, image_size=decoded, cache=compute.cache)
-    images = {"splits": splits.digest, "files": files_of(dataset, compute.root, True)}
+    contents, synthetic = Contents(compute, store.folder), data.synthetic_folder(dataset, compute.root).is_dir()
+    images = contents.private(dataset), contents.public(dataset) if synthetic else ""
     code = files.digest(*(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (fid.__file__, __file__)))
     # On a GPU too: distances between sets of images are small beside what bfloat16 rounds away.
     dtype = torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
@@ -130,15 +134,12 @@ def _distances(
         for seed in seeds:
             shared = {"model": name, "seed": seed, "dataset": dataset}
             asked = json.dumps({**what, **shared, "image_size": image_size}, sort_keys=True)
-            path = store / f"{files.digest(asked, code, experiments.code_digest())[:32]}.json"
+            path = store.folder / "fid" / f"{store.name('fid', asked, code, code_digest(), *images)}.json"
             content = files.read_json(path)
-            if content is not None and not content["about"].items() >= images.items():  # they have changed
-                files.set_aside(path)
-                content = None
             if content is None:
-                about = passes.provenance(device, splits.digest) | images
+                about = provenance(device, splits.digest)
                 content = {"rows": rows(splits, encoder, seed, device), "about": about}
-                files.write_json(path, content)
+                files.write_json(path, content, private=True)
             here = shared | told(content["about"])
             frames.append(pd.DataFrame([{**here, **dict(sorted(row.items()))} for row in content["rows"]]))
     found = pd.concat(frames, ignore_index=True)

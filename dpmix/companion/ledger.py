@@ -14,7 +14,8 @@ from IPython.display import Markdown
 from dpmix.companion import evidence, grids, networks, paper, verdicts
 from dpmix.companion.report import label
 from dpmix.companion.verdicts import Comparison
-from dpmix.runs import experiments
+from dpmix.runs.result import frame
+from dpmix.runs.run import look_up
 
 NOT_RUN = "not run"
 # The tables whose differences are ratios: the column of their runs, and what a comparison is averaged over.
@@ -68,11 +69,11 @@ def stored(scale: str) -> dict[str, pd.DataFrame]:
         "table10": grids.halves_grid(scale, eps=2),
         "table12": grids.pure_grid(scale, eps=1, models=one),
     }
-    found, store = {}, experiments.Store()
+    found = {}
     for table, wanted in cells.items():
-        there = [(c, r) for c in wanted if (r := store.get(experiments.key(c.spec))) is not None]
+        there = [(c, r) for c, r in zip(wanted, look_up([c.spec for c in wanted]), strict=True) if r is not None]
         if there:
-            runs = grids.labelled([c for c, _ in there], experiments.frame(r for _, r in there))
+            runs = grids.labelled([c for c, _ in there], frame(r for _, r in there))
             found[table] = _ready(table, evidence.choose(runs, _rate_for(table)))
     return found
 

@@ -1,13 +1,12 @@
 """Files that are whole or absent. Everything dpmix writes goes through here; nothing is ever unpickled.
 
 A file is written under a temporary name beside its target, flushed to disk, and renamed. What is read back carries a
-checksum. A crash at any moment leaves the old file or the new one.
+checksum. A crash at any moment leaves the old file or the new one, a checkpoint too.
 """
 
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,10 @@ from torch import Tensor
 
 
 def digest(*parts: str | bytes) -> str:
-    """sha256, in hexadecimal, over the parts; their boundaries count."""
+    """sha256, in hexadecimal, over the parts; their boundaries count. A file name may hold bytes that are no UTF-8."""
     total = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "little") + data)
     return total.hexdigest()
 
@@ -59,11 +59,11 @@ def _umask() -> int:
     return mask
 
 
-_UMASK = _umask()  # records of runs hold seeds: who keeps others out of new files keeps them out of these
+_UMASK = _umask()
 
 
-def write(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Write `data` to `path`, atomically; what was there is kept as `previous`, if that is given.
+def write(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write `data` to `path`, atomically. `private`: only its owner reads it, and a folder that is made for it.
 
     OSError with one clear line if the disk is full or the folder cannot be written; what was there is then untouched.
     """
@@ -71,27 +71,26 @@ def write(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     temporary = None
     try:
         with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")  # 0600
             temporary = Path(name)
             with os.fdopen(handle, "wb") as out:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-            temporary.chmod(0o666 & ~_UMASK)
-            if previous is not None:
-                with contextlib.suppress(FileNotFoundError):  # absent, or another process has just moved it
-                    path.replace(previous)
+            if not private:
+                temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, *, private: bool = False) -> None:
     """A JSON object with the checksum of its content beside it."""
     body = json.dumps(content, sort_keys=True, indent=1)
-    write(path, json.dumps({"sha256": digest(body), "content": content}, sort_keys=True, indent=1).encode())
+    whole = json.dumps({"sha256": digest(body), "content": content}, sort_keys=True, indent=1)
+    write(path, whole.encode(), private=private)
 
 
 def read_json(path: Path) -> dict | None:
@@ -113,10 +112,6 @@ class Damaged(ValueError):
     """A file of tensors that is truncated, altered, or none of ours."""
 
 
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".previous")
-
-
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:
     parts: list[str | bytes] = [about]
     for name, t in sorted(tensors.items()):
@@ -130,53 +125,37 @@ def save_tensors(
     spec: dict[str, Any],
     meta: dict[str, Any] | None = None,
     *,
-    keep: bool = False,
+    private: bool = False,
 ) -> None:
     """One safetensors file: tensors, what they belong to (`spec`), `meta`, and a sha256 over all of it.
 
-    `spec` and `meta` are JSON-able. With `keep`, as for checkpoints, the file before it stays as NAME.previous, if it is
-    whole: at every moment a whole one is on the disk.
+    `spec` and `meta` are JSON-able. A checkpoint is `private`.
     """
-    path = Path(path)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = json.dumps({"spec": spec, "meta": meta or {}}, sort_keys=True)
     data = safetensors.torch.save(tensors, {"about": about, "sha256": _checksum(tensors, about)})
-    if keep:
-        try:
-            _read(path)
-        except (FileNotFoundError, Damaged):
-            keep = False
-    write(path, data, previous=_previous(path) if keep else None)
+    write(path, data, private=private)
 
 
 def load_tensors(
     path: Path, spec: dict[str, Any] | None = None, *, name: str = "checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and meta of the newest whole file, or None if there is none. Nothing is unpickled.
+    """Tensors and meta of a file, or None if there is none. Nothing is unpickled.
 
-    A damaged file is named in a warning and the one before it is used. Raises `Damaged` (a ValueError) where there are
-    files and none is whole, ValueError naming the differences where they belong to another `spec`. `name` is the
-    argument that errors speak of.
+    Raises `Damaged` (a ValueError) where it is not whole, ValueError naming the differences where it belongs to another
+    `spec`. `name` is the argument that errors speak of.
     """
-    reasons = []
-    for candidate in (Path(path), _previous(Path(path))):
-        try:
-            tensors, about = _read(candidate)
-        except FileNotFoundError:
-            continue
-        except Damaged as damage:
-            reasons.append(f"{name}={str(candidate)!r}: damaged ({damage})")
-            continue
-        if reasons:
-            warnings.warn(f"{reasons[0]}; going on from the one before it", stacklevel=2)
-        differs = "" if spec is None else differences(about["spec"], json.loads(json.dumps(spec)))
-        if differs:
-            said = f"belongs to another run ({differs}); give another path or remove it"
-            raise ValueError(f"{name}={str(candidate)!r}: {said}")
-        return tensors, about["meta"]
-    if reasons:
-        raise Damaged(f"{reasons[0]}, and there is no whole one before it; remove it to start afresh")
-    return None
+    said = f"{name}={str(path)!r}"
+    try:
+        tensors, about = _read(path)
+    except FileNotFoundError:
+        return None
+    except Damaged as damage:
+        raise Damaged(f"{said}: damaged ({damage}); remove it to start afresh") from damage
+    differs = "" if spec is None else differences(about["spec"], json.loads(json.dumps(spec)))
+    if differs:
+        raise ValueError(f"{said}: belongs to another run ({differs}); give another path or remove it")
+    return tensors, about["meta"]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -199,48 +178,15 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{k}: {made.get(k)!r} there, {wanted.get(k)!r} here" for k in keys)
 
 
-def set_aside_checkpoint(path: Path, **wanted: Any) -> None:
-    """Set a checkpoint aside, and the one before it, if one of them is of a spec that holds other values than `wanted`."""
-    places = _previous(Path(path)), Path(path)
-    for place in places:
-        with contextlib.suppress(FileNotFoundError, Damaged):
-            made = _read(place)[1]["spec"]
-            if any(made.get(name) != value for name, value in wanted.items()):
-                return set_aside(*places)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint and the one before it."""
-    Path(path).unlink(missing_ok=True)
-    _previous(Path(path)).unlink(missing_ok=True)
-
-
-def set_aside(*paths: Path) -> None:
-    """Rename files that belong together, STEM.* to STEM-1.* or the first number that is free. The last one counts: a
-    renaming that was cut off before it goes on."""
-
-    def place(path: Path, number: int) -> Path:
-        stem, dot, rest = path.name.partition(".")
-        return path.with_name(f"{stem}-{number}{dot}{rest}")
-
-    number = next(n for n in itertools.count(1) if not place(paths[-1], n).exists())
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(place(path, number))
-
-
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock between processes: a second holder waits. Released by the system if the process dies."""
-    import fcntl
-
     path = Path(path)
+    held = filelock.FileLock(path, mode=0o600)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()

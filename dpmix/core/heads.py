@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,13 +30,17 @@ from dpmix.core.sources import encode as encode
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """One DP-SGD run on a frozen encoder. `learning_rate` is eta of Algorithm 1, applied to the mean over B."""
+    """One DP-SGD run on a frozen encoder. `learning_rate` is eta of Algorithm 1, applied to the mean over B.
+
+    Heads that differ in anything, be it their `identity`, have independent noise.
+    """
 
     recipe: views.Recipe
     learning_rate: float
     noise_multiplier: float
     clip_norm: float = 1.0
     momentum: float = 0.0
+    identity: str = ""
 
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
@@ -79,7 +83,7 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 def train_heads(
     encoder: Encoder,
-    images: UInt8[Tensor, "n C H W"],
+    images: views.Images,
     labels: Int64[Tensor, " n"],
     heads: Sequence[Head],
     *,
@@ -259,7 +263,7 @@ def _clocks(state: _State, source: Source) -> dict[str, float]:
 def _save(path: Path, told: dict[str, Any], state: _State, source: Source) -> None:
     meta = {"step": state.step, "views": state.views, "dropped": state.dropped, "seconds": _clocks(state, source)}
     moving = dict(zip(("moving weights", "moving biases"), state.moving or (), strict=False))
-    files.save_tensors(path, {"weights": state.weights, "biases": state.biases, **moving}, told, meta, keep=True)
+    files.save_tensors(path, {"weights": state.weights, "biases": state.biases, **moving}, told, meta, private=True)
 
 
 def _load(path: Path, told: dict[str, Any], fresh: _State) -> _State:

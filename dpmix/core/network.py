@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Num
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,7 +69,7 @@ class _State:
 
 def train(
     model: nn.Module,
-    images: Num[Tensor, "n C H W"],
+    images: views.Images,
     labels: Int64[Tensor, " labels"],
     *,
     seed: rng.Seed,
@@ -242,7 +242,7 @@ class _Run:
             tensors = {name: t for name in TENSORS if (t := getattr(self.state, name)) is not None}
             meta = {"compute": self.compute, "step": self.state.step, "counters": self.state.counters}
             meta |= {"seconds": self.seconds(), "diagnostics": self.diagnostics}
-            files.save_tensors(self.path, tensors, self.belongs_to, meta, keep=True)
+            files.save_tensors(self.path, tensors, self.belongs_to, meta, private=True)
 
     def load(self) -> None:
         """Go on from the checkpoint, if it is there."""
@@ -293,14 +293,14 @@ def noise_of(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, images: Num[Tensor, "n C H W"], labels: Int64[Tensor, " n"], *, physical_batch: int = 256
+    model: nn.Module, images: views.Images, labels: Int64[Tensor, " n"], *, physical_batch: int = 256
 ) -> float:
     """The fraction of images whose largest logit is their label's, without augmentation. On private images this is a
     diagnostic, not for release. No images: nan."""
     device, hits = next(model.parameters()).device, 0
-    for x, y in zip(images.split(physical_batch), labels.split(physical_batch), strict=True):
-        pixels = views.transforms.as_float(x.to(device))
-        hits += int((model(pixels).argmax(1) == y.to(device)).sum())
+    for rows in torch.arange(len(labels)).split(physical_batch) if len(labels) else ():
+        pixels = views.transforms.as_float(images[rows].to(device))
+        hits += int((model(pixels).argmax(1) == labels[rows].to(device)).sum())
     return hits / len(labels) if len(labels) else float("nan")
 
 

@@ -64,7 +64,7 @@ class Mechanism:
 
 def check_arguments(
     model: nn.Module,
-    images: Tensor,
+    images: views.Images,
     labels: Tensor,
     num_classes: int,
     physical_batch: int,
@@ -86,7 +86,7 @@ def check_arguments(
             raise ValueError(f"model: layer {name!r} is {kind}(p={layer.p}), whose draws are not keyed; set p=0")
 
 
-def check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
+def check_model(model: nn.Module, images: views.Images, num_classes: int) -> None:
     """Run the model on three images of pure noise: it must take them, answer with finite logits and not mix them."""
     like = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
     probe = torch.from_numpy(rng.generator(0, "probe").random((3, *images.shape[1:]))).to(like)
@@ -100,7 +100,7 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int) -> None:
     require(
         answer == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {answer}"
     )
-    check_network(model, images.shape[1:])
+    check_network(model, tuple(images.shape[1:]))
 
 
 def check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:

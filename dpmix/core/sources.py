@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dpmix.core import checks, files, rng, views
@@ -71,7 +71,7 @@ class FreshViews:
     def __init__(
         self,
         encoder: Encoder,
-        images: UInt8[Tensor, "n C H W"],
+        images: views.Images,
         labels: Int64[Tensor, " n"],
         recipes: Sequence[views.Recipe],
         *,
@@ -154,8 +154,9 @@ def lap(seconds: dict[str, float], name: str, since: float) -> float:
 
 @torch.no_grad()
 def encode(
-    encoder: Encoder, images: UInt8[Tensor, "n C H W"], device: str | torch.device = "cpu", batch: int = 512
+    encoder: Encoder, images: views.Images, device: str | torch.device = "cpu", batch: int = 512
 ) -> Float[Tensor, "n D"]:
     """Features of images as they are, no augmentation: for evaluation."""
-    parts = [encoder.features(as_float(part.to(device))).float().cpu() for part in images.split(batch)]
+    rows = torch.arange(len(images)).split(batch)
+    parts = [encoder.features(as_float(images[some].to(device))).float().cpu() for some in rows]
     return torch.cat(parts) if parts else torch.zeros(0, encoder.dim)

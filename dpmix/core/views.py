@@ -15,11 +15,11 @@ same views whether it is computed alone or in a union with others, and a smaller
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Num, UInt8
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from dpmix.core import checks, rng, transforms
@@ -28,11 +28,23 @@ MIXES = ("mixup", "cutmix")
 
 
 @runtime_checkable
+class Images(Protocol):
+    """Images `[n, C, H, W]` that are looked up by row when they are asked for. A tensor is one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Tensor: ...
+
+
+@runtime_checkable
 class PublicImages(Protocol):
     """What `make_views` needs of a public set: `data.ImageSet` has it."""
 
     @property
-    def images(self) -> UInt8[Tensor, "m C H W"]: ...
+    def images(self) -> Images: ...
 
     @property
     def labels(self) -> Int64[Tensor, " m"]: ...
@@ -161,7 +173,7 @@ class Union:
                 made[key] = Views(_transformed(images, key[1], draws), eye[labels][:, None].expand(-1, count, -1))
             elif key[0] == "public":
                 assert public is not None
-                chosen = (draws.uniform(1)[..., 0] * len(public.labels)).long().to(public.images.device)
+                chosen = (draws.uniform(1)[..., 0] * len(public.labels)).long().to(public.labels.device)
                 pixels = transforms.as_float(public.images[chosen]).to(images.device)
                 made[key] = Views(pixels, eye[public.labels[chosen].to(images.device)])
             else:

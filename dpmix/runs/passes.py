@@ -1,4 +1,4 @@
-"""One pass, from specs that share it to results: data, encoder, training, evaluation, provenance."""
+"""One pass, from runs that share it to results: training, evaluation, provenance."""
 
 import platform
 import subprocess
@@ -6,194 +6,85 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
-from dpmix import models
-from dpmix.core import accounting, checks, heads, network, rng, views
+from dpmix.core import accounting, heads, network, rng, views
 from dpmix.images import data
-from dpmix.images.overlap import refuse_overlap
+from dpmix.models import encoders
 from dpmix.models.wide_resnet import wide_resnet
-from dpmix.runs.spec import (
-    ComputeFlags,
-    Mechanism,
-    NonPrivateDiagnostics,
-    Result,
-    RunSpec,
-    code_digest,
-    files_of,
-    key,
-    mechanism,
-)
+from dpmix.runs.identity import Identity, code_digest
+from dpmix.runs.material import Material, Part
+from dpmix.runs.result import NonPrivateDiagnostics, Result
+from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec
 
-LIBRARIES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn")
-SCALED = ("caltech256", "sun397", "pets")  # files of many sizes: decoded at the encoder's size
+LIBRARIES = (
+    "torch", "torchvision", "timm", "open_clip_torch", "Pillow", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn",
+)  # fmt: skip
 
 Done = tuple[Result, dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Material:
-    """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
-    that are trained on. `digest` is that of the splits, `files` that of `spec.files_of`, without and
-    with the synthetic images."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A run that is to be computed. `name` is its result's in the store, `seed_drawn` whether the software drew its seed;
+    `mechanism` and `epsilon` are what the accountants said beforehand."""
 
-    n: int
-    train: data.ImageSet
-    ids: Int64[Tensor, " n"]
-    validation: data.ImageSet
-    test: data.ImageSet
-    public: data.ImageSet | None
-    synthetic: data.ImageSet | None
-    encoder: models.Encoder | None
-    digest: str
-    files: dict[bool, str]
+    identity: Identity
+    name: str
+    seed_drawn: bool
+    mechanism: Mechanism
+    epsilon: dict[str, float | None]
 
-    def origin(self, group: Sequence[RunSpec]) -> dict[str, str]:
-        """What a checkpoint of these runs must agree with to go on."""
-        return {"data": self.digest, "files": self.files[any(s.uses_synthetic for s in group)]}
+    @property
+    def spec(self) -> RunSpec:
+        return self.identity.spec
 
 
-def pass_of(spec: RunSpec) -> RunSpec:
-    """The spec with all that may differ between heads of one pass blanked: equal for runs that can share a pass."""
-    if spec.from_scratch:
-        return spec
-    blank = views.Recipe(k_base=1)
-    return replace(spec, recipe=blank, epsilon=None, learning_rate=1.0, clip_norm=1.0, accountant="rdp", delta=1e-5)
-
-
-def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " v"]]:
-    """Places of training and validation examples: each is held out by a keyed coin of its own, with probability `share`.
-
-    Coins do not look at each other, so removing an example removes it from its part and moves nobody else: the training
-    parts of neighbouring data sets are neighbours.
-    """
-    held_out = rng.generator(seed, "validation").random(n) < share
-    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
-
-
-@lru_cache(
-    maxsize=2
-)  # the passes of a table differ in seed and encoder: they share the data, which are never written to
-def _load(dataset: str, root: str, image_size: int | None, cached: str, state: str) -> data.Splits:
-    """`state`, of `files_of`, keeps the images before a change of their files apart from those after it."""
-    return data.load(dataset, root, image_size=image_size, cache=cached)
-
-
-@lru_cache(maxsize=2)
-def _load_public(
-    dataset: str, root: str, image_size: int | None, cached: str, state: str, with_synthetic: str
-) -> data.ImageSet:
-    """The synthetic images, once it is known that none is a copy of a private one. The last two are of `files_of`."""
-    splits = _load(dataset, root, image_size, cached, state)
-    public = data.public_images(dataset, root, like=splits.train, cache=cached)
-    refuse_overlap(splits, public)
-    return public
-
-
-def prepare(shared: RunSpec, group: Sequence[RunSpec], compute: ComputeFlags) -> Material:
-    """Load and check everything that the pass needs, before any training. Errors name what is missing and the remedy."""
-    encoder = None
-    image_size = shared.image_size
-    if not shared.from_scratch:
-        encoder = models.encoder(shared.model, shared.weights, image_size=shared.image_size).to(
-            compute.where(), compute.precision()
-        )
-        # Of a folder too: a size that one image can change would be a constant taken from private data.
-        scaled = shared.dataset in SCALED or shared.dataset.startswith("folder:")
-        image_size = encoder.image_size if scaled else None
-        for name, wired in (("momentum", 0.0), ("redraw", True), ("feature_scaling", "none")):
-            said = "is not wired up for heads yet"
-            checks.require(getattr(shared, name) == wired, name, getattr(shared, name), said)
-    needs = any(s.uses_synthetic for s in group)
-    if needs:
-        data.find_public(
-            shared.dataset, compute.root
-        )  # before the private images are decoded, which takes hours for some
-    state = {synthetic: files_of(shared.dataset, compute.root, synthetic) for synthetic in {False, needs}}
-    source = shared.dataset, compute.root, image_size, compute.cache, state[False]
-    splits = _load(*source)
-    whole = splits.train
-    if encoder is not None:
-        channels = int(whole.images.shape[1])
-        takes = " or ".join(map(str, encoder.channels))
-        fits = f"{shared.model} takes images of {takes} channel(s) and {shared.dataset} has {channels}; choose another model"
-        checks.require(channels in encoder.channels, "model", shared.model, fits)
-    halves = rng.generator(shared.seed or 0, "halves").permutation(len(whole))
-    half = {"half-1": torch.from_numpy(np.sort(halves[0::2])), "half-2": torch.from_numpy(np.sort(halves[1::2]))}
-    synthetic = _load_public(*source, state[True]) if needs else None
-    if shared.train_on == "synthetic":
-        assert synthetic is not None
-        pool, ids = synthetic, torch.arange(len(synthetic))
-    elif shared.train_on == "all":
-        pool, ids = whole, torch.arange(len(whole))
-    else:
-        pool, ids = whole, half[shared.train_on]
-    kept, held_out = validation_split(len(ids), shared.validation, shared.seed or 0)
-    public = whole.subset(half["half-2"]) if shared.public == "half-2" else synthetic
-    if public is not None and shared.public == "synthetic-half":  # Table 10: D as large as S1
-        order = rng.generator(shared.seed or 0, "public").permutation(len(public))
-        public = public.subset(torch.from_numpy(np.sort(order[: len(half["half-1"])])))
-    train = pool.subset(ids[kept])
-    checks.require(len(train) > 0, "dataset", shared.dataset, "has no training examples after the validation split")
-    validation = pool.subset(ids[held_out])
-    held = train, ids[kept], validation, splits.test, public, synthetic
-    return Material(len(ids), *held, encoder, splits.digest, state)
-
-
-def compute_heads(
-    group: Sequence[RunSpec], material: Material, compute: ComputeFlags, checkpoint: Path
-) -> Iterator[Done]:
-    """All specs of a frozen encoder in one pass."""
-    shared, encoder = group[0], material.encoder
-    assert encoder is not None and shared.seed is not None
-    device = compute.where()
-    train = material.train
-    mechanisms = [mechanism(spec, material.n) for spec in group]
-    bank_heads = heads_of(group, mechanisms, material)
+def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Iterator[Done]:
+    """All runs of a frozen encoder in one pass."""
+    spec, encoder, device = group[0].spec, material.encoder, compute.where()
+    assert encoder is not None
     start = time.perf_counter()
     physical = compute.physical_batch or 128
-    common: dict[str, Any] = dict(num_classes=train.num_classes, physical_batch=physical, device=device,
+    common: dict[str, Any] = dict(num_classes=material.train.num_classes, physical_batch=physical, device=device,
                                   progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
-    initial = _pretrain(shared, material, common) if shared.pretrain_epochs else None
-    # Two specs may come to the same head (an epsilon given as 1 and as 1.0, say): it is trained once.
-    unique = list(dict.fromkeys(bank_heads))
+    initial = _pretrain(spec, material, common) if spec.pretrain_epochs else None
+    _, sample_rate, steps, _ = group[0].mechanism
     bank = heads.train_heads(
-        encoder, train.images, train.labels, unique, expected_batch=shared.batch_size, steps=mechanisms[0].steps,
-        sample_rate=mechanisms[0].sample_rate, seed=training_seed(shared), public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, identity=stream(shared), spec=material.origin(group), **common,
+        encoder, material.train.images, material.train.labels, heads_of(group, material), expected_batch=spec.batch_size,
+        steps=steps, sample_rate=sample_rate, seed=training_seed(spec), public=material.public, initial=initial,
+        ids=material.ids, checkpoint=checkpoint, **common,
     )  # fmt: skip
     scores: dict[str, list] = {}
-    for name, images in (("validation", material.validation), ("test", material.test)):
-        features = heads.encode(encoder, images.images, device)
-        scores[name] = heads.accuracy(bank, features, images.labels).tolist() if len(images) else [None] * len(unique)
-    seconds = time.perf_counter() - start
-    timing = {"seconds": seconds, "shares": bank.seconds, "views": bank.views, "heads": len(unique),
+    for name, part in (("validation", material.validation), ("test", material.test)):
+        features = heads.encode(encoder, part.images, device)
+        scores[name] = heads.accuracy(bank, features, part.labels).tolist() if len(part) else [None] * len(group)
+    timing = {"seconds": time.perf_counter() - start, "shares": bank.seconds, "views": bank.views, "heads": len(group),
               "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9), "physical_batch": physical,
               "dtype": str(compute.precision())}  # fmt: skip
-    for spec, head, m in zip(group, bank_heads, mechanisms, strict=True):
-        r = unique.index(head)
-        diagnostics = NonPrivateDiagnostics(
-            validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped, train_examples=len(train)
-        )
+    for r, task in enumerate(group):
+        seen = NonPrivateDiagnostics(
+            validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped,
+            train_examples=len(material.train),
+        )  # fmt: skip
         tensors = {"weight": bank.weights[r], "bias": bank.biases[r]}
-        yield result(spec, m, scores["test"][r], diagnostics, timing, material, device), tensors
+        yield result(task, scores["test"][r], seen, timing, material, device), tensors
 
 
-def heads_of(specs: Sequence[RunSpec], mechanisms: Sequence[Mechanism], material: Material) -> list[heads.Head]:
-    """The head of each spec, with the noise of its mechanism."""
-    flip = material.train.flip
+def heads_of(group: Sequence[Task], material: Material) -> list[heads.Head]:
+    """The head of each run, with the noise of its mechanism, which is its own: keyed by its identity."""
     return [
-        heads.Head(recipe=s.recipe.for_data(flip), learning_rate=s.learning_rate, clip_norm=s.clip_norm,
-                   noise_multiplier=m.noise_multiplier)
-        for s, m in zip(specs, mechanisms, strict=True)
+        heads.Head(
+            recipe=t.spec.recipe.for_data(material.train.flip), learning_rate=t.spec.learning_rate,
+            clip_norm=t.spec.clip_norm, noise_multiplier=t.mechanism.noise_multiplier, identity=t.identity.run,
+        )
+        for t in group
     ]  # fmt: skip
 
 
@@ -209,97 +100,95 @@ def training_seed(spec: RunSpec) -> int:
     return _public_seed(spec.seed) if spec.train_on == "synthetic" else spec.seed
 
 
-def stream(spec: RunSpec) -> str:
-    """What keeps the noise of runs with one seed apart, beyond the arguments of training: the part of the spec that says
-    what is trained on which data, by name. Never the data themselves: neighbours must have the same noise."""
-    names = ("dataset", "model", "weights", "train_on", "public", "pretrain_epochs", "validation", "population")
-    return repr([(name, getattr(spec, name)) for name in names])
-
-
-def _pretrain(shared: RunSpec, material: Material, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _pretrain(spec: RunSpec, material: Material, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """A head trained on the synthetic images by plain SGD (Table 6): no private image, no noise, no clipping."""
     public, encoder = material.synthetic, material.encoder
-    assert public is not None and encoder is not None and shared.seed is not None
-    batch = min(shared.batch_size, len(public))
-    steps = accounting.steps_for(n=len(public), batch_size=batch, epochs=shared.pretrain_epochs)
+    assert public is not None and encoder is not None and spec.seed is not None
+    batch = min(spec.batch_size, len(public))
+    steps = accounting.steps_for(n=len(public), batch_size=batch, epochs=spec.pretrain_epochs)
     recipe = views.METHODS["self-aug"].for_data(public.flip)
     plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
     bank = heads.train_heads(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
-                            sample_rate=batch / len(public), seed=_public_seed(shared.seed), **common)  # fmt: skip
+                             sample_rate=batch / len(public), seed=_public_seed(spec.seed), **common)  # fmt: skip
     return bank.weights[0], bank.biases[0]
 
 
 def compute_network(
-    group: Sequence[RunSpec], material: Material, compute: ComputeFlags, checkpoint: Path
+    group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path
 ) -> Iterator[Done]:
-    """A network from scratch: one spec, one training run, with checkpoints; under torchrun, on all processes together."""
-    (spec,) = group
+    """A network from scratch: one training run, with checkpoints; under torchrun, on all processes together."""
+    (task,) = group
+    spec, m, device, train = task.spec, task.mechanism, compute.where(), material.train
     assert spec.seed is not None
-    train, m, device = material.train, mechanism(spec, material.n), compute.where()
-    depth, width = map(int, spec.model.split("-")[1:])
-    recipe = spec.recipe.for_data(train.flip)
-    model = wide_resnet(depth, width, train.num_classes, channels=int(train.images.shape[1]), seed=spec.seed)
-    physical = compute.physical_batch or (64 if device.type == "cuda" else 8)
+    on_gpu = device.type == "cuda"
+    channels = int(train.images.shape[1])
+    model = wide_resnet(*spec.network, train.num_classes, channels=channels, seed=spec.seed)
+    physical = compute.physical_batch or (64 if on_gpu else 8)
     trained = network.train(
-        model, train.images, train.labels, recipe=recipe, num_classes=train.num_classes, clip_norm=spec.clip_norm,
-        noise_multiplier=m.noise_multiplier, learning_rate=spec.learning_rate,
+        model, train.images, train.labels, recipe=spec.recipe.for_data(train.flip), num_classes=train.num_classes,
+        clip_norm=spec.clip_norm, noise_multiplier=m.noise_multiplier, learning_rate=spec.learning_rate,
         expected_batch=spec.batch_size / spec.microbatch, sample_rate=m.sample_rate, steps=m.steps, seed=spec.seed,
-        ids=material.ids, places=material.n, identity=stream(spec),
-        public=material.public, momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
+        ids=material.ids, places=material.n, identity=task.identity.run, public=material.public,
+        momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
         microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
-        autocast=torch.bfloat16 if compute.precision() == torch.bfloat16 else None,
-        channels_last=device.type == "cuda", device=device,
-        delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
-        checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress,
-        spec=material.origin(group) | {"network": spec.model},
+        autocast=torch.bfloat16 if compute.precision() == torch.bfloat16 else None, channels_last=on_gpu,
+        device=device, delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
+        checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress, spec={"network": spec.model},
     )  # fmt: skip
     model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
-    scores = [
-        network.accuracy(model, s.images, s.labels) if len(s) else None for s in (material.test, material.validation)
-    ]
-    diagnostics = NonPrivateDiagnostics(
-        validation_accuracy=scores[1], dropped_gradients=trained.counters["non_finite"], train_examples=len(train)
+    test, held_out = (_accuracy(model, part) for part in (material.test, material.validation))
+    assert test is not None
+    seen = NonPrivateDiagnostics(
+        validation_accuracy=held_out, dropped_gradients=trained.counters["non_finite"], train_examples=len(train)
     )
     timing = {"seconds": trained.seconds, "views": trained.counters["views"], "engine": trained.engine, "heads": 1,
               "views_per_second": trained.counters["views"] / max(trained.seconds, 1e-9), "physical_batch": physical,
-              "dtype": str(compute.precision()), "channels_last": device.type == "cuda"}  # fmt: skip
-    assert scores[0] is not None
+              "dtype": str(compute.precision()), "channels_last": on_gpu}  # fmt: skip
     tensors = {name: t.float() for name, t in model.state_dict().items()}
-    yield result(spec, m, scores[0], diagnostics, timing, material, device), tensors
+    yield result(task, test, seen, timing, material, device), tensors
+
+
+def _accuracy(model: torch.nn.Module, part: data.ImageSet | Part) -> float | None:
+    return network.accuracy(model, part.images, part.labels) if len(part) else None
 
 
 def result(
-    spec: RunSpec, m: Mechanism, test_accuracy: float, diagnostics: NonPrivateDiagnostics, timing: dict, material: Material,
+    task: Task, test_accuracy: float, seen: NonPrivateDiagnostics, timing: dict[str, Any], material: Material,
     device: torch.device,
 ) -> Result:  # fmt: skip
-    """The record of a finished run, with epsilon by every accountant and where it came from."""
+    """The record of a finished run, with where it came from."""
+    spec, m, identity, encoder = task.spec, task.mechanism, task.identity, material.encoder
+    made_of = {"private": identity.private, "public": identity.public, "encoder": identity.encoder}
     return Result(
-        spec=spec, key=key(spec), test_accuracy=test_accuracy, epsilon=_epsilons(m, spec.delta),
-        noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps, divisor=spec.batch_size / spec.microbatch,
-        population=m.population, diagnostics=diagnostics, timing=timing,
+        spec=spec, key=task.name, seed_drawn=task.seed_drawn, test_accuracy=test_accuracy, epsilon=task.epsilon,
+        noise_multiplier=m.noise_multiplier, sample_rate=m.sample_rate, steps=m.steps,
+        divisor=spec.batch_size / spec.microbatch, population=m.population, diagnostics=seen, timing=timing,
         provenance=provenance(device, material.digest) | {
-            "classes": list(material.train.class_names), "files": material.files[spec.uses_synthetic]},
+            "contents": made_of, "classes": list(material.test.class_names),
+            "encoder": None if encoder is None else encoder_of(identity, encoder.image_size),
+        },
     )  # fmt: skip
 
 
-def _epsilons(m: Mechanism, delta: float) -> dict[str, float | None]:
-    if m.noise_multiplier == 0:
-        return dict.fromkeys(accounting.ACCOUNTANTS)
-    about = dict(noise_multiplier=m.noise_multiplier, delta=delta, sample_rate=m.sample_rate, steps=m.steps)
-    return {a: accounting.epsilon_spent(accountant=a, **about) for a in accounting.ACCOUNTANTS}
+def encoder_of(identity: Identity, image_size: int) -> dict[str, Any]:
+    """Which encoder made the features, for strangers: without the folder where its file lies."""
+    spec = identity.spec
+    path = encoders.weights_of(spec.model, spec.weights)
+    file = {"file": path, "sha256": None} if isinstance(path, str) else {"file": path.name, "sha256": identity.encoder}
+    name = encoders.public_name(spec.model)
+    return {"name": name, "image_size": image_size, **file, "package": encoders.package_of(spec.model)}
 
 
 def provenance(device: torch.device, split_digest: str) -> dict[str, Any]:
     """Device, versions, commit and date of a computation."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": name, "date": datetime.now(UTC).isoformat(timespec="seconds"), "splits": split_digest,
-        "code": code_digest(), **_environment(),
-    }  # fmt: skip
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"device": name, "date": date, "splits": split_digest, "code": code_digest(), **environment()}
 
 
 @cache
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Python, platform, versions of the libraries, and the commit."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str | None:

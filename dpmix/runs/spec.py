@@ -1,25 +1,29 @@
-"""What a run is (`RunSpec`), what it is computed with (`ComputeFlags`), what came of it (`Result`)."""
+"""What a run is (`RunSpec`), what it is computed with (`ComputeFlags`), and the mechanism that follows from it."""
 
-import functools
-import hashlib
-import json
 import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 
-from dpmix.core import accounting, checks, files, microbatch, views
+from dpmix.core import accounting, checks, microbatch, views
 from dpmix.core.clipping_network import ENGINES
 from dpmix.core.processes import device_of
 from dpmix.images import data
 from dpmix.models import encoders
 
-TRAIN_ON = ("all", "half-1", "half-2", "synthetic")
-PUBLIC = ("synthetic", "synthetic-half", "half-2")
-FEATURE_SCALING = ("none",)
+MEANINGFUL = 10.0  # the largest epsilon of which anybody could say what it promises
+NETWORK = re.compile(r"wrn-(\d+)-(\d+)")
+OPTIONS = {
+    "accountant": accounting.ACCOUNTANTS,
+    "train_on": ("all", "half-1", "half-2", "synthetic"),
+    "public": ("synthetic", "synthetic-half", "half-2"),
+    "feature_scaling": ("none",),
+}
+# What a run of the other kind would leave unread.
+FOR_HEADS = ("weights", "pretrain_epochs", "redraw", "feature_scaling")
+FOR_NETWORKS = ("weight_decay", "ema_decay", "microbatch", "microbatch_mix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,60 +75,61 @@ class RunSpec:
     microbatch_mix: str = "none"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_ranges()
+        for name, options in OPTIONS.items():
+            checks.one_of(name, getattr(self, name), options)
+        if not self.dataset.startswith("folder:"):
+            checks.one_of("dataset", self.dataset, data.NAMES)
+        if self.from_scratch:
+            depth, width = self.network
+            said = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
+            checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, said)
+        elif not self.model.startswith(("open_clip:", "timm:")):
+            checks.one_of("model", self.model, (*encoders.ENCODERS, "timm:NAME", "wrn-16-4"))
+        self._check_combinations()
+
+    def _check_kinds(self) -> None:
         for name in ("dataset", "model"):
             checks.require(isinstance(getattr(self, name), str), name, getattr(self, name), "must be a name")
         by_name = "must be a views.Recipe; the one of a method is views.METHODS[NAME]"
         checks.require(isinstance(self.recipe, views.Recipe), "recipe", self.recipe, by_name)
+        checks.require(isinstance(self.redraw, bool), "redraw", self.redraw, "must be True or False")
+        for name in ("batch_size", "microbatch"):
+            checks.whole(name, getattr(self, name), 1)
+        for name, least in (("population", 1), ("image_size", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                checks.whole(name, getattr(self, name), least)
+
+    def _check_ranges(self) -> None:
         if self.epsilon is not None:
             checks.positive("epsilon", self.epsilon, "; for example epsilon=2.0")
         good = isinstance(self.delta, float) and 0 < self.delta < 1
         checks.require(good, "delta", self.delta, "must lie strictly between 0 and 1, well below 1/N")
-        for name in ("learning_rate", "clip_norm", "epochs"):
+        numbers = ("learning_rate", "clip_norm", "epochs")
+        for name in numbers:
             checks.positive(name, getattr(self, name))
-        checks.whole("batch_size", self.batch_size, 1)
-        checks.whole("microbatch", self.microbatch, 1)
-        checks.floats(self, "epsilon", "learning_rate", "clip_norm", "epochs", "validation", "pretrain_epochs", "momentum",
-                      "weight_decay", "ema_decay")  # fmt: skip
-        if self.population is not None:
-            checks.whole("population", self.population, 1)
-        if self.seed is not None:
-            checks.whole("seed", self.seed)
-        if self.image_size is not None:
-            checks.whole("image_size", self.image_size, 1)
-        checks.require(isinstance(self.redraw, bool), "redraw", self.redraw, "must be True or False")
-        for name, options in (("accountant", accounting.ACCOUNTANTS), ("train_on", TRAIN_ON), ("public", PUBLIC),
-                              ("feature_scaling", FEATURE_SCALING)):  # fmt: skip
-            checks.one_of(name, getattr(self, name), options)
+        shares = ("validation", "pretrain_epochs", "momentum", "weight_decay", "ema_decay")
+        checks.floats(self, "epsilon", *numbers, *shares)
+        checks.require(0 <= self.validation < 1, "validation", self.validation, "must be a share in [0, 1)")
+        checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
+        for name in ("pretrain_epochs", "weight_decay"):
+            checks.require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        decay = self.ema_decay
+        checks.require(decay is None or 0 < decay < 1, "ema_decay", decay, "must lie in (0, 1), or be None")
+
+    def _check_combinations(self) -> None:
         said = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
         checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, said)
-        checks.require(0 <= self.validation < 1, "validation", self.validation, "must be a share in [0, 1)")
-        checks.require(self.pretrain_epochs >= 0, "pretrain_epochs", self.pretrain_epochs, "must not be negative")
-        checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
-        checks.require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        if self.ema_decay is not None:
-            checks.require(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in (0, 1), or be None")
-        if not self.dataset.startswith("folder:"):
-            checks.one_of("dataset", self.dataset, data.NAMES)
-        if not (self.from_scratch or self.model.startswith(("open_clip:", "timm:"))):
-            checks.one_of("model", self.model, (*encoders.ENCODERS, "timm:NAME", "wrn-16-4"))
-        if self.from_scratch:
-            depth, width = map(int, self.model.split("-")[1:])
-            said = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
-            checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, said)
         microbatch.check_mix(self.microbatch, self.microbatch_mix)
         said = "the partition is one of the whole training set; take train_on='all'"
         halved = self.train_on.startswith("half")
         checks.require(self.microbatch == 1 or not halved, "microbatch", self.microbatch, said)
-        # What the other kind of run would leave unread is refused.
-        unread = ("pretrain_epochs", "weights", "redraw", "feature_scaling") if self.from_scratch else (
-            "weight_decay", "ema_decay", "microbatch", "microbatch_mix")  # fmt: skip
+        unread = FOR_HEADS if self.from_scratch else FOR_NETWORKS
         kind = "a network from scratch" if self.from_scratch else "a linear head on a frozen encoder"
         for f in fields(self):
-            if f.name in unread:
-                value = getattr(self, f.name)
-                checks.require(
-                    value == f.default, f.name, value, f"means nothing for {kind}, {self.model!r}; leave it out"
-                )
+            value, said = getattr(self, f.name), f"means nothing for {kind}, {self.model!r}; leave it out"
+            checks.require(f.name not in unread or value == f.default, f.name, value, said)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "RunSpec":
@@ -134,7 +139,14 @@ class RunSpec:
     @property
     def from_scratch(self) -> bool:
         """Whether every weight of a network is trained, rather than a linear head on a frozen encoder."""
-        return re.fullmatch(r"wrn-\d+-\d+", self.model) is not None
+        return NETWORK.fullmatch(self.model) is not None
+
+    @property
+    def network(self) -> tuple[int, int]:
+        """Depth and width of a network from scratch."""
+        found = NETWORK.fullmatch(self.model)
+        assert found is not None
+        return int(found[1]), int(found[2])
 
     @property
     def uses_synthetic(self) -> bool:
@@ -163,20 +175,15 @@ class ComputeFlags:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None:
-            checks.whole("workers", self.workers, 1)
+        for name in ("workers", "physical_batch"):
+            if getattr(self, name) is not None:
+                checks.whole(name, getattr(self, name), 1)
         checks.one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         checks.one_of("engine", self.engine, ENGINES)
-        said = "must not be negative"
-        checks.require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, said)
-        checks.require(
-            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-            "device",
-            self.device,
-            "must be 'auto', 'cpu' or 'cuda'",
-        )
-        if self.physical_batch is not None:
-            checks.whole("physical_batch", self.physical_batch, 1)
+        seconds, said = self.checkpoint_seconds, "must not be negative"
+        checks.require(seconds >= 0, "checkpoint_seconds", seconds, said)
+        named = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        checks.require(named is not None, "device", self.device, "must be 'auto', 'cpu' or 'cuda'")
 
     def where(self) -> torch.device:
         """The device: the first GPU if there is one (under torchrun, the process's own), unless named."""
@@ -188,48 +195,6 @@ class ComputeFlags:
         return torch.bfloat16 if fast else torch.float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class NonPrivateDiagnostics:
-    """What was computed from private data without noise. For choosing and debugging; never part of a release."""
-
-    validation_accuracy: float | None
-    dropped_gradients: int
-    train_examples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One run. `test_accuracy` (0..1) is that of the last step. `epsilon` holds each accountant's bound at spec.delta."""
-
-    spec: RunSpec
-    key: str
-    test_accuracy: float
-    epsilon: dict[str, float | None]
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    divisor: float
-    population: int
-    diagnostics: NonPrivateDiagnostics
-    timing: dict[str, Any]
-    provenance: dict[str, Any]
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict) -> "Result":
-        known = {f.name for f in fields(cls)}
-        rest = {k: v for k, v in content.items() if k in known}
-        return cls(
-            **{
-                **rest,
-                "spec": RunSpec.from_json(content["spec"]),
-                "diagnostics": NonPrivateDiagnostics(**content["diagnostics"]),
-            }
-        )
-
-
 class Mechanism(NamedTuple):
     """What the accountant is asked about: derived from a spec and the public size N of the training set."""
 
@@ -239,69 +204,57 @@ class Mechanism(NamedTuple):
     noise_multiplier: float
 
 
+def no_meaningful_guarantee(epsilon: float, delta: float, population: int) -> list[str]:
+    """Why (epsilon, delta) would protect nobody among `population` examples, in plain words; empty where it may."""
+    found = []
+    if delta >= 1 / population:
+        found.append(
+            f"delta={delta:g}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish one example "
+            "outright and is no meaningful one"
+        )
+    if epsilon > MEANINGFUL:
+        found.append(
+            f"epsilon={epsilon:.3g}: is above {MEANINGFUL:g}; one example may make a model e^{epsilon:.3g} times as likely, "
+            "which is no meaningful guarantee"
+        )
+    return found
+
+
 def mechanism(spec: RunSpec, n: int) -> Mechanism:
     """q, T and sigma of a run on `n` private examples, validation included. ValueError if B > N or epsilon is out of reach.
 
     A microbatch changes its clipped average by up to 2C when one example joins or leaves, so its noise is doubled
-    (Section 2.1 of the paper); q and T then count microbatches.
+    (Section 2.1 of the paper); q and T then count microbatches. Warns of a guarantee that would mean nothing.
     """
     population = round((1 - spec.validation) * n) if spec.population is None else spec.population
     allowed = f"must be at most the {population} training examples"
     checks.require(spec.batch_size <= population, "batch_size", spec.batch_size, allowed)
-    if spec.epsilon is not None and spec.delta >= 1 / population:
-        warnings.warn(f"delta={spec.delta}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish "
-                      "one example outright", stacklevel=2)  # fmt: skip
     steps = accounting.steps_for(n=population, batch_size=spec.batch_size, epochs=spec.epochs)
     q = spec.batch_size / population
     if spec.epsilon is None:
         return Mechanism(population, q, steps, 0.0)
     sigma = accounting.noise_multiplier(
-        epsilon=float(spec.epsilon), delta=spec.delta, sample_rate=q, steps=steps, accountant=spec.accountant
+        epsilon=spec.epsilon, delta=spec.delta, sample_rate=q, steps=steps, accountant=spec.accountant
     )
+    for said in no_meaningful_guarantee(spec.epsilon, spec.delta, population):
+        warnings.warn(said, stacklevel=2)
     return Mechanism(population, q, steps, sigma)
 
 
-@functools.cache
-def code_digest() -> str:
-    """sha256 over the source of every room that can change a result, and over the public stand-ins."""
-    here = Path(__file__).parents[1]
-    rooms = [p for room in ("core", "images", "models", "runs") for p in sorted((here / room).glob("*.py"))]
-    shipped = sorted(data.PUBLIC.glob("*.json"))
-    return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*rooms, *shipped]))
+def epsilons(spec: RunSpec, m: Mechanism) -> dict[str, float | None]:
+    """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say.
 
-
-def files_of(dataset: str, root: Path | str, synthetic: bool) -> str:
-    """A digest over names, sizes and times of the files that may change behind a data set: the images of a folder, and
-    with `synthetic` the synthetic ones of any data set but the digits, whose own are fixed. "" where there are none.
-
-    It tells whether a stored result still is one of these files. It is no part of any name: names are public.
+    Asked before training, so that what only a privacy card needs never costs a run. ValueError if `spec.accountant` itself
+    cannot say.
     """
-    base = data.synthetic_folder(dataset, root)
-    places = [base.parent / part for part in ("train", "test")] if dataset.startswith("folder:") else []
-    places += [base] if synthetic and dataset != "digits" else []
-    found = [p for place in places for p in sorted(place.rglob("*")) if p.is_file()]
-    states = ((p, p.stat()) for p in found)
-    parts = [f"{p.relative_to(base.parent).as_posix()} {s.st_size} {s.st_mtime_ns}" for p, s in states]
-    return files.digest(*parts) if parts else ""
-
-
-def key(spec: RunSpec) -> str:
-    """The name of a result in the store: it covers the spec, the code and the content of the file that `weights` names.
-
-    Pretrained weights of open_clip and timm are taken for what their name says (`models.encoder` compares a FILE.sha256).
-    """
-    weights = spec.weights or ""
-    if weights not in ("", "random"):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"weights={weights!r}: no such file; give a .safetensors file or a torch.save of tensors"
-            )
-        state = Path(weights).stat()
-        weights = _content(weights, state.st_size, state.st_mtime_ns)
-    return files.digest(json.dumps(asdict(spec), sort_keys=True), code_digest(), weights)[:32]
-
-
-@functools.cache
-def _content(path: str, size: int, changed: int) -> str:
-    """sha256 of a file, read once for as long as its size and time stay."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    found: dict[str, float | None] = dict.fromkeys(accounting.ACCOUNTANTS)
+    for name in accounting.ACCOUNTANTS if m.noise_multiplier else ():
+        try:
+            found[name] = accounting.epsilon_spent(
+                noise_multiplier=m.noise_multiplier, delta=spec.delta, sample_rate=m.sample_rate, steps=m.steps,
+                accountant=name,
+            )  # fmt: skip
+        except (ValueError, ArithmeticError) as error:
+            if name == spec.accountant:
+                raise ValueError(f"accountant={name!r}: has no epsilon at delta={spec.delta:g} ({error})") from error
+    return found

@@ -1,24 +1,25 @@
-"""Passes side by side, in processes of their own. `experiments.run_all` starts `python -m dpmix.runs.workers` and feeds it.
+"""Passes side by side, each in a process of its own (loky's, which do not run the caller's script again).
 
-Small encoders gain little from a second thread and all from a second process. A worker takes the specs of one pass after
-another, each a line of JSON on its standard input, and writes to the store, as any other process would; it answers each
-with a line of JSON.
+Small encoders gain little from a second thread and all from a second process. A worker takes one pass after another and
+writes to the store as any other process would.
 """
 
-import json
+import contextlib
 import os
+import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
+from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
-from dpmix.runs.spec import ComputeFlags, RunSpec, code_digest
+from dpmix.core import checks
+from dpmix.runs.identity import code_digest
+from dpmix.runs.spec import ComputeFlags
 
 
 def count(compute: ComputeFlags, passes: int) -> int:
@@ -28,48 +29,46 @@ def count(compute: ComputeFlags, passes: int) -> int:
     return max(1, min(most, passes))
 
 
-def run(groups: Sequence[Sequence[RunSpec]], compute: ComputeFlags, store: Path, workers: int) -> None:
-    """Compute every group of specs in one of `workers` processes, and wait for all of them.
+def run(work: Callable[..., None], passes: Sequence[Any], compute: ComputeFlags, workers: int, *about: Any) -> None:
+    """`work(pass, compute, *about)` for every pass, in `workers` processes; waits for all of them.
 
-    An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised
-    here as RuntimeError with its own words; the other groups are finished, by a new worker where one died.
+    An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised here
+    as RuntimeError with its own words; the other passes are finished, by a new worker where one died.
     """
-    waiting, errors = iter([[asdict(s) for s in group] for group in groups]), list[str]()
-    shared = {"compute": asdict(replace(compute, workers=1, progress=False)), "store": str(store.resolve())}
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    running: list[subprocess.Popen[str]] = []
-    change = threading.Lock()  # of `waiting`, `running` and the bar
-    interrupted = threading.Event()
+    waiting, errors, busy = iter(passes), list[str](), set[ProcessPoolExecutor]()
+    change, interrupted = threading.Lock(), threading.Event()
+    quiet = replace(compute, workers=1, progress=False)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     def lane() -> None:
-        worker = None
+        """Pass after pass, in a process of its own, until there are none or all are to stop."""
+        pool = None
         while True:
             with change:
-                specs = None if interrupted.is_set() else next(waiting, None)
-                if specs is None:
+                some = None if interrupted.is_set() else next(waiting, None)
+                if some is None:
                     break
-                if worker is None:
-                    running.append(worker := _start(threads))
-            said = _ask(worker, shared | {"specs": specs, "code": code_digest()})
-            with change:
-                if said is None:
-                    errors.append(f"a worker died (exit status {worker.wait()}); run again, it will go on")
-                    worker = None
-                elif said:
-                    errors.append(said)
-                bar.update()
-        if worker is not None:
-            assert worker.stdin is not None
-            worker.stdin.close()
+            try:
+                pool = pool or ProcessPoolExecutor(1, initializer=_begin, env=environment)
+                done = pool.submit(_work, work, code_digest(), some, quiet, *about)
+                busy.add(pool)
+                done.result()
+            except KeyboardInterrupt:
+                break
+            except BrokenProcessPool as error:
+                codes = re.search(r"{.*?}", str(error))
+                errors.append(f"a worker died (exit status {codes[0] if codes else '?'}); run again, it will go on")
+                pool = None
+            except Exception as error:  # what a pass refused, or no memory for another process
+                errors.append(f"{type(error).__name__}: {error}")
+            finally:
+                busy.discard(pool)
+            bar.update()
+        if pool is not None:
+            pool.shutdown(kill_workers=True)
 
-    def guarded() -> None:
-        try:
-            lane()
-        except Exception as error:  # no memory for another process, say: the thread has nobody else to tell
-            errors.append(f"{type(error).__name__}: {error}")
-
-    lanes = [threading.Thread(target=guarded, daemon=True) for _ in range(workers)]
-    with tqdm(total=len(groups), desc=f"passes, {workers} at a time", disable=not compute.progress) as bar:
+    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(workers)]
+    with tqdm(total=len(passes), desc=f"passes, {workers} at a time", disable=not compute.progress) as bar:
         try:
             for thread in lanes:
                 thread.start()
@@ -78,30 +77,22 @@ def run(groups: Sequence[Sequence[RunSpec]], compute: ComputeFlags, store: Path,
         except BaseException:
             with change:
                 interrupted.set()
-            for worker in running:
-                worker.send_signal(signal.SIGINT)
+            for process in [p for pool in list(busy) for p in list(pool._processes)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGINT)
+            for thread in lanes:
+                thread.join()
             raise
-        finally:
-            for worker in running:
-                worker.wait()
     if errors:
         raise RuntimeError("; ".join(dict.fromkeys(errors)))
 
 
-def _start(threads: int) -> subprocess.Popen[str]:
-    # A process group of its own: Jupyter interrupts whole groups, and a second signal would cut the saving short.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, "-m", "dpmix.runs.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            process_group=0, text=True, env=environment)  # fmt: skip
+def _begin() -> None:
+    """A process group of its own: a terminal and Jupyter interrupt whole groups, and a second signal would cut the saving
+    of a checkpoint short."""
+    os.setpgrp()
 
 
-def _ask(worker: subprocess.Popen[str], task: dict[str, Any]) -> str | None:
-    """Give a task, wait for the answer: what went wrong, "" if nothing did, None if the worker died over it."""
-    assert worker.stdin is not None and worker.stdout is not None
-    try:
-        worker.stdin.write(json.dumps(task) + "\n")
-        worker.stdin.flush()
-        answer = worker.stdout.readline()
-        return json.loads(answer) if answer.endswith("\n") else None
-    except BrokenPipeError:
-        return None
+def _work(work: Callable[..., None], code: str, *about: Any) -> None:
+    checks.require(code == code_digest(), "dpmix", "its source", "changed while it ran; restart Python and run again")
+    work(*about)

@@ -23,8 +23,11 @@ from torch import nn
 from dpmix import audit, models
 from dpmix.core import accounting, heads, microbatch, network, rng, views
 from dpmix.images import data
-from dpmix.runs import experiments, passes
-from dpmix.runs.spec import ComputeFlags, NonPrivateDiagnostics, RunSpec, mechanism
+from dpmix.runs import experiments
+from dpmix.runs import material as materials
+from dpmix.runs.material import validation_split
+from dpmix.runs.result import NonPrivateDiagnostics
+from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
 
 CLASSES, SHAPE = 3, (1, 4, 4)
 RECIPE = views.Recipe(k_base=4, transform="crop")
@@ -423,14 +426,14 @@ def tiny_spec(**changes) -> RunSpec:
     return RunSpec(**{**about, **changes})
 
 
-def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[experiments.Result, set[str], str]:
-    """The result of a run on the digits without one of them, the names of its files, and what it printed."""
+def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[experiments.Result, list[str], str]:
+    """The result of a run on the digits without one of them, the names of its files (keyed digests as such), and what it
+    printed."""
     whole = data.load("digits")
     kept = torch.tensor([i for i in range(len(whole.train)) if i != place])
     splits = replace(whole, train=whole.train.subset(kept))
-    for cached in ("_load", "_load_public"):
-        if hasattr(getattr(passes, cached, None), "cache_clear"):
-            getattr(passes, cached).cache_clear()
+    for cached in (materials._load, materials._load_public):
+        cached.cache_clear()
     monkeypatch.setattr(data, "load", lambda *args, **kw: splits)
     folder = tmp_path / str(place)
     capfd.readouterr()
@@ -438,16 +441,17 @@ def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[experi
     result = experiments.run(tiny_spec(), compute=compute, store=experiments.Store(folder))
     out, err = capfd.readouterr()
     shown = re.sub(r":[^:|]*\|[^|]*\|[^\r\n]*?\]", ":", out + err)  # how far and how fast a bar has come is not asked
-    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    return result, names, "\n".join(sorted(set(re.split(r"[\r\n]", shown))))
+    names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    forms = sorted(re.sub(r"[0-9a-f]{32}", "a keyed digest", name) for name in names)
+    return result, forms, "\n".join(sorted(set(re.split(r"[\r\n]", shown))))
 
 
 def test_removing_an_example_changes_nothing_but_the_weights(monkeypatch, tmp_path, capfd):
-    """Divisor, q, sigma, T, rate, epsilon, file names and log lines are functions of the spec."""
+    """Divisor, q, sigma, T, rate, epsilon and log lines are functions of the spec; file names are keyed digests."""
     everyone, names, shown = run_without(monkeypatch, tmp_path, capfd, None)
     for place in (0, 700, len(data.load("digits").train) - 1):
         less, less_names, less_shown = run_without(monkeypatch, tmp_path, capfd, place)
-        for field in ("spec", "key", "divisor", "sample_rate", "noise_multiplier", "steps", "population", "epsilon"):
+        for field in ("spec", "divisor", "sample_rate", "noise_multiplier", "steps", "population", "epsilon"):
             assert getattr(everyone, field) == getattr(less, field), field
         assert names == less_names and shown == less_shown
     assert "heads" in shown, "the progress line was looked at"
@@ -462,7 +466,7 @@ def test_neighbours_agree_on_membership_views_and_held_out_examples():
         a, b = (accounting.poisson_batch(n, 0.3, seed=4, step=step) for n in (100, 101))
         assert a.tolist() == [i for i in b.tolist() if i < 100]
     for seed in range(5):
-        (kept, held), (more_kept, more_held) = (passes.validation_split(n, 0.3, seed) for n in (100, 101))
+        (kept, held), (more_kept, more_held) = (validation_split(n, 0.3, seed) for n in (100, 101))
         assert (
             kept.tolist() == more_kept[more_kept < 100].tolist()
             and held.tolist() == more_held[more_held < 100].tolist()
@@ -491,8 +495,9 @@ def test_an_encoder_normalises_by_constants():
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     store = experiments.Store(folder / "store")
-    seed = 0x9E3779B97F4A7C15F39CC0605CEDC834  # as long as one that is drawn, but the same each time
-    result = experiments.run(tiny_spec(seed=seed), compute=ComputeFlags(progress=False), store=store)
+    with pytest.MonkeyPatch.context() as patch:  # drawn, but the same each time
+        patch.setattr(rng, "fresh_seed", lambda: 0x9E3779B97F4A7C15F39CC0605CEDC834)
+        result = experiments.run(tiny_spec(seed=None), compute=ComputeFlags(progress=False), store=store)
     experiments.release(result, folder / "out", store=store)
     return result, folder / "out", store
 
@@ -560,5 +565,5 @@ def test_a_seed_that_can_be_guessed_gives_the_noise_away(tmp_path):
     assert int(np.argmin(left)) == 7 and sorted(left)[1] > 5 * left[7]
     store = experiments.Store(tmp_path / "store")
     result = experiments.run(tiny_spec(seed=7), compute=ComputeFlags(progress=False), store=store)
-    with pytest.raises(ValueError, match="seed=7: can be guessed"):
+    with pytest.raises(ValueError, match="seed: was given, and whoever knows or guesses it can subtract the noise"):
         experiments.release(result, tmp_path / "out", store=store)

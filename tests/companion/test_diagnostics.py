@@ -9,7 +9,8 @@ from dpmix import models
 from dpmix.companion import diagnostics
 from dpmix.core import heads, views
 from dpmix.images.data import ImageSet
-from dpmix.runs import passes
+from dpmix.runs import material as materials
+from dpmix.runs.material import Material
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
 QUIET = ComputeFlags(progress=False, device="cpu", physical_batch=7)
@@ -20,13 +21,16 @@ SPEC = RunSpec(recipe=views.Recipe(k_base=2, k_self=1), epsilon=None, learning_r
 @pytest.fixture
 def small(monkeypatch, private: ImageSet, public: ImageSet, projection: models.Encoder):
     """The tests' own images and encoder behind every spec: 40 examples, 4 steps."""
-    material = passes.Material(len(private), private, torch.arange(len(private)), private, private, public, public,
-                               projection, "digest", {False: "", True: ""})  # fmt: skip
-    monkeypatch.setattr(passes, "prepare", lambda *_: material)
+    material = Material(
+        n=len(private), ids=torch.arange(len(private)), train=private, validation=private, test=private, public=public,
+        synthetic=public, encoder=projection, digest="digest",
+    )  # fmt: skip
+    for user in (materials, diagnostics):
+        monkeypatch.setattr(user, "prepare", lambda *_: material)
     return material
 
 
-def replay(material: passes.Material, spec: RunSpec, stages: int) -> torch.Tensor:
+def replay(material: Material, spec: RunSpec, stages: int) -> torch.Tensor:
     """The slow oracle in float64: autograd on each example, at the weights of the run, no clipping."""
     train, classes = material.train, material.train.num_classes
     seen = []

@@ -184,7 +184,7 @@ def test_the_distances_of_table_7_are_those_of_the_views_and_are_kept(monkeypatc
     assert grids_fid.fid_of_methods(["self-aug", "mix-diff"], **asked, compute=compute).equals(found)
     for patch, changed in (
         (nullcontext(), {"seeds": [4]}),
-        (mock.patch.object(grids_fid, "files_of", lambda *_: "new"), {}),
+        (mock.patch.object(grids_fid.Contents, "private", lambda *_: "new"), {}),
     ):
         with patch, pytest.raises(pytest.fail.Exception, match="computed again"):
             grids_fid.fid_of_methods(["self-aug", "mix-diff"], **{**asked, **changed}, compute=compute)

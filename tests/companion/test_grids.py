@@ -7,7 +7,7 @@ import pytest
 from dpmix.companion import grids, paper
 from dpmix.companion.grids import methods_grid, preset
 from dpmix.core import views
-from dpmix.runs import passes
+from dpmix.runs.identity import pass_of
 from dpmix.runs.spec import ComputeFlags
 
 METHODS = ["dp-sgd", "mixed-ghost", "self-aug", "mix-self", "mix-diff"]
@@ -21,7 +21,7 @@ def test_every_combination_occurs_once():
     counts = Counter((c.labels["model"], c.labels["method"], c.spec.epsilon) for c in cells)
     assert set(counts.values()) == {len(p.learning_rates) * len(p.seeds)}
     assert {c.spec.epsilon for c in cells} == {1.0, 2.0, 4.0, 8.0} and {c.spec.dataset for c in cells} == {"digits"}
-    assert len({passes.pass_of(c.spec) for c in cells}) == len(p.models) * len(p.seeds), "one pass a model and seed"
+    assert len({pass_of(c.spec) for c in cells}) == len(p.models) * len(p.seeds), "one pass a model and seed"
 
 
 def test_parameters_may_be_one_value_or_a_list():
@@ -126,7 +126,7 @@ def test_tables_6_9_10_and_12_share_their_passes():
     nine = grids.k_grid("demo", [8, 16], [8], [0, 2], **one)
     assert [(c.spec.recipe.k_base, c.spec.recipe.k_diff) for c in nine] == [(8, 0), (8, 2), (16, 0), (16, 2)]
     ten = grids.halves_grid("demo", **one)
-    assert [c.labels["method"] for c in ten] == ["A", "B", "C"] and len({passes.pass_of(c.spec) for c in ten}) == 2
+    assert [c.labels["method"] for c in ten] == ["A", "B", "C"] and len({pass_of(c.spec) for c in ten}) == 2
     pure = grids.pure_grid("demo", longer=5, **one)
     assert [c.labels["method"] for c in pure] == [
         *grids.PURE,

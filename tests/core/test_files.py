@@ -62,15 +62,12 @@ def test_tensors_round_trip_with_meta(tmp_path):
     tensors, meta = files.load_tensors(path, SPEC)
     assert same(tensors) and meta == {"step": 3}
     assert files.load_tensors(tmp_path / "absent", SPEC) is None
-    files.remove_checkpoint(path)
-    files.remove_checkpoint(path)
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {"c"}
 
 
-def two_checkpoints(tmp_path) -> Path:
+def checkpoint(tmp_path) -> Path:
     path = tmp_path / "c"
-    files.save_tensors(path, {k: t + 1 for k, t in TENSORS.items()}, SPEC, {"step": 1}, keep=True)
-    files.save_tensors(path, TENSORS, SPEC, {"step": 2}, keep=True)
+    files.save_tensors(path, TENSORS, SPEC, {"step": 2}, private=True)
     return path
 
 
@@ -83,43 +80,45 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, tmp_path):
-    path = two_checkpoints(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_left_alone(how, tmp_path):
+    path = checkpoint(tmp_path)
     raw = path.read_bytes()
     broken = DAMAGE[how](raw)
     assert broken != raw
     path.write_bytes(broken)
-    with pytest.warns(UserWarning, match=r"checkpoint='.*/c': damaged .*; going on from the one before it"):
-        tensors, meta = files.load_tensors(path, SPEC)
-    assert meta == {"step": 1} and same(tensors, {k: t + 1 for k, t in TENSORS.items()})
-    path.with_name("c.previous").write_bytes(b"")
-    with pytest.raises(files.Damaged, match=r"damaged \(.*\), and there is no whole one before it; remove it to start"):
+    with pytest.raises(files.Damaged, match=r"checkpoint='.*/c': damaged \(.*\); remove it to start afresh"):
         files.load_tensors(path, SPEC)
-    assert path.read_bytes() == broken, "what may be no checkpoint at all is left alone"
+    assert path.read_bytes() == broken, "what may be no checkpoint at all is not written over"
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one_before_it(tmp_path, monkeypatch):
-    """A kill between the two renames once left the damaged file as the only one."""
-    path = two_checkpoints(tmp_path)
-    path.write_bytes(path.read_bytes()[:-4])
-    real, renames = Path.replace, []
+@pytest.mark.parametrize("at", ["write", "fsync", "chmod", "replace"])
+def test_a_write_that_is_cut_off_anywhere_leaves_the_whole_one_before_it(at, tmp_path, monkeypatch):
+    path = checkpoint(tmp_path)
 
-    def replace(self, target):
-        renames.append(target)
-        if len(renames) == 2:
-            raise KeyboardInterrupt
-        return real(self, target)
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", replace)
-    files.save_tensors(path, TENSORS, SPEC, {"step": 3}, keep=True)
-    assert files.load_tensors(path, SPEC)[1] == {"step": 3}
+    where = {"write": (os, "fdopen"), "fsync": (os, "fsync"), "chmod": (Path, "chmod"), "replace": (Path, "replace")}
+    monkeypatch.setattr(*where[at], cut)
     with pytest.raises(KeyboardInterrupt):
-        files.save_tensors(path, TENSORS, SPEC, {"step": 4}, keep=True)
-    assert len(renames) == 2 and files.load_tensors(path, SPEC) is not None
+        files.save_tensors(path, {}, SPEC, {"step": 3}, private=at != "chmod")
+    monkeypatch.undo()
+    found, meta = files.load_tensors(path, SPEC)
+    assert meta == {"step": 2} and same(found) and names(tmp_path) == {"c"}
+
+
+def test_what_is_private_is_its_owners_alone(tmp_path):
+    """Whatever the umask; a folder that is made for it too. Anything else is as open as the umask lets it be."""
+    path = tmp_path / "seeds" / "x.json"
+    files.write_json(path, {}, private=True)
+    files.save_tensors(tmp_path / "c", TENSORS, SPEC, private=True)
+    files.write_json(tmp_path / "card.json", {})
+    modes = [p.stat().st_mode & 0o777 for p in (path, path.parent, tmp_path / "c", tmp_path / "card.json")]
+    assert modes == [0o600, 0o700, 0o600, 0o644]
 
 
 def test_the_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
-    path = two_checkpoints(tmp_path)
+    path = checkpoint(tmp_path)
     with pytest.raises(ValueError) as caught:
         files.load_tensors(path, {"clip_norm": 0.25, "recipe": (16, 18), "seed": 1})
     assert str(caught.value) == (
@@ -129,7 +128,7 @@ def test_the_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
     assert files.load_tensors(path)[1] == {"step": 2}, "nothing is compared where nothing is asked"
 
 
-def test_only_checkpoints_keep_the_one_before(tmp_path):
+def test_nothing_is_left_beside_a_file(tmp_path):
     path = tmp_path / "model.safetensors"
     for step in range(3):
         files.save_tensors(path, TENSORS, SPEC, {"step": step})
@@ -184,17 +183,17 @@ def full_disk(monkeypatch, number=errno.ENOSPC):
     (errno.EDQUOT, "the disk quota is used up"), (errno.EROFS, "the file system is read-only; choose a folder"),
 ])  # fmt: skip
 def test_no_room_leaves_what_was_there_and_says_what_to_do(number, said, tmp_path, monkeypatch):
-    path = two_checkpoints(tmp_path)
+    path = checkpoint(tmp_path)
     files.write_json(tmp_path / "x.json", {"a": 1})
     full_disk(monkeypatch, number)
     for write in (
-        lambda: files.save_tensors(path, TENSORS, SPEC, {"step": 3}, keep=True),
+        lambda: files.save_tensors(path, TENSORS, SPEC, {"step": 3}),
         lambda: files.write_json(tmp_path / "x.json", {}),
     ):
         with pytest.raises(OSError, match=f"cannot write .*(c|x.json): {said}") as caught:
             write()
         assert caught.value.errno == number and "\n" not in str(caught.value)
-    assert names(tmp_path) == {"c", "c.previous", "x.json"}, "no rubbish, and nothing moved"
+    assert names(tmp_path) == {"c", "x.json"}, "no rubbish, and nothing moved"
     assert files.load_tensors(path, SPEC)[1] == {"step": 2}
     assert files.read_json(tmp_path / "x.json") == {"a": 1}
 
@@ -218,14 +217,14 @@ def in_child(action) -> str:
 
 
 def test_a_real_limit_in_the_middle_of_a_write(tmp_path):
-    path = two_checkpoints(tmp_path)
+    path = checkpoint(tmp_path)
 
     def action():
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-        files.save_tensors(path, {"weights": torch.zeros(10_000)}, SPEC, {"step": 3}, keep=True)
+        files.save_tensors(path, {"weights": torch.zeros(10_000)}, SPEC, {"step": 3})
 
     assert "larger than is allowed" in in_child(action)
-    assert names(tmp_path) == {"c", "c.previous"} and files.load_tensors(path, SPEC)[1] == {"step": 2}
+    assert names(tmp_path) == {"c"} and files.load_tensors(path, SPEC)[1] == {"step": 2}
 
 
 def without_rights():
@@ -316,13 +315,12 @@ def test_a_lock_is_free_after_its_holder_died(tmp_path):
 def _write_often(path: Path, number: int) -> None:
     for step in range(60):
         files.save_tensors(
-            path, {"weights": torch.full((1000,), number + step / 100)}, SPEC, {"value": number + step / 100}, keep=True
+            path, {"weights": torch.full((1000,), number + step / 100)}, SPEC, {"value": number + step / 100}
         )
 
 
 def test_writers_and_readers_at_once_see_whole_files(tmp_path, recwarn):
-    """Two processes write one checkpoint, without a lock; a third reads. Once, one writer could miss the file that the
-    other had just moved away."""
+    """Two processes write one checkpoint, without a lock; a third reads."""
     path = tmp_path / "c"
     files.save_tensors(path, {"weights": torch.full((1000,), 0.0)}, SPEC, {"value": 0.0})
     context = multiprocessing.get_context("fork")
@@ -332,14 +330,14 @@ def test_writers_and_readers_at_once_see_whole_files(tmp_path, recwarn):
     reads = 0
     while any(w.is_alive() for w in writers):
         found = files.load_tensors(path, SPEC)
-        if found is not None:  # between two renames only the one before may be there, or, with two writers, neither
-            reads += 1
-            assert (found[0]["weights"] == torch.tensor(found[1]["value"])).all()
+        assert found is not None
+        reads += 1
+        assert (found[0]["weights"] == torch.tensor(found[1]["value"])).all()
     for w in writers:
         w.join()
         assert w.exitcode == 0
     assert reads > 0 and not [w for w in recwarn if "damaged" in str(w.message)]
-    assert names(tmp_path) == {"c", "c.previous"}
+    assert names(tmp_path) == {"c"}
 
 
 def test_records_are_as_closed_as_the_umask_asks(tmp_path):

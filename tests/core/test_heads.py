@@ -9,7 +9,7 @@ import torch
 from conftest import CLASSES, DIM, image_set
 from scipy import stats
 
-from dpmix.core import accounting, files, heads, views
+from dpmix.core import accounting, heads, views
 from dpmix.core.heads import Head, train_heads
 from dpmix.models.encoders import Encoder
 
@@ -293,7 +293,7 @@ def test_ctrl_c_at_any_line_of_a_step_never_saves_half_of_it(projection, private
     while interrupted(n):
         went_on += about["checkpoint"].exists()
         assert same(train_heads(projection, private.images, private.labels, some, **about), whole), n
-        files.remove_checkpoint(about["checkpoint"])
+        about["checkpoint"].unlink()
         n += 1
     assert n > 60 and went_on > 30
 

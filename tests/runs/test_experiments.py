@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dpmix.core import accounting, files, heads, views
+from dpmix.core import accounting, heads, views
 from dpmix.images import data
-from dpmix.runs import experiments, passes, spec
+from dpmix.runs import experiments, identity, material, passes, spec, workers
 from dpmix.runs.experiments import ComputeFlags, Result, RunSpec, Store, choose_learning_rate, run, run_all
+from dpmix.runs.identity import Contents, Identity, code_digest
 
 TINY = views.Recipe(k_base=2, transform="crop")
 SPEC = RunSpec(recipe=TINY, epsilon=8.0, learning_rate=4.0, epochs=2.0, batch_size=256, delta=1e-5)
 COMPUTE = ComputeFlags(progress=False, workers=1)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +170,7 @@ def test_no_text_of_a_run_shows_its_seed(shared):
     secret = replace(SPEC, seed=seed)
     result = replace(shared[1][0], spec=secret)
     for shown in (repr(secret), str(secret), f"{result}", repr([result])):
-        assert "learning_rate" in shown and str(seed) not in shown and "seed" not in shown
+        assert "learning_rate" in shown and str(seed) not in shown and "seed=" not in shown
 
 
 # The mechanism.
@@ -198,27 +194,31 @@ def test_one_example_more_or_less_changes_no_public_number():
 
 
 def test_the_validation_split_is_a_coin_an_example():
-    train, held_out = passes.validation_split(5000, 0.2, 3)
+    train, held_out = material.validation_split(5000, 0.2, 3)
     assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(5000))
     assert (
         abs(len(held_out) - 1000) < 5.5 * (5000 * 0.16) ** 0.5
     )  # fails by chance once in 3e7 seeds; the seed is fixed
-    less, held_less = passes.validation_split(4999, 0.2, 3)
+    less, held_less = material.validation_split(4999, 0.2, 3)
     assert torch.equal(less, train[train < 4999]) and torch.equal(held_less, held_out[held_out < 4999])
-    assert len(passes.validation_split(50, 0.0, 3)[1]) == 0
-    assert not torch.equal(passes.validation_split(5000, 0.2, 4)[0], train)
+    assert len(material.validation_split(50, 0.0, 3)[1]) == 0
+    assert not torch.equal(material.validation_split(5000, 0.2, 4)[0], train)
 
 
-def test_training_validation_and_test_examples_are_disjoint():
-    material = passes.prepare(SPEC, [SPEC], COMPUTE)
+def test_training_validation_and_test_examples_are_disjoint(tmp_path):
+    known = Contents(COMPUTE, tmp_path)
+    found = material.prepare([known.identity(SPEC)], COMPUTE)
     splits = data.load("digits")
-    assert material.n == len(splits.train) == len(material.train) + len(material.validation)
-    assert torch.equal(material.train.images, splits.train.images[material.ids])
-    assert torch.equal(material.test.images, splits.test.images)
-    assert material.public is None and material.digest == splits.digest
-    one, two = (passes.prepare(replace(SPEC, train_on=h), [SPEC], COMPUTE) for h in ("half-1", "half-2"))
+    assert found.n == len(splits.train) == len(found.train) + len(found.validation)
+    assert torch.equal(found.train.images[torch.arange(len(found.ids))], splits.train.images[found.ids])
+    assert torch.equal(found.train.labels, splits.train.labels[found.ids])
+    held_out = found.validation.images.rows
+    assert torch.equal(torch.cat([found.ids, held_out]).sort().values, torch.arange(found.n))
+    assert torch.equal(found.test.images, splits.test.images)
+    assert found.public is None and found.digest == splits.digest
+    one, two = (material.prepare([known.identity(replace(SPEC, train_on=h))], COMPUTE) for h in ("half-1", "half-2"))
     everyone = torch.cat([one.ids, two.ids])
-    assert len(everyone.unique()) == len(everyone) and abs(one.n - two.n) <= 1 and one.n + two.n == material.n
+    assert len(everyone.unique()) == len(everyone) and abs(one.n - two.n) <= 1 and one.n + two.n == found.n
 
 
 # The store.
@@ -281,7 +281,7 @@ def test_weights_that_are_gone_or_of_another_run_are_refused(shared, tmp_path):
         store.tensors(first)
 
 
-def test_every_field_of_a_spec_changes_the_key(tmp_path):
+def test_every_part_of_an_identity_changes_it():
     other = dict(
         recipe=replace(TINY, k_base=3), epsilon=4.0, learning_rate=5.0, dataset="cifar10", model="tiny-vit", train_on="half-1",
         public="synthetic-half", pretrain_epochs=1.0, validation=0.1, delta=1e-6, accountant="prv", population=1000,
@@ -292,25 +292,23 @@ def test_every_field_of_a_spec_changes_the_key(tmp_path):
     network = dict(weight_decay=0.1, ema_decay=0.9, microbatch=2)
     pairs = replace(wrn, microbatch=2)
     assert other.keys() | network.keys() | {"microbatch_mix", "feature_scaling"} == {f.name for f in fields(RunSpec)}
-    keys = {experiments.key(replace(SPEC, **{name: value})) for name, value in other.items()}
-    keys |= {experiments.key(replace(wrn, **{name: value})) for name, value in network.items()}
-    keys |= {experiments.key(s) for s in (SPEC, wrn, replace(pairs, microbatch_mix="add"))}
-    assert len(keys) == len(other) + len(network) + 3
-    weights = tmp_path / "w.safetensors"
-    found = set()
-    for content in (b"1", b"2"):
-        weights.write_bytes(content)
-        found.add(experiments.key(replace(SPEC, weights=str(weights))))
-    assert len(found) == 2, "the file counts, not its name"
+    specs = [replace(SPEC, **{name: value}) for name, value in other.items()]
+    specs += [replace(wrn, **{name: value}) for name, value in network.items()]
+    specs += [SPEC, wrn, replace(pairs, microbatch_mix="add")]
+    runs = {Identity(spec=s, private="p", public="", encoder="e", code="c").run for s in specs}
+    assert len(runs) == len(specs)
+    one = Identity(spec=SPEC, private="p", public="", encoder="e", code="c")
+    for part in ("private", "public", "encoder", "code"):
+        assert replace(one, **{part: "another"}).run != one.run == replace(one).run
 
 
-def test_the_key_changes_with_the_code_and_the_public_files(tmp_path, monkeypatch):
+def test_the_identity_changes_with_the_code_and_the_public_files(tmp_path, monkeypatch):
     package = shutil.copytree(Path(spec.__file__).parents[1], tmp_path / "dpmix")
     public = shutil.copytree(data.PUBLIC, tmp_path / "public")
-    monkeypatch.setattr(spec, "__file__", str(package / "runs" / "spec.py"))
+    monkeypatch.setattr(identity, "__file__", str(package / "runs" / "identity.py"))
     monkeypatch.setattr(data, "PUBLIC", public)
 
-    digest = spec.code_digest.__wrapped__  # not the one that the process remembers
+    digest = code_digest.__wrapped__  # not the one that the process remembers
     before = digest()
     assert before == digest()
     for name in [
@@ -386,10 +384,10 @@ def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store
 
 
 def test_a_worker_that_cannot_be_started_is_told(store, monkeypatch):
-    def fail(threads):
+    def fail(*args, **kwargs):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(experiments.workers, "_start", fail)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", fail)
     with pytest.raises(RuntimeError, match="Cannot allocate memory"):
         run_all([SPEC, replace(SPEC, seed=1)], compute=replace(COMPUTE, workers=2), store=store)
 
@@ -403,9 +401,9 @@ def test_a_result_says_how_it_came_about(shared):
         assert value == accounting.epsilon_spent(accountant=by, **about)
     assert r.epsilon["pld"] < r.epsilon["rdp"] <= 8 and r.epsilon["rdp"] > 7.99
     assert {"device", "date", "splits", "code", "python", "versions", "commit", "dirty"} <= r.provenance.keys()
-    assert r.provenance["code"] == experiments.code_digest() and r.provenance["splits"] == data.load("digits").digest
+    assert r.provenance["code"] == code_digest() and r.provenance["splits"] == data.load("digits").digest
     assert r.timing["seconds"] > 0 and r.timing["views"] > 0
-    assert r.diagnostics.train_examples == len(passes.validation_split(1437, 0.2, 0)[0])
+    assert r.diagnostics.train_examples == len(material.validation_split(1437, 0.2, 0)[0])
 
 
 def test_without_a_seed_every_run_is_another(store):
@@ -445,7 +443,7 @@ def test_shuffled_labels_cannot_be_learnt(store, monkeypatch):
     splits = data.load("digits")
     turn = torch.from_numpy(np.random.default_rng(0).permutation(len(splits.train)))
     shuffled = replace(splits, train=replace(splits.train, labels=splits.train.labels[turn]), digest="shuffled")
-    monkeypatch.setattr(passes, "_load", lambda *a: shuffled)
+    monkeypatch.setattr(material, "_load", lambda *a: shuffled)
     r = run(replace(SPEC, epsilon=None), compute=COMPUTE, store=store)
     assert 0.02 < r.test_accuracy < 0.2 and 0.02 < r.diagnostics.validation_accuracy < 0.2
 
@@ -502,82 +500,6 @@ def test_frame_has_a_row_a_run(shared):
     assert {f.name for f in fields(RunSpec)} <= set(frame.columns)
 
 
-# Release.
-
-
-def test_a_card_is_never_written_beside_the_weights_of_another_run(store, tmp_path):
-    """Results of one spec on other images share a key: the store keeps the newest under it."""
-    one = run(replace(SPEC, seed=2**64 + 11), compute=COMPUTE, store=store)
-    weights = store.tensors(one)
-    other = replace(one, noise_multiplier=3 * one.noise_multiplier, provenance=one.provenance | {"files": "changed"})
-    store.put(other, {name: t + 1 for name, t in weights.items()})
-    for stranger, why in (
-        (one, "the store has another result"),
-        (replace(other, epsilon={"rdp": 0.1}), "another result"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            experiments.release(stranger, tmp_path / "no", store=store)
-        assert not (tmp_path / "no").exists()
-    folder = experiments.release(other, tmp_path / "yes", store=store)
-    card = files.read_json(folder / "privacy_card.json")
-    assert card["mechanism"]["noise_multiplier"] == other.noise_multiplier
-    released = files.load_tensors(folder / "model.safetensors")[0]
-    assert torch.equal(released["weight"], weights["weight"] + 1)
-
-
-def test_a_release_holds_the_weights_and_a_card_and_nothing_else(store, tmp_path):
-    r = run(replace(SPEC, seed=None), compute=COMPUTE, store=store)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        folder = experiments.release(r, tmp_path / "release", store=store)
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "privacy_card.json"}
-    card = files.read_json(folder / "privacy_card.json")
-    assert card["guarantee"] == {"epsilon": r.epsilon, "delta": 1e-5, "calibrated_by": "rdp"}
-    assert card["mechanism"]["noise_multiplier"] == r.noise_multiplier and card["mechanism"]["divisor"] == 256
-    assert "twice the sensitivity" in card["adjacency"] and "Poisson" in card["sampling"] and card["not_accounted_for"]
-    saved = safe_tensors(folder / "model.safetensors")
-    assert saved.keys() == {"weight", "bias"} and torch.equal(saved["weight"], store.tensors(r)["weight"])
-    everything = b"".join(p.read_bytes() for p in folder.iterdir()).decode("latin-1")
-    secrets = [r.spec.seed, r.key, r.test_accuracy, *asdict(r.diagnostics).values()]
-    for secret in secrets:
-        assert len(str(secret)) < 7 or str(secret) not in everything, secret  # short ones may stand there by chance
-    assert "seed" not in card["spec"] and "date" not in everything
-    assert str(r.noise_multiplier) in everything, "the search must be able to find"
-
-
-def safe_tensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def test_what_must_not_be_released(shared, tmp_path):
-    store, (r, _) = shared
-    with pytest.raises(ValueError, match="a run without noise carries no guarantee"):
-        experiments.release(replace(r, noise_multiplier=0.0), tmp_path / "a", store=store)
-    assert not (tmp_path / "a").exists()
-    with pytest.raises(ValueError, match="seed=0: can be guessed, and whoever has it can subtract the noise"):
-        experiments.release(r, tmp_path / "b", store=store)
-    half = replace(r.spec, seed=2**70, train_on="half-1", public="half-2", recipe=views.METHODS["mix-diff"])
-    with pytest.raises(ValueError, match="public='half-2': mixes in the other half of the private images unprotected"):
-        experiments.release(replace(r, spec=half), tmp_path / "c", store=store)
-    assert not any((tmp_path / name).exists() for name in "bc")
-
-
-def test_the_card_of_microbatches_says_what_their_noise_is(store, tmp_path):
-    pairs = RunSpec(recipe=TINY, epsilon=8.0, learning_rate=1.0, model="wrn-10-1", epochs=0.1, batch_size=64, microbatch=2,
-                    validation=0.0, seed=None)  # fmt: skip
-    r = run(pairs, compute=COMPUTE, store=store)
-    assert r.divisor == 32, "microbatches"
-    card = files.read_json(experiments.release(r, tmp_path / "out", store=store) / "privacy_card.json")
-    assert (
-        card["mechanism"]["sensitivity"] == 2.0
-        and "microbatch of 2" in card["sampling"]
-        and "place" in card["adjacency"]
-    )
-    assert card["mechanism"]["noise_standard_deviation"] == 2 * r.noise_multiplier
-
-
 # What runs of one seed must not share.
 
 
@@ -598,115 +520,6 @@ def test_public_training_does_not_tell_who_joins_a_private_step(monkeypatch, sto
         assert not {i for i in batches[0][step] if i < 1000} <= batches[1][step]
     # one seed for both would have made the smaller one a part of the larger one
     assert set(real(1000, 0.1, seed=0, step=0).tolist()) <= set(real(1200, 0.1, seed=0, step=0).tolist())
-
-
-def test_runs_on_other_data_do_not_share_their_noise(monkeypatch, store):
-    specs = [
-        replace(SPEC, batch_size=100, epochs=0.5, epsilon=0.5, population=570, train_on=part)
-        for part in ("half-1", "half-2")
-    ]
-    one, other = (store.tensors(r)["weight"] for r in run_all(specs, compute=COMPUTE, store=store))
-    apart = float((one - other).std() / one.std())
-    assert apart > 1, "independent noise: about 1.4"
-    monkeypatch.setattr(passes, "stream", lambda spec: "")
-    again = Store(store.folder / "shared")
-    one, other = (again.tensors(r)["weight"] for r in run_all(specs, compute=COMPUTE, store=again))
-    assert float((one - other).std() / one.std()) < 0.5, "the test can tell"
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """Forty training and eight test images of two classes."""
-    base = tmp_path / "photos"
-    for part, count in (("train", 20), ("test", 4)):
-        for c in ("a", "b"):
-            (base / part / c).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng([i, c == "a", part == "test"]).integers(0, 256, (8, 8), dtype=np.uint8)
-                Image.fromarray(pixels).save(base / part / c / f"{i}.png")
-    return base
-
-
-def test_a_folder_that_changed_is_trained_anew_under_the_same_name(tmp_path, photos, store):
-    """In one process too, where the images are kept in memory; what was there before is set aside, whole."""
-    spec = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=0.3, delta=1e-3)
-    compute = replace(COMPUTE, cache=str(tmp_path / "cache"))
-    first = experiments.key(spec)
-    before = run(spec, compute=compute, store=store)
-    weights = store.tensors(before)
-    assert run(spec, compute=compute, store=store) == before
-    pixels = np.random.default_rng(99).integers(0, 256, (8, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save(photos / "train" / "a" / "new.png")
-    after = run(spec, compute=compute, store=store)
-    assert experiments.key(spec) == first == before.key == after.key
-    assert before.provenance["splits"] != after.provenance["splits"]
-    assert run(spec, compute=compute, store=store) == after == store.get(first)
-    kept = {f"{first}{n}.{end}" for n in ("", "-1") for end in ("json", "safetensors")}
-    assert {p.name for p in store.folder.iterdir() if p.is_file()} == kept
-    assert experiments.Result.from_json(files.read_json(store.folder / f"{first}-1.json")) == before
-    assert torch.equal(files.load_tensors(store.folder / f"{first}-1.safetensors")[0]["weight"], weights["weight"])
-
-
-def test_other_synthetic_images_are_another_run_for_those_who_use_them(tmp_path, photos, store):
-    for c in ("a", "b"):
-        (photos / "synthetic" / c).mkdir(parents=True)
-        for i in range(3):
-            pixels = np.random.default_rng([700, i, c == "a"]).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(photos / "synthetic" / c / f"{i}.png")
-    plain = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=0.3, delta=1e-3)
-    mixed = replace(plain, recipe=views.Recipe(k_base=1, k_diff=2))
-    compute = replace(COMPUTE, cache=str(tmp_path / "cache"))
-    before = run_all([plain, mixed], compute=compute, store=store)
-    (photos / "synthetic" / "b" / "2.png").unlink()
-    after = run_all([plain, mixed], compute=compute, store=store)
-    assert before[0] == after[0] and before[1] != after[1] and before[1].key == after[1].key
-    assert before[1].provenance["files"] != after[1].provenance["files"]
-    assert not torch.equal(store.tensors(after[1])["weight"],
-                           files.load_tensors(store.folder / f"{after[1].key}-1.safetensors")[0]["weight"])  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "used"), [({}, False), ({"recipe": views.Recipe(k_base=1, k_diff=2)}, True),
-                                              ({"train_on": "synthetic"}, True), ({"pretrain_epochs": 1.0}, True)])  # fmt: skip
-def test_the_files_behind_a_spec(tmp_path, change, used):
-    """Synthetic images of a data set with files, for the specs that use them."""
-    spec = replace(SPEC, dataset="pets", **change)
-    assert spec.uses_synthetic == used and experiments.files_of("pets", tmp_path, True) == ""
-    (tmp_path / "synthetic" / "pets" / "cat").mkdir(parents=True)
-    (tmp_path / "synthetic" / "pets" / "cat" / "1.png").write_bytes(b"1")
-    first = experiments.files_of("pets", tmp_path, True)
-    (tmp_path / "synthetic" / "pets" / "cat" / "1.png").write_bytes(b"12")
-    assert "" != first != experiments.files_of("pets", tmp_path, True) != ""
-    assert experiments.files_of("pets", tmp_path, False) == experiments.files_of("digits", tmp_path, True) == ""
-
-
-def test_a_checkpoint_and_a_seed_of_other_images_are_not_gone_on_with(tmp_path, photos, store, monkeypatch):
-    """Between the interruption and the next call an image left: one seed on two neighbours would cancel the noise."""
-    spec = replace(SPEC, dataset=f"folder:{photos}", batch_size=8, epochs=2.0, delta=1e-3, population=32,
-                   seed=None)  # fmt: skip
-    compute, real, steps = replace(COMPUTE, cache=str(tmp_path / "cache")), heads._add_noise, []
-
-    def cut_off(*args):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(heads, "_add_noise", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run(spec, compute=compute, store=store)
-    (seeds,) = (store.folder / "seeds").iterdir()
-    (checkpoint,) = store.folder.glob("*.checkpoint")
-    first = files.read_json(seeds)["seeds"]
-    seeded = replace(spec, seed=first[0])
-    (photos / "train" / "a" / "0.png").unlink()
-    fresh = run(spec, compute=compute, store=store)
-    assert fresh.spec.seed not in first
-    # A seed that was given stays, its checkpoint does not.
-    assert run(seeded, compute=compute, store=store).steps == fresh.steps
-    assert [p.name for p in store.folder.glob("*.checkpoint")] == [checkpoint.stem + "-1.checkpoint"]
-    calm = run(seeded, compute=compute, store=Store(tmp_path / "calm"))
-    assert torch.equal(store.tensors(calm)["weight"], Store(tmp_path / "calm").tensors(calm)["weight"])
 
 
 def test_a_run_with_a_fresh_seed_that_was_cut_off_goes_on_with_it(monkeypatch, store):

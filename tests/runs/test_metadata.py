@@ -19,10 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import dpmix
-from dpmix.core import files, views
+from dpmix.core import files, rng, views
 from dpmix.images import image_cache
-from dpmix.runs import experiments, passes
-from dpmix.runs.spec import ComputeFlags, NonPrivateDiagnostics, RunSpec, mechanism
+from dpmix.runs import experiments, material
+from dpmix.runs.result import NonPrivateDiagnostics
+from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
 
 SOURCE = Path(dpmix.__file__).parent
 
@@ -43,20 +44,23 @@ def folder(tmp_path_factory) -> Path:
 def spec_of(folder: Path, **changes) -> RunSpec:
     about = dict(
         recipe=views.Recipe(k_base=2, transform="crop"), epsilon=4.0, learning_rate=2.0, dataset=f"folder:{folder}",
-        population=40, batch_size=20, epochs=2.0, delta=1e-3, seed=2**70 + 1, validation=0.3,
+        population=40, batch_size=20, epochs=2.0, delta=1e-3, seed=None, validation=0.3,
     )  # fmt: skip
     return RunSpec(**{**about, **changes})
 
 
-def released(spec: RunSpec, base: Path, capfd) -> tuple[experiments.Result, Path, list[str]]:
-    """A run and its release in folders of their own; and every line and warning on the way."""
-    for cached in (passes._load, passes._load_public):
+def released(spec: RunSpec, base: Path, capfd, seed: int = 2**70 + 1) -> tuple[experiments.Result, Path, list[str]]:
+    """A run and its release in folders of their own; and every line and warning on the way. The seed is drawn, by a die
+    that always shows the same."""
+    for cached in (material._load, material._load_public):
         cached.cache_clear()
     capfd.readouterr()
     store = experiments.Store(base / "store")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        result = experiments.run(spec, compute=ComputeFlags(cache=str(base / "cache"), workers=1), store=store)
+        with pytest.MonkeyPatch.context() as die:
+            die.setattr(rng, "fresh_seed", lambda: seed)
+            result = experiments.run(spec, compute=ComputeFlags(cache=str(base / "cache"), workers=1), store=store)
         out = experiments.release(result, base / "release", store=store)
     said = "".join(capfd.readouterr()).replace("\r", "\n").splitlines()
     # How far and how fast a bar has come is a matter of time; what is left is its name and its total.
@@ -65,13 +69,15 @@ def released(spec: RunSpec, base: Path, capfd) -> tuple[experiments.Result, Path
 
 
 def names(base: Path) -> list[str]:
-    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*"))
+    """Of all files below, a keyed digest as such: nobody without the key of the store can tell one from another."""
+    found = (p.relative_to(base).as_posix() for p in base.rglob("*"))
+    return sorted(re.sub(r"^(store/.*)[0-9a-f]{32}", r"\1KEYED", name) for name in found)
 
 
 def test_removing_an_image_changes_nothing_but_the_weights(folder, tmp_path, capfd, monkeypatch):
     """Numbers, log lines, warnings, names of all files; the card to the last byte, the model but for its tensors."""
     monkeypatch.setattr(image_cache, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))  # else shown if it is slow
-    spec = spec_of(folder)
+    spec, store_of = spec_of(folder), lambda name: tmp_path / name / "store"
     everyone, out, said = released(spec, tmp_path / "all", capfd)
     for name in (folder / "train" / "dark" / "000.png", folder / "train" / "light" / "029.png"):
         kept = name.read_bytes()
@@ -88,6 +94,9 @@ def test_removing_an_image_changes_nothing_but_the_weights(folder, tmp_path, cap
         assert (out / "privacy_card.json").read_bytes() == (less_out / "privacy_card.json").read_bytes()
         one, other = (files.load_tensors(o / "model.safetensors") for o in (out, less_out))
         assert names(tmp_path / "all") == names(tmp_path / name.stem), "also in the store and in the cache"
+        assert not {p.name for p in store_of("all").glob("*.json")} & {
+            p.name for p in store_of(name.stem).glob("*.json")
+        }
         shapes = [{k: (t.shape, t.dtype) for k, t in tensors.items()} for tensors, _ in (one, other)]
         assert shapes[0] == shapes[1] and one[1] == other[1]
         assert (out / "model.safetensors").stat().st_size == (less_out / "model.safetensors").stat().st_size
@@ -141,7 +150,8 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
     out = experiments.release(marked, tmp_path / "marked", store=store)
     everything = content(out)
     hidden = {**values, "test_accuracy": marked.test_accuracy, **marked.timing, "seed": result.spec.seed}
-    hidden |= {"key": result.key, **{name: result.provenance[name] for name in ("splits", "files", "date")}}
+    hidden |= {"key": result.key, **{name: result.provenance[name] for name in ("splits", "date")}}
+    hidden |= {"private": result.provenance["contents"]["private"]}
     del hidden["heads"]
     for name, value in hidden.items():
         for written in encodings(value):
@@ -157,7 +167,7 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
 def test_a_second_release_leaves_nothing_of_the_first(folder, tmp_path, capfd):
     """Weights are written in place of the old ones. The one before was once kept beside them, a second model to pay for."""
     result, out, _ = released(spec_of(folder), tmp_path / "a", capfd)
-    other, second, _ = released(spec_of(folder, seed=2**70 + 2), tmp_path / "b", capfd)
+    other, second, _ = released(spec_of(folder), tmp_path / "b", capfd, seed=2**70 + 2)
     store = experiments.Store(tmp_path / "b" / "store")
     experiments.release(other, out, store=store)
     # Not byte by byte: safetensors writes its metadata in any order.

@@ -1,0 +1,169 @@
+"""One identity of a run: the result's name, the checkpoint's, that of stored features and the noise follow from it.
+
+An identity holds digests of the private images and is private itself. A name that others may see is made of it with the
+key of the store (`Store.name`), and tells nothing.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from dpmix.core import files, views
+from dpmix.images import data, layouts
+from dpmix.models import encoders
+from dpmix.runs.spec import ComputeFlags, RunSpec
+
+ROOMS = ("core", "images", "models", "runs")  # whose code can change a result
+ENCODING = ("core/rng.py", "core/transforms.py", "core/augmentations.py", "core/views.py", "models", "images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a run is: its description, and digests of all that the description only names.
+
+    `private` and `public` are those of the images and their labels ("" where none are used), `encoder` is that of the file
+    of its weights ("" for a network from scratch), `code` that of the sources. Two runs have one identity, and so one
+    noise, only if they are the same run.
+    """
+
+    spec: RunSpec
+    private: str
+    public: str
+    encoder: str
+    code: str
+
+    @functools.cached_property
+    def run(self) -> str:
+        """sha256, in hexadecimal, over all of it."""
+        spec = json.dumps(asdict(self.spec), sort_keys=True)
+        return files.digest("run", spec, self.private, self.public, self.encoder, self.code)
+
+    @functools.cached_property
+    def shared(self) -> "Identity":
+        """That of the pass: what may differ between the heads of one pass is left out."""
+        return replace(self, spec=pass_of(self.spec), public="")
+
+    @functools.cached_property
+    def features(self) -> str:
+        """sha256 over what the stored features of base views follow from, whatever the recipe, the budget and the rates.
+        Views with public images follow from `public` too."""
+        named = json.dumps([self.spec.seed, self.spec.train_on, self.spec.image_size])
+        return files.digest("features", named, self.private, self.encoder, code_digest(ENCODING))
+
+
+def pass_of(spec: RunSpec) -> RunSpec:
+    """The spec with all that may differ between heads of one pass blanked: equal for runs that can share a pass."""
+    if spec.from_scratch:
+        return spec
+    blank = views.Recipe(k_base=1)
+    return replace(spec, recipe=blank, epsilon=None, learning_rate=1.0, clip_norm=1.0, accountant="rdp", delta=1e-5)
+
+
+@functools.cache
+def code_digest(places: tuple[str, ...] = ROOMS) -> str:
+    """sha256 over the sources in `places`, and over the public stand-ins."""
+    here = Path(__file__).parents[1]
+    sources = [p for place in places for p in sorted((here / place).glob("*.py")) or [here / place]]
+    shipped = sorted(data.PUBLIC.glob("*.json"))
+    return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*sources, *shipped]))
+
+
+class Contents:
+    """Digests of what the names in a spec stand for, as it is now: look once a call.
+
+    Files are read once for as long as their names, sizes and times stay; `memory`, a private folder, keeps the digests.
+    """
+
+    def __init__(self, compute: ComputeFlags, memory: Path) -> None:
+        self.root, self.memory = Path(compute.root).expanduser(), memory
+        self._seen: dict[tuple[str | None, ...], str] = {}
+
+    def identity(self, spec: RunSpec) -> Identity:
+        """The one place where an identity is made. Raises as `data.find`, `data.find_public` and `models.encoder` where
+        files are absent."""
+        return Identity(
+            spec=spec,
+            private=self.private(spec.dataset),
+            public=self.public(spec.dataset) if spec.uses_synthetic else "",
+            encoder="" if spec.from_scratch else self.encoder(spec.model, spec.weights),
+            code=code_digest(),
+        )
+
+    def private(self, dataset: str) -> str:
+        """Digest of the images and labels of a data set, and of their split."""
+        return self._once(self._private, dataset)
+
+    def public(self, dataset: str) -> str:
+        """Digest of the synthetic images that go with it; "" for those that are part of the code."""
+        return self._once(self._public, dataset)
+
+    def encoder(self, model: str, weights: str | None) -> str:
+        """sha256 of the file of an encoder's weights, or "random"."""
+        return self._once(self._encoder, model, weights)
+
+    def _once(self, look: Callable[..., str], *about: str | None) -> str:
+        asked = look.__name__, *about
+        if asked not in self._seen:
+            self._seen[asked] = look(*about)
+        return self._seen[asked]
+
+    def _private(self, dataset: str) -> str:
+        if dataset == "digits":
+            return files.digest("digits", metadata.version("scikit-learn"))
+        place = "" if dataset.startswith("folder:") else layouts.where(dataset, self.root).name
+        if place.startswith("cifar-"):  # the published batches: opening them takes seconds
+            folder = layouts.where(dataset, self.root)
+            return self._digest(dataset, folder, sorted(folder.glob("*")))
+        found = data.find(dataset, self.root)
+        assert isinstance(found, layouts.Listing)
+        facts = json.dumps([found.labels.tolist(), found.train, found.class_names])
+        return self._digest(dataset, found.base, found.files, facts)
+
+    def _public(self, dataset: str) -> str:
+        base = data.find_public(dataset, self.root)
+        return "" if dataset == "digits" else self._digest("synthetic", base, layouts.scan(base).files)
+
+    def _encoder(self, model: str, weights: str | None) -> str:
+        path = encoders.weights_of(model, weights)
+        if isinstance(path, str):
+            return path
+        return self._remember(f"weights {path.name}", path.parent, [path], lambda: sha256(path))
+
+    def _digest(self, what: str, base: Path, found: Sequence[Path], facts: str = "") -> str:
+        """Over names, contents and `facts`."""
+        names = [os.fsencode(p.relative_to(base)) for p in found]
+
+        def read() -> str:
+            with ThreadPoolExecutor() as pool:
+                return files.digest(facts, *_flat(names, pool.map(sha256, found)))
+
+        return self._remember(what, base, found, read, facts)
+
+    def _remember(self, what: str, base: Path, found: Sequence[Path], read: Callable[[], str], facts: str = "") -> str:
+        """What `read` gives, taken once for as long as the files keep their names, sizes and times."""
+        states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (p.stat() for p in found))
+        state = files.digest(facts, *_flat((os.fsencode(p.relative_to(base)) for p in found), states))
+        record = self.memory / "contents" / f"{files.digest(what, os.fsencode(base.resolve()))[:32]}.json"
+        known = files.read_json(record) or {}
+        if known.get("state") != state:
+            known = {"state": state, "content": read()}
+            with contextlib.suppress(OSError):  # a store that cannot be written can still be read
+                files.write_json(record, known, private=True)
+        return known["content"]
+
+
+def _flat(names: Iterable[bytes], values: Iterable[str]) -> list[bytes | str]:
+    return [part for pair in zip(names, values, strict=True) for part in pair]
+
+
+def sha256(path: Path) -> str:
+    """That of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

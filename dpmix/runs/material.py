@@ -1,0 +1,172 @@
+"""What the runs of a pass share: images, looked up row by row where they lie, and the encoder."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dpmix import models
+from dpmix.core import checks, rng
+from dpmix.images import data
+from dpmix.images.overlap import refuse_overlap
+from dpmix.runs.identity import Identity
+from dpmix.runs.spec import ComputeFlags
+
+SCALED = ("caltech101", "caltech256", "sun397", "pets")  # files of many sizes: decoded at the encoder's size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of images `[n, C, H, W]`, as if they were a tensor; they are looked up when asked for, never copied before."""
+
+    images: Tensor
+    rows: Int64[Tensor, " n"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows), *self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: Any) -> Tensor:
+        return self.images[self.rows[which]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the images of a set, with their labels."""
+
+    whole: data.ImageSet
+    rows: Int64[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> Rows:
+        return Rows(self.whole.images, self.rows)
+
+    @property
+    def labels(self) -> Int64[Tensor, " n"]:
+        return self.whole.labels[self.rows]
+
+    @property
+    def num_classes(self) -> int:
+        return self.whole.num_classes
+
+    @property
+    def flip(self) -> bool:
+        return self.whole.flip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
+    that are trained on. `digest` is that of the splits."""
+
+    n: int
+    ids: Int64[Tensor, " n"]
+    train: data.ImageSet | Part
+    validation: data.ImageSet | Part
+    test: data.ImageSet
+    public: data.ImageSet | Part | None
+    synthetic: data.ImageSet | None
+    encoder: models.Encoder | None
+    digest: str
+
+
+def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " v"]]:
+    """Places of training and validation examples: each is held out by a keyed coin of its own, with probability `share`.
+
+    Coins do not look at each other, so removing an example removes it from its part and moves nobody else: the training
+    parts of neighbouring data sets are neighbours.
+    """
+    held_out = rng.generator(seed, "validation").random(n) < share
+    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+
+
+# The passes of a table differ in seed and encoder: they share the data, which are never written to. The last arguments are
+# digests of what lies behind the names, and tell images and weights before a change from those after it.
+
+
+@lru_cache(maxsize=2)
+def _load(dataset: str, root: str, image_size: int | None, cached: str, private: str) -> data.Splits:
+    return data.load(dataset, root, image_size=image_size, cache=cached)
+
+
+@lru_cache(maxsize=2)
+def _load_public(
+    dataset: str, root: str, image_size: int | None, cached: str, private: str, public: str
+) -> data.ImageSet:
+    """The synthetic images, once it is known that none is a copy of a private one."""
+    splits = _load(dataset, root, image_size, cached, private)
+    images = data.public_images(dataset, root, like=splits.train, cache=cached)
+    refuse_overlap(splits, images)
+    return images
+
+
+@lru_cache(maxsize=1)
+def _load_encoder(
+    model: str, weights: str | None, image_size: int | None, device: torch.device, dtype: torch.dtype, content: str
+) -> models.Encoder:
+    return models.encoder(model, weights, image_size=image_size).to(device, dtype)
+
+
+def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
+    """Open and check everything that the runs of one pass need. Errors name what is missing and the remedy.
+
+    Images stay where they lie: a memory map for those that were files.
+    """
+    spec = group[0].spec
+    encoder = None
+    image_size = spec.image_size
+    if not spec.from_scratch:
+        asked = spec.model, spec.weights, spec.image_size
+        encoder = _load_encoder(*asked, compute.where(), compute.precision(), group[0].encoder)
+        # Of a folder too: a size that one image can change would be a constant taken from private data.
+        scaled = spec.dataset in SCALED or spec.dataset.startswith("folder:")
+        image_size = encoder.image_size if scaled else None
+    source = spec.dataset, compute.root, image_size, compute.cache, group[0].private
+    splits = _load(*source)
+    if encoder is not None:
+        channels = int(splits.train.images.shape[1])
+        takes = " or ".join(map(str, encoder.channels))
+        fits = (
+            f"{spec.model} takes images of {takes} channel(s) and {spec.dataset} has {channels}; choose another model"
+        )
+        checks.require(channels in encoder.channels, "model", spec.model, fits)
+    users = [i.public for i in group if i.spec.uses_synthetic]
+    synthetic = _load_public(*source, users[0]) if users else None
+    half = dict(zip(("half-1", "half-2"), _halves(len(splits.train), spec.seed or 0), strict=True))
+    pool = splits.train
+    if spec.train_on == "synthetic":
+        assert synthetic is not None
+        pool = synthetic
+    ids = half.get(spec.train_on, torch.arange(len(pool)))
+    kept, held_out = validation_split(len(ids), spec.validation, spec.seed or 0)
+    checks.require(len(kept) > 0, "dataset", spec.dataset, "has no training examples after the validation split")
+    public: data.ImageSet | Part | None = synthetic
+    if spec.public == "half-2":
+        public = Part(splits.train, half["half-2"])
+    elif spec.public == "synthetic-half" and synthetic is not None:  # Table 10: D as large as S1
+        order = rng.generator(spec.seed or 0, "public").permutation(len(synthetic))
+        public = Part(synthetic, _sorted(order[: len(half["half-1"])]))
+    return Material(
+        n=len(ids), ids=ids[kept], train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]), test=splits.test,
+        public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest,
+    )  # fmt: skip
+
+
+def _halves(n: int, seed: int) -> Iterable[Int64[Tensor, " half"]]:
+    order = rng.generator(seed, "halves").permutation(n)
+    return _sorted(order[0::2]), _sorted(order[1::2])
+
+
+def _sorted(places: np.ndarray) -> Int64[Tensor, " n"]:
+    return torch.from_numpy(np.sort(places))
