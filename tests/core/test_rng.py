@@ -82,7 +82,7 @@ def test_fresh_seeds_are_long_and_differ():
     seeds = [rng.fresh_seed() for _ in range(200)]
     assert len(set(seeds)) == 200
     assert all(0 <= s < 2**128 for s in seeds)
-    assert max(seeds) > 2**126, "by chance once in 4^200 runs"
+    assert max(seeds) > 2**127, "by chance once in 2^200 runs"
 
 
 def test_the_global_generators_are_left_alone():
@@ -98,7 +98,7 @@ def test_the_global_generators_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    "bad", ["0", 1.5, True, False, -3, 1.0, np.float64(2), np.bool_(True), (1,), b"1", torch.tensor(1)]
+    "bad", ["0", 1.5, True, False, -1, -3, 1.0, np.float64(2), np.bool_(True), (1,), b"1", torch.tensor(1)]
 )
 def test_what_is_no_whole_number_is_no_seed(bad):
     with pytest.raises(ValueError, match=r"^seed=.*: must be a whole number of at least 0, or None") as caught:
