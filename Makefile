@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 CODE := $(wildcard dpmix/*.py dpmix/*/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*.json) \
 	$(wildcard benchmarks/results/*.json) $(wildcard tests/mutants.py)
 
-.PHONY: book browse test lint lab env notebooks standins clean
+.PHONY: book browse test lint lab env mutants notebooks standins clean
 
 book: $(READY)
 	@mkdir -p book/_build
@@ -43,6 +43,10 @@ lint: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+mutants: $(READY)  ## does a test notice when an operator of core is changed? Hours; make mutants SAMPLE=30 for so many of each module
+	$(BIN)/pip install --quiet cosmic-ray==8.7.0
+	$(BIN)/python tests/mutation.py --sample $(or $(SAMPLE),0)
 
 notebooks: $(READY)  ## make every .ipynb from its .py
 	$(BIN)/python tests/notebooks.py

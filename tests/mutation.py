@@ -1,6 +1,6 @@
 """Mutation testing of `dpmix.core`: change one operator, number or branch at a time; do the tests of the room notice?
 
-    python tests/mutation.py [MODULE ...] [--sample N] [--list]
+    python tests/mutation.py [MODULE ...] [--sample N] [--slowest SECONDS] [--list]
 
 The mutants are cosmic-ray's, by the operators below (one replacement for each kind: ten ways to break a plus tell no more than
 one). Each is written into a copy of the tree and tested by a forked child, in which the libraries are imported already and the
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -28,8 +29,9 @@ TESTS = {
     "accounting": "test_accounting test_microbatch",
     "microbatch": "test_microbatch test_clipping_network test_network",
     "views": "test_views",
-    "clipping": "test_clipping_heads",
-    "clipping_network": "test_clipping_network",
+    "clipping": "test_clipping_heads test_precision",
+    "clipping_network": "test_clipping_network test_precision",
+    "sources": "test_heads test_rng",
     "heads": "test_heads test_rng",
     "network": "test_network test_rng",
 }
@@ -51,13 +53,16 @@ CALLS = (
 
 
 class Quickest:
-    """A pytest plugin: tests in the order of how long they took unchanged, and how long that was."""
+    """A pytest plugin: tests in the order of how long they took unchanged, none of the slowest; and how long that was."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.failed = seconds, ""
+    def __init__(self, seconds: dict[str, float], slowest: float) -> None:
+        self.seconds, self.slowest, self.failed = seconds, slowest, ""
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+        took = {item.nodeid: self.seconds.get(item.nodeid, 0.0) for item in items}
+        items[:] = sorted(
+            (item for item in items if took[item.nodeid] <= self.slowest), key=lambda item: took[item.nodeid]
+        )
 
     def pytest_runtest_logreport(self, report: object) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
@@ -98,7 +103,9 @@ def mutants(source: str) -> dict[str, str]:
 Outcome = tuple[str, dict[str, float], list[str]]  # the first test that failed or "", seconds of each, libraries in use
 
 
-def in_a_child(tree: Path, tests: list[str], seconds: dict[str, float], limit: float) -> Outcome:
+def in_a_child(
+    tree: Path, tests: list[str], seconds: dict[str, float], limit: float, slowest: float = math.inf
+) -> Outcome:
     """What the tests say of the tree as it is, in a process of its own."""
     told = tree / "told"
     told.unlink(missing_ok=True)
@@ -111,7 +118,7 @@ def in_a_child(tree: Path, tests: list[str], seconds: dict[str, float], limit: f
         os.dup2(sink, 1), os.dup2(sink, 2)
         os.chdir(tree)
         sys.path.insert(0, str(tree))
-        plugin = Quickest(seconds)
+        plugin = Quickest(seconds, slowest)
         code = 99
         try:
             code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[plugin])
@@ -137,6 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=list(TESTS))
     parser.add_argument("--sample", type=int, default=0, help="so many of each module, chosen with seed 0; 0: all")
+    parser.add_argument(
+        "--slowest", type=float, default=math.inf, help="leave out tests that take more seconds unchanged"
+    )
     parser.add_argument("--list", action="store_true", help="only print what would be done")
     asked = parser.parse_args()
     import hypothesis, kornia, opacus, pytest, scipy.stats, torch  # noqa: E401, F401, I001 (what the children share)
@@ -171,7 +181,7 @@ def main() -> None:
                 path.write_text(text)
                 for stale in path.parent.glob(f"__pycache__/{module}.*"):
                     stale.unlink()
-                by, *_ = in_a_child(tree, tests, seconds, limit)
+                by, *_ = in_a_child(tree, tests, seconds, limit, asked.slowest)
                 print(f"{module}:{name}  {by or '*** SURVIVED'}", flush=True)
                 survived += [name] if not by else []
             path.write_text(source)

@@ -343,3 +343,33 @@ def test_a_method_that_is_not_known_is_named_with_the_near_ones():
     with pytest.raises(ValueError, match="method='mixself': unknown; did you mean 'mix-self'"):
         views.METHODS["mixself"]
     assert "mixself" not in views.METHODS and views.METHODS.get("mixself") is None
+
+
+def test_a_pool_of_two_is_mixed_with_its_other_member():
+    """The pool of pure DP-MixDiff: two public images. A member mixed with itself would be no mixture."""
+    recipe = METHODS["pure-mix-diff"]
+    first, second, _ = views.mixing_draws(recipe, torch.arange(50), seed=1, step=0)
+    assert (first + second == 1).all() and 0.4 < first.double().mean() < 0.6
+
+
+@pytest.mark.parametrize("name", ["mix-self", "mix-diff", "pure-mix-diff"])
+def test_the_draws_that_a_picture_shows_are_those_of_the_views(name):
+    recipe, (images, labels, ids) = METHODS[name], batch()
+    found = made(recipe, images, labels, ids)
+    first, second, lam = views.mixing_draws(recipe, ids, seed=KWARGS["seed"], step=KWARGS["step"])
+    pool, lam = found.images[:, : recipe.k_base + recipe.k_diff], lam.float()[..., None, None, None]
+    rows = torch.arange(len(ids))[:, None]
+    torch.testing.assert_close(
+        found.images[:, -recipe.k_self :], lam * pool[rows, first] + (1 - lam) * pool[rows, second]
+    )
+
+
+def test_the_methods_are_those_of_the_paper():
+    """Section 4: 16 self-augmentations, 18 mixtures, 2 synthetic images; alpha 0.2."""
+    views_of = {name: (r.k_base, r.k_self, r.k_diff, r.transform, r.mix, r.alpha) for name, r in METHODS.items()}
+    plain, augmented = ("none", "mixup", 0.2), ("crop-flip", "mixup", 0.2)
+    assert views_of == {
+        "dp-sgd": (1, 0, 0, *plain), "mixed-ghost": (1, 0, 0, *plain), "self-aug": (16, 0, 0, *augmented),
+        "mix-self": (16, 18, 0, *augmented), "mix-diff": (16, 18, 2, *augmented), "pure-mix-diff": (0, 18, 2, *augmented),
+    }  # fmt: skip
+    assert Recipe() == METHODS["self-aug"]
