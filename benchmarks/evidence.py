@@ -90,7 +90,7 @@ def same_epsilon(dataset: str, seeds: Sequence[int]) -> list[Cell]:
     changes: dict[str, dict[str, Any]] = {
         "the paper's settings": {},
         "PLD instead of RDP": {"accountant": "pld"},
-        "every example in each of 200 steps": {"batch_size": n, "epochs": 200.0, "population": n},
+        "every example in each of 200 steps": {"batch_size": n, "epochs": 200.0},
         "momentum of 0.9": {"momentum": 0.9},
     }
     plain, settings, cells = methods(dataset, ["dp-sgd"], (1, 8), seeds), dict[str, Any](), []

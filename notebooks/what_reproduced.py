@@ -61,4 +61,4 @@ ledger.table(again[again["verdict"] != ledger.NOT_RUN]) if scale else Markdown("
 
 # %% tags=["hide-input"]
 parts = [f"{t}\n\n{evidence.status(t).data}" for t, part in runs.items() if len(part)]
-Markdown("\n\n".join(parts) or evidence.status("table3").data)
+Markdown("\n\n".join(parts) or "None yet: `python benchmarks/evidence.py --list` says what makes them.")

@@ -107,14 +107,16 @@ def _unpacked(text: str, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=size).astype(bool)
 
 
-def status(table: str, folder: Path | None = None) -> Markdown:
-    """The first lines of a page: which real data its verdicts rest on, or that there are none."""
+def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Markdown:
+    """The first lines of a page: which real data its verdicts rest on, or that there are none, and (`demo`) what is."""
     about = read(table, folder).attrs["about"]
     if not about:
-        return Markdown(
-            "**Real data: not run.** No runs on the paper's own kind of data came with the repository for this page. What "
-            "stands beside the published numbers is the demo alone: it shows that the code runs, and decides little."
+        beside = (
+            "What stands beside the published numbers is the demo: it shows that the code runs, and decides little."
         )
+        rest = beside if demo else "There is nothing to show yet; the last lines of the page say what makes them."
+        none = "No runs on the paper's own kind of data came with the repository for this page."
+        return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [
         f"- {label(a['dataset'])}: {a['encoder']}, {len(a['seeds'])} seed{'s' if len(a['seeds']) > 1 else ''}, "
         f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "

@@ -27,9 +27,9 @@ def _panels(s: Sources, split: Sequence[str], by: Sequence[str], value: str) -> 
 
 
 def _figure(count: int, wide: float, tall: float) -> tuple[Figure, list]:
-    """Axes for `count` panels, at most three a row; those that are left over are blank."""
+    """Axes for `count` panels, two a row, for narrow pages; one that is left over is blank."""
     sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85)
-    columns = min(3, count)
+    columns = min(2, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, tall * rows + 0.6), squeeze=False)
     for ax in axes.flat[count:]:
@@ -86,6 +86,7 @@ def point_plot(
         ax.set(title=title, ylim=(len(part) - 0.5, -0.5), xlabel=unit)
         ax.set_yticks(range(len(part)), [label(n) for n in part[line]])
         ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=4)
     return _finish(figure)
 
 
@@ -134,6 +135,7 @@ def effects_plot(found: pd.DataFrame) -> Figure:
             legend[word] = ax.errorbar(mean, place, xerr=bars, fmt="o", ms=4, capsize=2, color=colours[word])
     ax.axvline(0, color="0.4", lw=1)
     ax.set_xscale("symlog", linthresh=5)
+    ax.set_xlim(-100, 500)
     ax.set_xticks([-50, -5, 0, 5, 50], ["-50", "-5", "0", "5", "50"])
     ax.set(xlabel="difference in points (ratios: logarithm, %)", ylim=(-0.7, len(shown) - 0.3))
     ax.set_yticks(range(len(shown)), shown["key"])

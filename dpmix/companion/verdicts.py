@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from dpmix.companion.grids import STANDS_FOR
-from dpmix.companion.report import Sources, Tables, label
+from dpmix.companion.report import Sources, Tables, entry, label
 
 LEVEL = 0.05
 POINTS = (0.25, 1.0)  # the least and the largest bound in percentage points
@@ -212,7 +212,9 @@ def compare(
                 rows.append({"place": tuple(place.values()), **row})
                 effects.append(effect)
     columns = ["place", "first", "second", "claim", "published", "bound", "ratio", "images"]
-    return pd.concat([pd.DataFrame(rows, columns=columns), decide(effects, level)], axis=1)
+    found = pd.concat([pd.DataFrame(rows, columns=columns), decide(effects, level)], axis=1)
+    found.attrs["per"] = per
+    return found
 
 
 def number(x: float, ratio: bool) -> str:
@@ -227,7 +229,7 @@ def show(found: pd.DataFrame) -> pd.DataFrame:
         name = f"{label(r.first)} {'÷' if r.ratio else '−'} {label(r.second)}"
         low, high = number(r.low, r.ratio), number(r.high, r.ratio)
         claimed = f" (claimed: at most {number(r.bound, r.ratio)})" if r.claim == "no gain" else ""
-        place = "".join(f"{label(r.place[i])}: " for i in varied)
+        place = "".join(f"{entry(found.attrs['per'][i], r.place[i])}: " for i in varied)
         rows[place + name] = {
             "published": number(r.published, r.ratio),
             "measured": f"{number(r.difference, r.ratio)} [{low}, {high}]",
