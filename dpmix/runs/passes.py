@@ -120,7 +120,7 @@ def compute_network(
     (task,) = group
     spec, m, device, train = task.spec, task.mechanism, compute.where(), material.train
     assert spec.seed is not None
-    on_gpu = device.type == "cuda"
+    on_gpu, precision = device.type == "cuda", compute.precision(network=True)
     channels = int(train.images.shape[1])
     model = wide_resnet(*spec.network, train.num_classes, channels=channels, seed=spec.seed)
     physical = compute.physical_batch or (64 if on_gpu else 8)
@@ -131,7 +131,7 @@ def compute_network(
         ids=material.ids, places=material.n, identity=task.identity.run, public=material.public,
         momentum=spec.momentum, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay,
         microbatch=spec.microbatch, microbatch_mix=spec.microbatch_mix, physical_batch=physical, engine=compute.engine,
-        autocast=torch.bfloat16 if compute.precision() == torch.bfloat16 else None, channels_last=on_gpu,
+        autocast=None if precision == torch.float32 else precision, channels_last=on_gpu,
         device=device, delta=spec.delta if m.noise_multiplier else None, checkpoint=checkpoint,
         checkpoint_every=max(1, min(50, m.steps // 10)), progress=compute.progress, spec={"network": spec.model},
     )  # fmt: skip
@@ -143,7 +143,7 @@ def compute_network(
     )
     timing = {"seconds": trained.seconds, "views": trained.counters["views"], "engine": trained.engine, "heads": 1,
               "views_per_second": trained.counters["views"] / max(trained.seconds, 1e-9), "physical_batch": physical,
-              "dtype": str(compute.precision()), "channels_last": on_gpu}  # fmt: skip
+              "dtype": str(precision), "channels_last": on_gpu}  # fmt: skip
     tensors = {name: t.float() for name, t in model.state_dict().items()}
     yield result(task, test, seen, timing, material, device), tensors
 

@@ -12,11 +12,22 @@ from dpmix.runs.spec import RunSpec
 
 @dataclass(frozen=True, kw_only=True)
 class NonPrivateDiagnostics:
-    """What was computed from private data without noise. For choosing and debugging; never part of a release."""
+    """What was computed from private data without noise. For choosing and debugging; never part of a release.
+
+    `note`: one line for the owner where gradients were dropped, else empty.
+    """
 
     validation_accuracy: float | None
     dropped_gradients: int
     train_examples: int
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dropped_gradients:
+            why = "look for images or an encoder with numbers that are not finite, or for a learning rate that is too high"
+            object.__setattr__(
+                self, "note", f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

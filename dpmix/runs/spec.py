@@ -9,6 +9,7 @@ import torch
 
 from dpmix.core import accounting, checks, microbatch, views
 from dpmix.core.clipping_network import ENGINES
+from dpmix.core.precision import bfloat16_is_fast
 from dpmix.core.processes import device_of
 from dpmix.images import data
 from dpmix.models import encoders
@@ -159,9 +160,9 @@ class RunSpec:
 class ComputeFlags:
     """All that may not change a result beyond floating-point rounding: where and how it is computed.
 
-    `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and float32 on a CPU. Norms,
-    sums and noise are float32 in any case. `workers` passes run at a time, in processes of their own; by default as many
-    as there are cores, and one on a GPU.
+    `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and, for a network, on a CPU
+    with instructions for it (AMX, AVX512-BF16), else float32. Norms, sums and noise are float32 in any case. `workers`
+    passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
     """
 
     device: str = "auto"
@@ -189,9 +190,11 @@ class ComputeFlags:
         """The device: the first GPU if there is one (under torchrun, the process's own), unless named."""
         return device_of(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
-    def precision(self) -> torch.dtype:
-        """`dtype` on this device."""
-        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and self.where().type == "cuda")
+    def precision(self, *, network: bool = False) -> torch.dtype:
+        """`dtype` on this device: of encoders, or of a network's forward and backward."""
+        device = self.where()
+        fast = bfloat16_is_fast(device) if network else device.type == "cuda"
+        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast)
         return torch.bfloat16 if fast else torch.float32
 
 

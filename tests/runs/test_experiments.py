@@ -16,7 +16,7 @@ from PIL import Image
 
 from dpmix.core import accounting, heads, views
 from dpmix.images import data
-from dpmix.runs import experiments, identity, material, passes, spec, workers
+from dpmix.runs import experiments, identity, material, passes, result, spec, workers
 from dpmix.runs.experiments import ComputeFlags, Result, RunSpec, Store, choose_learning_rate, run, run_all
 from dpmix.runs.identity import Contents, Identity, code_digest
 
@@ -106,6 +106,25 @@ def test_a_gpu_that_is_not_there_is_named_before_any_training(store, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda': there is no GPU that PyTorch can use; take 'cpu'"):
         run(SPEC, compute=replace(COMPUTE, device="cuda"), store=store)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_network_takes_bfloat16_on_a_cpu_that_has_it(store, monkeypatch, there):
+    monkeypatch.setattr(spec, "bfloat16_is_fast", lambda device: there)
+    taken, real = [], passes.network.train
+    monkeypatch.setattr(passes.network, "train", lambda *a, **k: taken.append(k["autocast"]) or real(*a, **k))
+    wrn = replace(SPEC, model="wrn-10-1", batch_size=32, epochs=2 / 36, recipe=views.METHODS["dp-sgd"])
+    found = run(wrn, compute=COMPUTE, store=store)
+    assert taken == [torch.bfloat16 if there else None] and found.timing["dtype"] == str(taken[0] or torch.float32)
+    run(replace(wrn, seed=4), compute=replace(COMPUTE, dtype="float32"), store=store)
+    assert taken[1] is None
+
+
+def test_dropped_gradients_are_said_to_their_owner_in_one_line():
+    about = dict(validation_accuracy=None, train_examples=9)
+    note = result.NonPrivateDiagnostics(dropped_gradients=3, **about).note
+    assert note.startswith("3 gradients were not finite and counted as zero") and "\n" not in note
+    assert result.NonPrivateDiagnostics(dropped_gradients=0, **about).note == ""
 
 
 def test_the_precision_is_bfloat16_on_a_gpu_and_float32_on_a_cpu_unless_named(monkeypatch):
