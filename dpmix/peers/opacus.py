@@ -17,7 +17,7 @@ from itself and public images alone and are averaged before the clip. So Opacus'
 K copies of an example as K rows of the batch: these move the sum by up to K times as much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,24 +45,29 @@ class ViewSet(Dataset):
     It depends on example i of `dataset` and on public images only (`core.views.make_views`), not on workers or on the
     batch. Without `seed` every access draws anew from the operating system. With one, for science (a known seed makes
     views predictable), views follow from (seed, epoch, i): call `set_epoch` before each pass, as for PyTorch's
-    DistributedSampler. `redraw=False` draws once, as `core.sources` does with the same seed.
+    DistributedSampler. `redraw=False` draws once, as `core.sources` does with the same seed. Pixels are normalised after the
+    views, where the model is called: `model(normalise(images))`.
 
     Args:
         dataset: items (image, label): image uint8 or float in 0..1, [C, H, W]; label below `num_classes`.
         public: synthetic images for k_diff > 0, with `images` [m, C, H, W] and `labels` [m].
-        normalise: applied to the views [n, C, H, W] last, for example torchvision's Normalize.
 
     Raises ValueError for images, labels or public images that do not fit.
     """
 
     def __init__(
-        self, dataset: Dataset | Sequence, recipe: views.Recipe, *, num_classes: int,
-        public: views.PublicImages | None = None, seed: rng.Seed = None, redraw: bool = True,
-        normalise: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Dataset | Sequence,
+        recipe: views.Recipe,
+        *,
+        num_classes: int,
+        public: views.PublicImages | None = None,
+        seed: rng.Seed = None,
+        redraw: bool = True,
+    ) -> None:
         checks.whole("num_classes", num_classes, 1)
         self.dataset, self.num_classes, self.public = dataset, num_classes, public
-        self.union, self.normalise, self.redraw = views.make_union([recipe]), normalise, redraw
+        self.union, self.redraw = views.make_union([recipe]), redraw
         self.seed = None if seed is None and redraw else rng.as_seed(seed)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that live on
         checks.require(len(self) > 0, "dataset", len(self), "must hold at least one example")
@@ -95,10 +100,7 @@ class ViewSet(Dataset):
         ids = torch.tensor([int(i) % len(self) for i in places])
         step = int(self.epoch) if self.redraw else None
         about: dict[str, Any] = dict(num_classes=self.num_classes, seed=self.seed, step=step, public=self.public)
-        pixels, targets = self.union.make(images, labels, ids, **about)
-        if self.normalise is not None:
-            pixels = self.normalise(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        return list(zip(pixels, targets, strict=True))
+        return list(zip(*self.union.make(images, labels, ids, **about), strict=True))
 
 
 class ViewAveraging(DPOptimizer):
