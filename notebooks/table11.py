@@ -22,9 +22,11 @@
 
 # %% tags=["hide-input"]
 import pandas as pd
+import torch
 
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core import clipping, rng
 from dpmix.peers import jax as jax_peer
 
 evidence.status("table11")
@@ -113,7 +115,26 @@ verdicts.page(found, [Comparison("mix-self", "self-aug")], per=("framework",))
 # of four views, lets the clip bite, and shows the largest relative difference of an entry between the two.
 
 # %% tags=["hide-input"]
-jax_peer.compare_sums(seed=0)
+draw, (b, K, dim, classes) = rng.generator(0, "compare"), (32, 4, 64, 10)
+features, logits, weights, biases = (
+    torch.from_numpy(draw.standard_normal(shape)).float()
+    for shape in ((b, K, dim), (b, K, classes), (1, classes, dim), (1, classes))
+)
+targets, head = logits.softmax(-1), (weights, biases, torch.tensor([0.5]))
+mean = torch.full((1, K), 1 / K)
+wanted = clipping.clipped_head_sums(features, targets, *head, mean)
+one_by_one = jax_peer.clipped_head_sums(
+    features.flatten(0, 1)[:, None], targets.flatten(0, 1)[:, None], *head, torch.ones(1, 1)
+)
+found = {
+    "views averaged, then clipped": jax_peer.clipped_head_sums(features, targets, *head, mean),
+    "views one by one": [total / K for total in one_by_one],
+}
+off = {
+    name: [float((t - w).abs().max() / w.abs().max()) for t, w in zip(sums, wanted, strict=False)]
+    for name, sums in found.items()
+}
+pd.DataFrame.from_dict(off, orient="index", columns=["weights", "biases"]).style.format("{:.0e}")
 
 # %% [markdown]
 # `views one by one` is the negative control: clipping every view by itself and averaging afterwards gives another sum, and a sensitivity that no longer

@@ -1,16 +1,13 @@
 """The same heads trained by JAX and the released `jax-privacy` package (optional extra "jax").
 
-What decides a private run besides the data is done here by other people's code: clipping (`jax_privacy.clipped_grad`),
-noise (`jax_privacy.noise_addition`) and the noise multiplier (`jax_privacy.accounting`). The batches, the views and their
-features are those of dpmix, so a run differs from its PyTorch twin in its noise, and in rounding.
-
-jax-privacy clips groups: with `keep_batch_dim=False` the loss sees one entry of the batch, here all K views of one
-example, and the gradient of their mean loss is clipped. That is the average before the clip (Eq. (4)).
+Clipping (`jax_privacy.clipped_grad`), noise (`noise_addition`) and the noise multiplier (`accounting`) are other people's
+code; batches, views and features are those of dpmix, so a run differs from its PyTorch twin in noise and in rounding.
+jax-privacy clips entries of the batch, here all K views of an example: the gradient of their mean loss (Eq. (4)).
 """
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
@@ -25,10 +22,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dpmix.companion import grids
-from dpmix.core import accounting, clipping, files, heads, rng, sources
+from dpmix.core import accounting, checks, files, heads, rng, sources
 from dpmix.runs import passes, run
 from dpmix.runs.material import prepare
-from dpmix.runs.result import NonPrivateDiagnostics, Result, frame
+from dpmix.runs.result import Result, frame
 from dpmix.runs.spec import ComputeFlags, RunSpec, epsilons, mechanism
 from dpmix.runs.store import STORE, Store
 
@@ -44,23 +41,19 @@ def _libraries() -> SimpleNamespace:
         from jax_privacy import accounting, noise_addition
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: run `pip install 'dpmix[jax]'`, or `make env`") from error
-    return SimpleNamespace(jax=jax, np=jax.numpy, optax=optax, clipped_grad=jax_privacy.clipped_grad,
-                           accounting=accounting, noise=noise_addition)  # fmt: skip
+    return SimpleNamespace(
+        jax=jax, np=jax.numpy, optax=optax, clip=jax_privacy.clipped_grad, accounting=accounting, noise=noise_addition
+    )
 
 
 @functools.cache
 def noise_multiplier(*, epsilon: float, delta: float, population: int, batch_size: int, steps: int) -> float:
-    """sigma by jax-privacy's own RDP accountant: Poisson sampling, add or remove one example. Never above the budget.
-
-    dp_accounting warns of Rényi orders that it leaves out; a bound from fewer orders still holds.
-    """
+    """sigma by jax-privacy's own RDP accountant: Poisson sampling, add or remove one example. Never above the budget."""
     a = _libraries().accounting
-    accountant = a.DpsgdTrainingAccountant(dp_accountant_config=a.RdpAccountantConfig())
-    sigma = a.calibrate_noise_multiplier(
-        target_epsilon=epsilon, accountant=accountant, batch_sizes=batch_size, num_updates=steps,
-        num_samples=population, target_delta=delta, tol=1e-4,
-    )  # fmt: skip
-    about = dict(num_samples=population, delta=delta, batch_size=batch_size)
+    accountant = a.DpsgdTrainingAccountant(a.RdpAccountantConfig())
+    asked = dict[str, Any](target_epsilon=epsilon, target_delta=delta, batch_sizes=batch_size, num_updates=steps)
+    sigma = a.calibrate_noise_multiplier(accountant=accountant, tol=1e-4, num_samples=population, **asked)
+    about = dict[str, Any](num_samples=population, delta=delta, batch_size=batch_size)
     while accountant.compute_epsilon(steps, a.DpParams(noise_multipliers=sigma, **about)) > epsilon:
         sigma *= 1.0001  # the search ends on either side of the budget
     return sigma
@@ -74,10 +67,10 @@ def _clipped_sums() -> Callable[..., dict[str, Any]]:
     def one_head(params: dict, clip_norm: Any, view_weights: Any, batch: tuple, padding: Any) -> dict:
         def loss(params: dict, views: tuple) -> Any:
             features, targets = views  # of one example: [K, D] and [K, classes]
-            logits = lib.np.matmul(features, params["weights"].T, precision="highest") + params["biases"]
+            logits = lib.np.matmul(features, params["w"].T, precision="highest") + params["b"]
             return (view_weights * lib.optax.softmax_cross_entropy(logits, targets)).sum()
 
-        clipped = lib.clipped_grad(loss, l2_clip_norm=clip_norm, batch_argnums=1, keep_batch_dim=False)
+        clipped = lib.clip(loss, l2_clip_norm=clip_norm, batch_argnums=1, keep_batch_dim=False)
         return clipped(params, batch, is_padding_example=padding)
 
     return lib.jax.jit(lib.jax.vmap(one_head, in_axes=(0, 0, 0, None, None)))
@@ -90,67 +83,61 @@ def clipped_head_sums(
     biases: Float[Tensor, "R num_classes"],
     clip_norms: Float[Tensor, " R"],
     view_weights: Float[Tensor, "R K"],
-) -> tuple[Float[Tensor, "R num_classes D"], Float[Tensor, "R num_classes"]]:
-    """jax-privacy's clipped sum for R linear heads, float32. `core.clipping.clipped_head_sums` is its twin."""
-    np = _libraries().np
-    w, b, norms, rows, z, y = (
-        np.asarray(t.float().numpy()) for t in (weights, biases, clip_norms, view_weights, features, targets)
-    )
-    sums = _clipped_sums()({"weights": w, "biases": b}, norms, rows, (z, y), np.zeros(len(z), bool))
-    return _torch(sums["weights"]), _torch(sums["biases"])
-
-
-def _torch(array: Any) -> Tensor:
-    return torch.from_numpy(numpy.array(array))
+    present: int | None = None,
+) -> list[Tensor]:
+    """jax-privacy's clipped sums [R, num_classes, D] and [R, num_classes], float32. `core.clipping.clipped_head_sums` is its
+    twin, `present` included: the examples that are no padding."""
+    tensors = (weights, biases, clip_norms, view_weights, features, targets)
+    w, b, norms, rows, z, y = (t.float().cpu().numpy() for t in tensors)
+    padding = numpy.arange(len(z)) >= (len(z) if present is None else present)
+    sums = _clipped_sums()({"w": w, "b": b}, norms, rows, (z, y), padding)
+    return [torch.from_numpy(numpy.array(sums[name])) for name in "wb"]
 
 
 def train(
-    source: sources.Source, bank: Sequence[heads.Head], *, expected_batch: int, sample_rate: float, steps: int, seed: int,
-    identity: str = "", physical_batch: int = 64, progress: bool = True,
-) -> heads.Bank:  # fmt: skip
-    """Algorithm 1 for every head, as `core.heads.train`: the same batches, views and features, clipped and noised in JAX.
-
-    Batches are padded to a fixed size; jax-privacy makes padding count as zero. Each head has a noise of its own.
-    """
+    source: sources.Source,
+    bank: Sequence[heads.Head],
+    *,
+    expected_batch: int,
+    sample_rate: float,
+    steps: int,
+    seed: int,
+    physical_batch: int = 64,
+    progress: bool = True,
+) -> heads.Bank:
+    """Algorithm 1 for every head, as `core.heads.train`: the same batches, views and features, clipped and noised in JAX."""
     lib = _libraries()
-    jax, np = lib.jax, lib.np
-    rows = dict(zip(source.union.recipes, source.union.weights.float().numpy(), strict=True))
-    view_weights, clip_norms = np.array([rows[h.recipe] for h in bank]), np.array([h.clip_norm for h in bank])
-    rates = np.array([h.learning_rate / expected_batch for h in bank])
-    shapes = {"weights": (source.num_classes, source.dim), "biases": (source.num_classes,)}
-    params = {name: np.zeros((len(bank), *shape)) for name, shape in shapes.items()}
-    own = files.digest(repr((identity, source.name, sample_rate, steps, expected_batch)))
-    privatizers, states = [], []
-    for head in bank:
-        drawn = rng.generator(seed, "noise-jax", own, files.digest(repr(head))).integers(2**32, size=2, dtype="uint32")
-        key = jax.random.wrap_key_data(np.array(drawn))
-        made = lib.noise.gaussian_privatizer(stddev=head.noise_multiplier * head.clip_norm, prng_key=key)
-        privatizers.append(jax.jit(made.update))
-        states.append(made.init({name: np.zeros(shape) for name, shape in shapes.items()}))
-    seconds, views = {"clipping": 0.0, "noise": 0.0}, 0
+    view_weights = dict(zip(source.union.recipes, source.union.weights.float(), strict=True))
+    rows, norms = torch.stack([view_weights[h.recipe] for h in bank]), torch.tensor([h.clip_norm for h in bank])
+    shapes = (source.num_classes, source.dim), (source.num_classes,)
+    parameters = [torch.zeros(len(bank), *shape) for shape in shapes]
+    own = files.digest(repr((source.name, sample_rate, steps, expected_batch)))
+    updates, states = [], []
+    for h in bank:
+        drawn = rng.generator(seed, "noise-jax", own, files.digest(repr(h))).integers(2**32, size=2, dtype="uint32")
+        key = lib.jax.random.wrap_key_data(lib.np.array(drawn))
+        made = lib.noise.gaussian_privatizer(stddev=h.noise_multiplier * h.clip_norm, prng_key=key)
+        updates.append(lib.jax.jit(made.update))
+        states.append(made.init([lib.np.zeros(shape) for shape in shapes]))
+    views, start = 0, time.perf_counter()
     for step in tqdm(range(steps), desc=f"JAX, {len(bank)} heads", disable=not progress):
         chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=step)
-        sums = jax.tree.map(np.zeros_like, params)
+        sums = [torch.zeros_like(p) for p in parameters]
         for part in chosen.split(physical_batch) if len(chosen) else ():
             padding = (0, 0) * 2 + (0, physical_batch - len(part))
-            batch = tuple(
-                np.asarray(functional.pad(t.float().cpu(), padding).numpy()) for t in source.batch(part, step)
-            )
-            tick = time.perf_counter()
-            added = _clipped_sums()(params, clip_norms, view_weights, batch, np.arange(physical_batch) >= len(part))
-            sums = jax.block_until_ready(jax.tree.map(np.add, sums, added))
-            sources.lap(seconds, "clipping", tick)
-        tick = time.perf_counter()
-        for r, head in enumerate(bank):
-            gradient = {name: total[r] for name, total in sums.items()}
-            if head.noise_multiplier:
-                gradient, states[r] = privatizers[r](gradient, states[r])
-            params = {name: w.at[r].add(-rates[r] * gradient[name]) for name, w in params.items()}
-        jax.block_until_ready(params)
-        sources.lap(seconds, "noise", tick)
+            z, y = (functional.pad(t, padding) for t in source.batch(part, step))
+            added = clipped_head_sums(z, y, parameters[0], parameters[1], norms, rows, len(part))
+            sums = [total + a for total, a in zip(sums, added, strict=True)]
+        for r, h in enumerate(bank):
+            if h.noise_multiplier:
+                noisy, states[r] = updates[r]([total[r].numpy() for total in sums], states[r])
+                for total, value in zip(sums, noisy, strict=True):
+                    total[r] = torch.from_numpy(numpy.array(value))
+            for p, total in zip(parameters, sums, strict=True):
+                p[r] -= h.learning_rate / expected_batch * total[r]
         views += len(chosen) * source.union.views
-    return heads.Bank(weights=_torch(params["weights"]), biases=_torch(params["biases"]), views=views,
-                      seconds=source.seconds | seconds, dropped=0)  # fmt: skip
+    seconds = source.seconds | {"clipping": time.perf_counter() - start - sum(source.seconds.values())}
+    return heads.Bank(weights=parameters[0], biases=parameters[1], views=views, seconds=seconds, dropped=0)
 
 
 def run_all(
@@ -163,64 +150,43 @@ def run_all(
     _libraries()
     compute, store = compute or ComputeFlags(), store or Store(STORE / "jax")
     for spec in specs:
-        if spec.from_scratch or spec.pretrain_epochs or spec.seed is None:
-            about = f"{spec.model!r}, pretrain_epochs={spec.pretrain_epochs}, {'no' if spec.seed is None else 'a'} seed"
-            raise ValueError(f"specs: {about}: trained are seeded heads on a frozen encoder; take runs.run_all")
+        plain = replace(spec, pretrain_epochs=0.0, momentum=0.0, redraw=True, feature_scaling="none") == spec
+        good = plain and spec.seed is not None and not spec.from_scratch
+        said = "trained are seeded heads on frozen encoders, without pretraining, momentum, stored or scaled features"
+        checks.require(good, "specs", spec.model, f"{said}; take runs.run_all")
     asked = run.ask(specs, compute, store)
     for group in run.missing(asked, store):
         with store.lock(store.name("pass", group[0].identity.shared.run)):
             left = [one for one in group if store.get(one.name) is None]
             for result, tensors in _compute(left, compute) if left else ():
-                store.put(result, tensors)
+                versions = result.provenance["versions"] | {name: metadata.version(name) for name in LIBRARIES}
+                store.put(replace(result, provenance=result.provenance | {"versions": versions}), tensors)
     found = [store.get(one.name) for one in asked]
     return [r for r in found if r is not None]
 
 
-def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> list[tuple[Result, dict[str, Tensor]]]:
-    material = prepare([one.identity for one in group], compute)
-    encoder, train_set = material.encoder, material.train
-    assert encoder is not None
-    tasks, sigmas = [], dict[tuple, float]()
+def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[passes.Done]:
+    material, tasks, start = prepare([one.identity for one in group], compute), [], time.perf_counter()
     for one in group:
         spec = one.identity.spec
-        m = mechanism(replace(spec, epsilon=None), material.n)
-        if spec.epsilon is not None:
-            asked = (spec.epsilon, spec.delta)
-            if asked not in sigmas:
-                sigmas[asked] = noise_multiplier(epsilon=spec.epsilon, delta=spec.delta, population=m.population,
-                                                 batch_size=spec.batch_size, steps=m.steps)  # fmt: skip
-            m = m._replace(noise_multiplier=sigmas[asked])
-        tasks.append(passes.Task(**one._asdict(), mechanism=m, epsilon=epsilons(spec, m)))
-    shared, m = tasks[0].spec, tasks[0].mechanism
-    start = time.perf_counter()
-    of, seed = passes.heads_of(tasks, material), passes.training_seed(shared)
-    source = sources.FreshViews(
-        encoder, train_set.images, train_set.labels, [h.recipe for h in of], num_classes=train_set.num_classes, seed=seed,
-        public=material.public, ids=material.ids, device=compute.where(),
-    )  # fmt: skip
-    bank = train(
-        source, of, expected_batch=shared.batch_size, sample_rate=m.sample_rate, steps=m.steps, seed=seed,
-        physical_batch=compute.physical_batch or 64, progress=compute.progress,
-    )  # fmt: skip
-    test, validation = (
-        heads.accuracy(bank, heads.encode(encoder, s.images, compute.where()), s.labels).tolist() if len(s) else None
-        for s in (material.test, material.validation)
-    )
-    timing = {"seconds": time.perf_counter() - start, "shares": bank.seconds, "views": bank.views, "heads": len(group),
-              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9)}  # fmt: skip
-    done = []
-    for r, task in enumerate(tasks):
-        seen = NonPrivateDiagnostics(
-            validation_accuracy=validation[r] if validation else None,
-            dropped_gradients=0,
-            train_examples=len(train_set),
+        m, asked = (
+            mechanism(replace(spec, epsilon=None), material.n),
+            dict(delta=spec.delta, batch_size=spec.batch_size),
         )
-        assert test is not None
-        result = passes.result(task, test[r], seen, timing, material, compute.where())
-        origin = result.provenance
-        origin = origin | {"versions": origin["versions"] | {name: metadata.version(name) for name in LIBRARIES}}
-        done.append((replace(result, provenance=origin), {"weight": bank.weights[r], "bias": bank.biases[r]}))
-    return done
+        if spec.epsilon is not None:
+            sigma = noise_multiplier(epsilon=spec.epsilon, population=m.population, steps=m.steps, **asked)
+            m = m._replace(noise_multiplier=sigma)
+        tasks.append(passes.Task(**one._asdict(), mechanism=m, epsilon=epsilons(spec, m)))
+    bank, data, seed = passes.heads_of(tasks, material), material.train, passes.training_seed(spec)
+    assert material.encoder is not None
+    of = dict[str, Any](num_classes=data.num_classes, public=material.public, ids=material.ids, device=compute.where())
+    recipes = [head.recipe for head in bank]
+    source = sources.FreshViews(material.encoder, data.images, data.labels, recipes, seed=seed, **of)
+    how = dict[str, Any](
+        expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
+    )
+    trained = train(source, bank, seed=seed, physical_batch=compute.physical_batch or 128, **how)
+    return passes.told(tasks, trained, material, compute, time.perf_counter() - start)
 
 
 def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
@@ -229,26 +195,3 @@ def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = Non
     runs = frame(results)
     runs["versions"] += [", " + ", ".join(f"{n} {r.provenance['versions'][n]}" for n in LIBRARIES[:2]) for r in results]
     return runs.assign(**{name: [c.labels[name] for c in cells] for name in cells[0].labels})
-
-
-def compare_sums(seed: int = 0, *, clip_norm: float = 0.5) -> pd.DataFrame:
-    """Clipped sums of PyTorch and JAX on random features [32, 4, 64] of ten classes: the largest relative differences.
-
-    The second row is a negative control: JAX clips every view by itself and averages afterwards.
-    """
-    b, k, dim, classes = 32, 4, 64, 10
-    draw = rng.generator(seed, "compare")
-    normal = lambda *shape: torch.from_numpy(draw.standard_normal(shape)).float()  # noqa: E731
-    z, y, w, bias = normal(b, k, dim), normal(b, k, classes).softmax(-1), normal(1, classes, dim), normal(1, classes)
-    norms, mean, one = torch.tensor([clip_norm]), torch.full((1, k), 1 / k), torch.ones(1, 1)
-    ours = clipping.clipped_head_sums(z, y, w, bias, norms, mean)
-    each = clipped_head_sums(z.reshape(b * k, 1, dim), y.reshape(b * k, 1, classes), w, bias, norms, one)
-    rows = {
-        "views averaged, then clipped": clipped_head_sums(z, y, w, bias, norms, mean),
-        "views one by one": (each[0] / k, each[1] / k),
-    }
-    table = {
-        name: [f"{float((g - w).abs().max() / w.abs().max()):.0e}" for g, w in zip(found, ours, strict=False)]
-        for name, found in rows.items()
-    }
-    return pd.DataFrame.from_dict(table, orient="index", columns=["weights", "biases"])

@@ -61,13 +61,21 @@ def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFla
         steps=steps, sample_rate=sample_rate, seed=training_seed(spec), public=material.public, initial=initial,
         ids=material.ids, checkpoint=checkpoint, **common,
     )  # fmt: skip
-    scores: dict[str, list] = {}
+    return told(group, bank, material, compute, time.perf_counter() - start)
+
+
+def told(
+    group: Sequence[Task], bank: heads.Bank, material: Material, compute: ComputeFlags, seconds: float
+) -> Iterator[Done]:
+    """The results of a pass, once its heads are trained and evaluated."""
+    encoder, device, scores = material.encoder, compute.where(), dict[str, list]()
+    assert encoder is not None
     for name, part in (("validation", material.validation), ("test", material.test)):
         features = heads.encode(encoder, part.images, device)
         scores[name] = heads.accuracy(bank, features, part.labels).tolist() if len(part) else [None] * len(group)
-    timing = {"seconds": time.perf_counter() - start, "shares": bank.seconds, "views": bank.views, "heads": len(group),
-              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9), "physical_batch": physical,
-              "dtype": str(compute.precision())}  # fmt: skip
+    timing = {"seconds": seconds, "shares": bank.seconds, "views": bank.views, "heads": len(group),
+              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9),
+              "physical_batch": compute.physical_batch or 128, "dtype": str(compute.precision())}  # fmt: skip
     for r, task in enumerate(group):
         seen = NonPrivateDiagnostics(
             validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped,
