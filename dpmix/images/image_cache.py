@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import PIL
@@ -44,6 +45,7 @@ _RARE = 0.1  # images of another size or colour than this share of all are oddit
 _KNOWN = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", _KNOWN)
 _VERIFIED: set[tuple[str, int, int]] = set()
+_MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by where they begin
 
 
 class Copies(NamedTuple):
@@ -241,9 +243,18 @@ def _map(path: Path, shape: Sequence[int]) -> UInt8[Tensor, "n C H W"]:
     """The file as a tensor over a private map: read on demand, and writing to it never reaches the file."""
     flags = mmap.MAP_PRIVATE | _NORESERVE
     with path.open("rb") as file:
-        return torch.frombuffer(
-            mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8
-        ).view(*shape)
+        pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    images = torch.frombuffer(pages, dtype=torch.uint8).view(*shape)
+    _MAPS[images.untyped_storage().data_ptr()] = pages
+    return images
+
+
+def forget(images: Tensor) -> None:
+    """Give back the memory of mapped images that were looked at; they are read again where they are asked for again. What
+    was written into the map is lost. Nothing happens to images that are not mapped."""
+    pages = _MAPS.get(images.untyped_storage().data_ptr())
+    if pages is not None:
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _checksum(path: Path) -> str:

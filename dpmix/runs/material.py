@@ -13,6 +13,7 @@ from torch import Tensor
 from dpmix import models
 from dpmix.core import checks, rng
 from dpmix.images import data
+from dpmix.images.image_cache import forget
 from dpmix.images.overlap import refuse_overlap
 from dpmix.runs.identity import Identity
 from dpmix.runs.spec import ComputeFlags
@@ -22,7 +23,8 @@ SCALED = ("caltech101", "caltech256", "sun397", "pets")  # files of many sizes: 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of images `[n, C, H, W]`, as if they were a tensor; they are looked up when asked for, never copied before."""
+    """Some rows of images `[n, C, H, W]`, as if they were a tensor: looked up when asked for, never copied before, and the
+    memory that a map took for it given back."""
 
     images: Tensor
     rows: Int64[Tensor, " n"]
@@ -35,7 +37,9 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, which: Any) -> Tensor:
-        return self.images[self.rows[which]]
+        found = self.images[self.rows[which]]
+        forget(self.images)
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Part:
         return self.whole.labels[self.rows]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.whole.class_names
+
+    @property
     def num_classes(self) -> int:
         return self.whole.num_classes
 
@@ -74,7 +82,7 @@ class Material:
     ids: Int64[Tensor, " n"]
     train: data.ImageSet | Part
     validation: data.ImageSet | Part
-    test: data.ImageSet
+    test: data.ImageSet | Part
     public: data.ImageSet | Part | None
     synthetic: data.ImageSet | None
     encoder: models.Encoder | None
@@ -108,6 +116,8 @@ def _load_public(
     splits = _load(dataset, root, image_size, cached, private)
     images = data.public_images(dataset, root, like=splits.train, cache=cached)
     refuse_overlap(splits, images)
+    for some in (splits.train, splits.test, images):
+        forget(some.images)
     return images
 
 
@@ -158,7 +168,8 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
         order = rng.generator(spec.seed or 0, "public").permutation(len(synthetic))
         public = Part(synthetic, _sorted(order[: len(half["half-1"])]))
     return Material(
-        n=len(ids), ids=ids[kept], train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]), test=splits.test,
+        n=len(ids), ids=ids[kept], train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]),
+        test=Part(splits.test, torch.arange(len(splits.test))),
         public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest,
     )  # fmt: skip
 
