@@ -14,19 +14,19 @@ from dpmix.runs.spec import RunSpec
 class NonPrivateDiagnostics:
     """What was computed from private data without noise. For choosing and debugging; never part of a release.
 
-    `note`: one line for the owner where gradients were dropped, else empty.
+    `owners_note`: one line for the owner where gradients were dropped, else empty.
     """
 
     validation_accuracy: float | None
     dropped_gradients: int
     train_examples: int
-    note: str = ""
+    owners_note: str = ""
 
     def __post_init__(self) -> None:
         if self.dropped_gradients:
             why = "look for images or an encoder with numbers that are not finite, or for a learning rate that is too high"
             object.__setattr__(
-                self, "note", f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
+                self, "owners_note", f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
             )
 
 

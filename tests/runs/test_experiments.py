@@ -122,9 +122,9 @@ def test_a_network_takes_bfloat16_on_a_cpu_that_has_it(store, monkeypatch, there
 
 def test_dropped_gradients_are_said_to_their_owner_in_one_line():
     about = dict(validation_accuracy=None, train_examples=9)
-    note = result.NonPrivateDiagnostics(dropped_gradients=3, **about).note
+    note = result.NonPrivateDiagnostics(dropped_gradients=3, **about).owners_note
     assert note.startswith("3 gradients were not finite and counted as zero") and "\n" not in note
-    assert result.NonPrivateDiagnostics(dropped_gradients=0, **about).note == ""
+    assert result.NonPrivateDiagnostics(dropped_gradients=0, **about).owners_note == ""
 
 
 def test_the_precision_is_bfloat16_on_a_gpu_and_float32_on_a_cpu_unless_named(monkeypatch):

