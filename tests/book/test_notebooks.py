@@ -59,6 +59,6 @@ def test_the_page_of_the_standins_reads_their_records(tmp_path):
 
 
 def test_paper_scale_without_the_files_stops_at_once_and_says_what_to_put_where(tmp_path):
-    done = papermill(tmp_path, "-p", "scale", "paper", "-p", "dataset", "eurosat")
+    done = papermill(tmp_path, "-p", "scale", "paper", "-p", "dataset", "sun397")
     assert done.returncode != 0 and "is not on disk" in done.stderr and "works now" in done.stderr
     assert not list((tmp_path / "store").glob("*.json"))
