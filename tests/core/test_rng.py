@@ -210,7 +210,8 @@ def test_a_shared_or_a_hidden_purpose_would_be_seen(text, said):
 
 
 # What would draw past the keys. `encoders` fills random weights with torch's own generator under a forked state, for a
-# network of a library; a store draws a secret key for the names of its records; a text-to-image pipeline takes a torch generator, seeded by a keyed draw.
+# network of a library; a store draws a secret key for the names of its records; a text-to-image pipeline takes a torch
+# generator, seeded by a keyed draw.
 PAST_THE_KEYS = {"default_rng", "RandomState", "Philox", "manual_seed", "randbits", "randn", "rand", "randint", "randperm",
                  "randn_like", "rand_like", "normal_", "uniform_", "bernoulli", "bernoulli_", "multinomial", "seed", "urandom",
                  "shuffle", "getrandbits", "token_bytes"}  # fmt: skip
