@@ -1,4 +1,4 @@
-"""One identity of a run: the result's name, the checkpoint's, that of stored features and the noise follow from it.
+"""One identity of a run: the result's name, the checkpoint's and the noise follow from it.
 
 An identity holds digests of the private images and is private itself. A name that others may see is made of it with the
 key of the store (`Store.name`), and tells nothing.
@@ -21,7 +21,6 @@ from dpmix.models import encoders
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
 ROOMS = ("core", "images", "models", "runs")  # whose code can change a result
-ENCODING = ("core/rng.py", "core/transforms.py", "core/augmentations.py", "core/views.py", "models", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,6 @@ class Identity:
         """That of the pass: what may differ between the heads of one pass is left out."""
         return replace(self, spec=pass_of(self.spec), public="")
 
-    @functools.cached_property
-    def features(self) -> str:
-        """sha256 over what the stored features of base views follow from, whatever the recipe, the budget and the rates.
-        Views with public images follow from `public` too."""
-        named = json.dumps([self.spec.seed, self.spec.train_on, self.spec.image_size])
-        return files.digest("features", named, self.private, self.encoder, code_digest(ENCODING))
-
 
 def pass_of(spec: RunSpec) -> RunSpec:
     """The spec with all that may differ between heads of one pass blanked: equal for runs that can share a pass."""
@@ -67,10 +59,10 @@ def pass_of(spec: RunSpec) -> RunSpec:
 
 
 @functools.cache
-def code_digest(places: tuple[str, ...] = ROOMS) -> str:
-    """sha256 over the sources in `places`, and over the public stand-ins."""
+def code_digest() -> str:
+    """sha256 over the source of every room that can change a result, and over the public stand-ins."""
     here = Path(__file__).parents[1]
-    sources = [p for place in places for p in sorted((here / place).glob("*.py")) or [here / place]]
+    sources = [p for room in ROOMS for p in sorted((here / room).glob("*.py"))]
     shipped = sorted(data.PUBLIC.glob("*.json"))
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*sources, *shipped]))
 
