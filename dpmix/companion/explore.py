@@ -88,7 +88,7 @@ def _public(dataset: str, class_names: tuple[str, ...], each: int = 12) -> data.
 def _embedded(picture: Any, kind: str, alt: str, style: str) -> str:
     """An <img> that holds a PIL image or a figure."""
     out = io.BytesIO()
-    picture.savefig(out, dpi=84) if isinstance(picture, Figure) else picture.save(out, kind)
+    picture.savefig(out, dpi=76) if isinstance(picture, Figure) else picture.save(out, kind)
     coded = base64.b64encode(out.getvalue()).decode()
     return f'<img src="data:image/{kind};base64,{coded}" alt="{html.escape(alt)}" style="{style}">'
 
@@ -102,8 +102,11 @@ def _tile(image: Tensor, alt: str, width: int = 56) -> str:
 
 def _block(heading: str, tiles: Sequence[tuple[str, str]]) -> str:
     """A heading over tiles, each with its caption below; nothing where there are none."""
-    style = "margin:0;text-align:center;font-size:12px;width:9em"
-    figures = (f"<figure style='{style}'>{tile}<figcaption>{html.escape(c)}</figcaption></figure>" for tile, c in tiles)
+    of, under = (
+        "margin:0;text-align:center;font-size:12px;width:9em",
+        "<figcaption style='color:inherit;font-size:12px'>",
+    )
+    figures = (f"<figure style='{of}'>{tile}{under}{html.escape(c)}</figcaption></figure>" for tile, c in tiles)
     row = f"<div style='display:flex;flex-wrap:wrap;gap:10px'>{''.join(figures)}</div>"
     return f"<p style='margin:.8em 0 .3em'><b>{html.escape(heading)}</b></p>{row}" if tiles else ""
 
@@ -213,8 +216,8 @@ def budget(
     shown = np.log10(pd.DataFrame({"ε": values}).clip(0.011, MOST)).style
     shown = shown.format(lambda v: f"{10**v:.3g}" if v < np.log10(MOST) else f"over {MOST:g}")
     shown = shown.bar(color="#9ecae1", align="left", vmin=-2, vmax=np.log10(MOST))
-    shown = shown.set_properties(width="14em").set_table_styles([{"selector": "*", "props": "text-align:left"}])
-    return f"<p>{facts}</p>{shown.to_html()}"
+    looks = [{"selector": "*", "props": "text-align:left;white-space:normal"}]
+    return f"<p>{facts}</p>{shown.set_properties(width='11em', color='black').set_table_styles(looks).to_html()}"
 
 
 # One step.
@@ -259,7 +262,7 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     flat = (raw @ plane.T)[order].numpy()
     cut = flat * (clip_norm / norms[order]).clamp(max=1)[:, None].numpy()
     path, noise = np.vstack([np.zeros(2), cut.cumsum(0)]), rng.generator(seed, "explore noise").normal(size=(2, 60, 2))
-    figures = [Figure(figsize=(4.7, 4.3)) for _ in range(2)]
+    figures = [Figure(figsize=(4.4, 4.1)) for _ in range(2)]
     left, right = (figure.subplots() for figure in figures)
     arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=[BLUE] * 7 + [ORANGE])
     left.quiver(*np.zeros((2, 8)), *flat.T, alpha=0.3, **arrow)

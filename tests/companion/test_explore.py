@@ -38,7 +38,7 @@ def test_every_view_is_there_with_parents_share_label_and_weight(mix):
     shown = explore.answer(explore.example_views, **EXAMPLE | {"mix": mix})
     assert shown.count("<figure") == 1 + 9 and shown.count("weight 0.111<") == 9
     assert shown.count("<img") == 1 + 9 + 2 * 4 and 'alt=""' not in shown
-    said = re.findall(r"<figcaption>(\w+) with (\w+)(?:, λ = (\d\.\d\d))?, label ([^,]+), weight", shown)
+    said = re.findall(r"<figcaption[^>]*>(\w+) with (\w+)(?:, λ = (\d\.\d\d))?, label ([^,]+), weight", shown)
     assert len(said) == 4
     names = ["1", "2", "3", "P1", "P2"]
     one, public = data.load("digits").train.subset([25]), data.public_images("digits")
