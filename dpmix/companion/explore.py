@@ -102,11 +102,8 @@ def _tile(image: Tensor, alt: str, width: int = 56) -> str:
 
 def _block(heading: str, tiles: Sequence[tuple[str, str]]) -> str:
     """A heading over tiles, each with its caption below; nothing where there are none."""
-    of, under = (
-        "margin:0;text-align:center;font-size:12px;width:9em",
-        "<figcaption style='color:inherit;font-size:12px'>",
-    )
-    figures = (f"<figure style='{of}'>{tile}{under}{html.escape(c)}</figcaption></figure>" for tile, c in tiles)
+    style, under = "margin:0;text-align:center;font-size:12px;width:9em", "<figcaption style='color:inherit'>"
+    figures = (f"<figure style='{style}'>{tile}{under}{html.escape(c)}</figcaption></figure>" for tile, c in tiles)
     row = f"<div style='display:flex;flex-wrap:wrap;gap:10px'>{''.join(figures)}</div>"
     return f"<p style='margin:.8em 0 .3em'><b>{html.escape(heading)}</b></p>{row}" if tiles else ""
 
