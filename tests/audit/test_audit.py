@@ -3,12 +3,13 @@
 Every check has its wrong algorithm (`mutants`): a check that nothing fails shows nothing.
 """
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import mutants
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpmix import audit, models
-from dpmix.core import accounting, heads, microbatch, network, rng, views
+from dpmix.core import accounting, clipping, heads, microbatch, network, rng, views
 from dpmix.images import data
 from dpmix.runs import experiments
 from dpmix.runs import material as materials
@@ -567,3 +568,17 @@ def test_a_seed_that_can_be_guessed_gives_the_noise_away(tmp_path):
     result = experiments.run(tiny_spec(seed=7), compute=ComputeFlags(progress=False), store=store)
     with pytest.raises(ValueError, match="seed: was given, and whoever knows or guesses it can subtract the noise"):
         experiments.release(result, tmp_path / "out", store=store)
+
+
+def test_the_names_of_the_contract():
+    """What outside checks rely on."""
+    given = inspect.signature(clipping.clipped_gradient_sum).parameters
+    assert (
+        list(given)[:5] == ["model", "images", "targets", "clip_norm", "engine"] and given["engine"].default == "auto"
+    )
+    assert [f.name for f in fields(clipping.ClippedSum)][:2] == ["grads", "norms"]
+    heads_given = list(inspect.signature(clipping.clipped_head_sums).parameters)
+    assert heads_given[:6] == ["features", "targets", "weights", "biases", "clip_norms", "view_weights"]
+    assert all(
+        callable(getattr(audit, n)) for n in ["sensitivity", "step_canary", "one_run", "head_step", "network_step"]
+    )

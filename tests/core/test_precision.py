@@ -2,16 +2,19 @@
 
 import itertools
 import threading
+from collections import namedtuple
 
 import pytest
 import torch
 from flags import DEVICE, FLAGS, KEYS, ROUNDS, flag, state, unguarded
 from torch import nn
 
-from dpmix.core import precision
+from dpmix.core import heads, precision, views
 from dpmix.core.clipping import clipped_gradient_sum, clipped_head_sums
 
 BOUND = 1 + 1e-5
+Lookup = namedtuple("Lookup", "features dim channels name")
+Public = namedtuple("Public", "images labels")
 NEAR = [10 ** (-1 - i / 8) for i in range(20)]
 
 
@@ -55,6 +58,31 @@ def test_no_flag_loosens_the_clip_of_heads(name):
         assert 0.9 < largest_of_heads() <= BOUND
 
 
+def moved_by_training(near: float) -> float:
+    """How far one step of `train_heads` without noise goes for one example, in clip norms."""
+    features, targets, _, biases, clip, _ = views_that_nearly_cancel(near)
+    k, dim, classes = features.shape[1], features.shape[2], targets.shape[2]
+    encoder = Lookup(lambda images: features[0, torch.arange(len(images)) % k], dim, (1,), "lookup")
+    public = Public(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.ones(4, dtype=torch.int64))
+    head = heads.Head(
+        recipe=views.Recipe(k_base=k // 2, k_diff=k // 2, transform="none"), learning_rate=1.0, noise_multiplier=0.0,
+        clip_norm=float(clip),
+    )  # fmt: skip
+    bank = heads.train_heads(
+        encoder, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [head],
+        num_classes=classes, expected_batch=1, steps=1, seed=1, sample_rate=1.0, public=public, device=DEVICE,
+        initial=(torch.zeros(classes, dim), biases[0]), progress=False,
+    )  # fmt: skip
+    moved = bank.weights.double().square().sum() + (bank.biases - biases.cpu()).double().square().sum()
+    return float(moved) ** 0.5 / float(clip)
+
+
+@pytest.mark.parametrize("name", ["none", "matmul precision medium", *ROUNDS])
+def test_no_flag_loosens_the_clip_of_a_training_of_heads(name):
+    with FLAGS[name]():
+        assert 0 < max(moved_by_training(near) for near in NEAR) <= BOUND
+
+
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("engine", ["loop", "grouped", "vmap"])
 def test_no_flag_loosens_the_clip_of_networks(engine, name):
@@ -68,6 +96,7 @@ def test_unguarded_products_break_the_bound(name, monkeypatch):
     unguarded(monkeypatch)
     with FLAGS[name]():
         assert largest_of_heads() > BOUND
+        assert max(moved_by_training(near) for near in NEAR) > BOUND
         assert largest_of_networks("grouped") > BOUND
 
 
