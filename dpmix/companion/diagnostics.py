@@ -162,7 +162,7 @@ def _train(
         public=material.public,
         ids=material.ids,
         observe=observe,
-        physical_batch=compute.physical_batch or 128,
+        physical_batch=compute.physical_batch or 32,
         device=compute.where(),
         progress=compute.progress,
     )

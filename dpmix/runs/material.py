@@ -75,11 +75,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What the runs of a pass share. `n` counts the private examples, validation included; `ids` are the places of those
-    that are trained on. `digest` is that of the splits."""
+    """What the runs of a pass share. `n` counts the private examples, validation included, which are `pool`; `kept` and
+    `held_out` are the places in it of those that are trained on and of the others, `ids` their places in the whole set.
+    `digest` is that of the splits."""
 
     n: int
     ids: Int64[Tensor, " n"]
+    pool: Part
+    kept: Int64[Tensor, " n"]
+    held_out: Int64[Tensor, " v"]
     train: data.ImageSet | Part
     validation: data.ImageSet | Part
     test: data.ImageSet | Part
@@ -123,9 +127,15 @@ def _load_public(
 
 @lru_cache(maxsize=1)
 def _load_encoder(
-    model: str, weights: str | None, image_size: int | None, device: torch.device, dtype: torch.dtype, content: str
+    model: str,
+    weights: str | None,
+    image_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: str,
+    content: str,
 ) -> models.Encoder:
-    return models.encoder(model, weights, image_size=image_size).to(device, dtype)
+    return models.encoder(model, weights, image_size=image_size).to(device, dtype, engine=engine)
 
 
 def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
@@ -138,7 +148,7 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
     image_size = spec.image_size
     if not spec.from_scratch:
         asked = spec.model, spec.weights, spec.image_size
-        encoder = _load_encoder(*asked, compute.where(), compute.precision(), group[0].encoder)
+        encoder = _load_encoder(*asked, compute.where(), compute.precision(), compute.encoder_engine, group[0].encoder)
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = spec.dataset in SCALED or spec.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
@@ -168,7 +178,8 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
         order = rng.generator(spec.seed or 0, "public").permutation(len(synthetic))
         public = Part(synthetic, _sorted(order[: len(half["half-1"])]))
     return Material(
-        n=len(ids), ids=ids[kept], train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]),
+        n=len(ids), ids=ids[kept], pool=Part(pool, ids), kept=kept, held_out=held_out,
+        train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]),
         test=Part(splits.test, torch.arange(len(splits.test))),
         public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest,
     )  # fmt: skip

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dpmix.core import accounting, heads, network, rng, views
+from dpmix.core.sources import FreshViews, Scaling, Source, public_scaling
 from dpmix.images import data
 from dpmix.models import encoders
+from dpmix.models.stored import StoredViews
 from dpmix.models.wide_resnet import wide_resnet
 from dpmix.runs.identity import Identity, code_digest
 from dpmix.runs.material import Material, Part
@@ -26,6 +28,9 @@ from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec
 LIBRARIES = (
     "torch", "torchvision", "timm", "open_clip_torch", "Pillow", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn",
 )  # fmt: skip
+
+AS_IT_IS = views.Recipe(k_base=1, transform="none")
+DRAWN_ONCE = 0  # the seed of stored views; no secret, since the guarantee holds for any views of an example's own
 
 Done = tuple[Result, dict[str, Tensor]]
 
@@ -48,34 +53,42 @@ class Task:
 
 def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Iterator[Done]:
     """All runs of a frozen encoder in one pass."""
-    spec, encoder, device = group[0].spec, material.encoder, compute.where()
-    assert encoder is not None
-    start = time.perf_counter()
-    physical = compute.physical_batch or 128
-    common: dict[str, Any] = dict(num_classes=material.train.num_classes, physical_batch=physical, device=device,
-                                  progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
-    initial = _pretrain(spec, material, common) if spec.pretrain_epochs else None
+    spec, start = group[0].spec, time.perf_counter()
+    common: dict[str, Any] = dict(physical_batch=physical_batch(compute), progress=compute.progress,
+                                  checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
+    scaling = _scaling(spec, material, compute) if spec.feature_scaling == "public" else None
+    of = heads_of(group, material)
+    # Views follow a seed that was given, so that seeds differ in all; those of a drawn one are found again by the next run.
+    once = DRAWN_ONCE if group[0].seed_drawn else training_seed(spec)
+    source = source_of(spec, [head.recipe for head in of], material, compute, scaling, once)
+    initial = _pretrain(spec, material, compute, scaling, common) if spec.pretrain_epochs else None
     _, sample_rate, steps, _ = group[0].mechanism
-    bank = heads.train_heads(
-        encoder, material.train.images, material.train.labels, heads_of(group, material), expected_batch=spec.batch_size,
-        steps=steps, sample_rate=sample_rate, seed=training_seed(spec), public=material.public, initial=initial,
-        ids=material.ids, checkpoint=checkpoint, **common,
+    bank = heads.train(
+        source, of, expected_batch=spec.batch_size, steps=steps, sample_rate=sample_rate, seed=training_seed(spec),
+        initial=initial, checkpoint=checkpoint, **common,
     )  # fmt: skip
+    bank = bank if scaling is None else heads.unscaled(bank, scaling)
     return told(group, bank, material, compute, time.perf_counter() - start)
+
+
+def physical_batch(compute: ComputeFlags) -> int:
+    """How many examples' views are in memory at a time."""
+    return compute.physical_batch or (128 if compute.where().type == "cuda" else 32)
 
 
 def told(
     group: Sequence[Task], bank: heads.Bank, material: Material, compute: ComputeFlags, seconds: float
 ) -> Iterator[Done]:
-    """The results of a pass, once its heads are trained and evaluated."""
-    encoder, device, scores = material.encoder, compute.where(), dict[str, list]()
-    assert encoder is not None
-    for name, part in (("validation", material.validation), ("test", material.test)):
-        features = heads.encode(encoder, part.images, device)
-        scores[name] = heads.accuracy(bank, features, part.labels).tolist() if len(part) else [None] * len(group)
-    timing = {"seconds": seconds, "shares": bank.seconds, "views": bank.views, "heads": len(group),
-              "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9),
-              "physical_batch": compute.physical_batch or 128, "dtype": str(compute.precision())}  # fmt: skip
+    """The results of a pass, once its heads are trained: evaluates them."""
+    spec, device, scores, began = group[0].spec, compute.where(), dict[str, list](), time.perf_counter()
+    for name, part, rows in (
+        ("validation", material.pool, material.held_out), ("test", material.test, torch.arange(len(material.test)))
+    ):  # fmt: skip
+        features = features_of(spec, part, rows, material, compute)
+        scores[name] = heads.accuracy(bank, features, part.labels[rows]).tolist() if len(rows) else [None] * len(group)
+    timing = {"seconds": seconds + time.perf_counter() - began, "shares": bank.seconds, "views": bank.views,
+              "heads": len(group), "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9),
+              "physical_batch": physical_batch(compute), "dtype": str(compute.precision())}  # fmt: skip
     for r, task in enumerate(group):
         seen = NonPrivateDiagnostics(
             validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped,
@@ -90,10 +103,64 @@ def heads_of(group: Sequence[Task], material: Material) -> list[heads.Head]:
     return [
         heads.Head(
             recipe=t.spec.recipe.for_data(material.train.flip), learning_rate=t.spec.learning_rate,
-            clip_norm=t.spec.clip_norm, noise_multiplier=t.mechanism.noise_multiplier, identity=t.identity.run,
+            clip_norm=t.spec.clip_norm, noise_multiplier=t.mechanism.noise_multiplier, momentum=t.spec.momentum,
+            identity=t.identity.run,
         )
         for t in group
     ]  # fmt: skip
+
+
+def source_of(
+    spec: RunSpec,
+    recipes: Sequence[views.Recipe],
+    material: Material,
+    compute: ComputeFlags,
+    scaling: Scaling | None = None,
+    once: int = DRAWN_ONCE,
+) -> Source:
+    """The encoded views of the training set: made at every step or, with `redraw=False`, read from the store in the cache.
+
+    Stored views are those of all the private examples, drawn by the seed `once`: one store serves every budget, rate, batch
+    size and number of epochs.
+    """
+    assert material.encoder is not None
+    about: dict[str, Any] = dict(num_classes=material.train.num_classes, public=material.public, scaling=scaling,
+                                 device=compute.where())  # fmt: skip
+    if spec.redraw:
+        train = material.train
+        return FreshViews(
+            material.encoder, train.images, train.labels, recipes, seed=training_seed(spec), ids=material.ids, **about
+        )
+    pool = material.pool
+    store = StoredViews(material.encoder, pool.images, pool.labels, recipes, seed=once, ids=pool.rows,
+                        folder=_folder(compute), progress=compute.progress, **about)  # fmt: skip
+    return store.subset(material.kept)
+
+
+def features_of(
+    spec: RunSpec, part: data.ImageSet | Part, rows: Tensor, material: Material, compute: ComputeFlags
+) -> Tensor:
+    """Features [rows, D] of images as they are, for evaluation; with `redraw=False` from the store, for all of `part`."""
+    assert material.encoder is not None
+    if spec.redraw or len(rows) == 0:
+        return heads.encode(material.encoder, Part(part.whole, part.rows[rows]).images if isinstance(part, Part) else
+                            part.images[rows], compute.where())  # fmt: skip
+    ids = part.rows if isinstance(part, Part) else None
+    store = StoredViews(material.encoder, part.images, part.labels, [AS_IT_IS], num_classes=part.num_classes, seed=DRAWN_ONCE,
+                        ids=ids, folder=_folder(compute), device=compute.where(), progress=compute.progress)  # fmt: skip
+    return torch.cat([store.batch(some, 0)[0][:, 0].cpu() for some in rows.split(1024)])
+
+
+def _folder(compute: ComputeFlags) -> Path:
+    return Path(compute.cache).expanduser() / "views"
+
+
+def _scaling(spec: RunSpec, material: Material, compute: ComputeFlags) -> Scaling:
+    """Constants of the synthetic images, of 5,000 at most, evenly spread."""
+    public = material.synthetic
+    assert public is not None
+    some = torch.linspace(0, len(public) - 1, min(len(public), 5000)).long()
+    return public_scaling(features_of(spec, Part(public, some), torch.arange(len(some)), material, compute))
 
 
 def _public_seed(seed: int) -> int:
@@ -108,7 +175,9 @@ def training_seed(spec: RunSpec) -> int:
     return _public_seed(spec.seed) if spec.train_on == "synthetic" else spec.seed
 
 
-def _pretrain(spec: RunSpec, material: Material, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _pretrain(
+    spec: RunSpec, material: Material, compute: ComputeFlags, scaling: Scaling | None, common: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """A head trained on the synthetic images by plain SGD (Table 6): no private image, no noise, no clipping."""
     public, encoder = material.synthetic, material.encoder
     assert public is not None and encoder is not None and spec.seed is not None
@@ -116,8 +185,12 @@ def _pretrain(spec: RunSpec, material: Material, common: dict[str, Any]) -> tupl
     steps = accounting.steps_for(n=len(public), batch_size=batch, epochs=spec.pretrain_epochs)
     recipe = views.METHODS["self-aug"].for_data(public.flip)
     plain = heads.Head(recipe=replace(recipe, k_base=1), learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
-    bank = heads.train_heads(encoder, public.images, public.labels, [plain], expected_batch=batch, steps=steps,
-                             sample_rate=batch / len(public), seed=_public_seed(spec.seed), **common)  # fmt: skip
+    seed = _public_seed(spec.seed)
+    source = FreshViews(encoder, public.images, public.labels, [plain.recipe], num_classes=public.num_classes, seed=seed,
+                        scaling=scaling, device=compute.where())  # fmt: skip
+    bank = heads.train(
+        source, [plain], expected_batch=batch, steps=steps, sample_rate=batch / len(public), seed=seed, **common
+    )
     return bank.weights[0], bank.biases[0]
 
 
@@ -128,7 +201,7 @@ def compute_network(
     (task,) = group
     spec, m, device, train = task.spec, task.mechanism, compute.where(), material.train
     assert spec.seed is not None
-    on_gpu, precision = device.type == "cuda", compute.precision(network=True)
+    on_gpu, precision = device.type == "cuda", compute.precision()
     channels = int(train.images.shape[1])
     model = wide_resnet(*spec.network, train.num_classes, channels=channels, seed=spec.seed)
     physical = compute.physical_batch or (64 if on_gpu else 8)

@@ -13,6 +13,7 @@ from dpmix.core.precision import bfloat16_is_fast
 from dpmix.core.processes import device_of
 from dpmix.images import data
 from dpmix.models import encoders
+from dpmix.models.engine import ENGINES as ENCODER_ENGINES
 
 MEANINGFUL = 10.0  # the largest epsilon of which anybody could say what it promises
 NETWORK = re.compile(r"wrn-(\d+)-(\d+)")
@@ -20,7 +21,7 @@ OPTIONS = {
     "accountant": accounting.ACCOUNTANTS,
     "train_on": ("all", "half-1", "half-2", "synthetic"),
     "public": ("synthetic", "synthetic-half", "half-2"),
-    "feature_scaling": ("none",),
+    "feature_scaling": ("none", "public"),
 }
 # What a run of the other kind would leave unread.
 FOR_HEADS = ("weights", "pretrain_epochs", "redraw", "feature_scaling")
@@ -33,7 +34,8 @@ class RunSpec:
 
     Data and model: `dataset` and `model` as in `data.load` and `models.encoder` ("wrn-DEPTH-WIDTH" trains a network from
     scratch); `weights` a file for the encoder, `image_size` the side of the square that it takes (None: its own),
-    `feature_scaling` what becomes of its features before the head. `train_on` says which examples are the private set
+    `feature_scaling` what becomes of its features before the head ("public": centred and scaled by constants of the
+    synthetic images). `train_on` says which examples are the private set
     ("half-1" and "half-2" are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public
     images), `public` where `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half
     has), `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
@@ -153,22 +155,24 @@ class RunSpec:
     def uses_synthetic(self) -> bool:
         """Whether the synthetic images have a part in it."""
         mixed = self.recipe.k_diff > 0 and self.public.startswith("synthetic")
-        return mixed or self.train_on == "synthetic" or self.pretrain_epochs > 0
+        return mixed or self.train_on == "synthetic" or self.pretrain_epochs > 0 or self.feature_scaling == "public"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeFlags:
     """All that may not change a result beyond floating-point rounding: where and how it is computed.
 
-    `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and, for a network, on a CPU
-    with instructions for it (AMX, AVX512-BF16), else float32. Norms, sums and noise are float32 in any case. `workers`
-    passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
+    `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and on a CPU with instructions
+    for it (AMX, AVX512-BF16), else float32. Norms, sums and noise are float32 in any case. `encoder_engine` runs frozen
+    encoders: "auto" is OpenVINO on a CPU, PyTorch elsewhere. `cache` is private: stored views (`redraw=False`) lie there too.
+    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
     """
 
     device: str = "auto"
     physical_batch: int | None = None
     dtype: str = "auto"
     engine: str = "auto"
+    encoder_engine: str = "auto"
     root: str = str(data.ROOT)
     cache: str = str(data.CACHE)
     checkpoint_seconds: float = 30.0
@@ -181,6 +185,7 @@ class ComputeFlags:
                 checks.whole(name, getattr(self, name), 1)
         checks.one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         checks.one_of("engine", self.engine, ENGINES)
+        checks.one_of("encoder_engine", self.encoder_engine, ENCODER_ENGINES)
         seconds, said = self.checkpoint_seconds, "must not be negative"
         checks.require(seconds >= 0, "checkpoint_seconds", seconds, said)
         named = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
@@ -190,11 +195,9 @@ class ComputeFlags:
         """The device: the first GPU if there is one (under torchrun, the process's own), unless named."""
         return device_of(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
-    def precision(self, *, network: bool = False) -> torch.dtype:
-        """`dtype` on this device: of encoders, or of a network's forward and backward."""
-        device = self.where()
-        fast = bfloat16_is_fast(device) if network else device.type == "cuda"
-        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and fast)
+    def precision(self) -> torch.dtype:
+        """`dtype` on this device."""
+        fast = self.dtype == "bfloat16" or (self.dtype == "auto" and bfloat16_is_fast(self.where()))
         return torch.bfloat16 if fast else torch.float32
 
 

@@ -69,7 +69,7 @@ BAD = [
     (dict(redraw=False, model="wrn-10-1"), "redraw=False: means nothing for a network from scratch, 'wrn-10-1'; leave it out"),
     (dict(redraw=1), "redraw=1: must be True or False"),
     (dict(image_size=0), "image_size=0: must be a whole number of at least 1"),
-    (dict(feature_scaling="all"), "feature_scaling='all': unknown; known are none"),
+    (dict(feature_scaling="all"), "feature_scaling='all': unknown; known are none, public"),
     (dict(microbatch=2), "microbatch=2: means nothing for a linear head"),
     (dict(pretrain_epochs=1.0, model="wrn-10-1"), "pretrain_epochs=1.0: means nothing for a network from scratch"),
     (dict(model="wrn-11-1"), "model='wrn-11-1': must be wrn-DEPTH-WIDTH with a depth of 6 n + 4"),
@@ -127,8 +127,11 @@ def test_dropped_gradients_are_said_to_their_owner_in_one_line():
     assert result.NonPrivateDiagnostics(dropped_gradients=0, **about).owners_note == ""
 
 
-def test_the_precision_is_bfloat16_on_a_gpu_and_float32_on_a_cpu_unless_named(monkeypatch):
-    assert ComputeFlags(device="cpu").precision() == torch.float32
+def test_the_precision_is_bfloat16_where_it_is_fast_unless_named(monkeypatch):
+    for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(spec, "bfloat16_is_fast", lambda device, fast=fast: fast or device.type == "cuda")
+        assert ComputeFlags(device="cpu").precision() == wanted
+    assert ComputeFlags(device="cpu", dtype="float32").precision() == torch.float32
     assert ComputeFlags(device="cpu", dtype="bfloat16").precision() == torch.bfloat16
     monkeypatch.setattr(spec, "device_of", torch.device)  # a GPU that nobody asks for anything
     assert ComputeFlags(device="cuda").precision() == torch.bfloat16

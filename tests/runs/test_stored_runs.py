@@ -1,0 +1,118 @@
+"""Runs that read stored views: what is encoded when, what may differ, and what `feature_scaling` and `momentum` do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpmix.core import files, heads, views
+from dpmix.models import encoders, stored
+from dpmix.runs import experiments
+from dpmix.runs.spec import ComputeFlags, RunSpec
+
+RECIPE = views.Recipe(k_base=3, k_self=2)
+SPEC = RunSpec(recipe=RECIPE, epsilon=4.0, learning_rate=2.0, redraw=False, epochs=1.0, batch_size=256, seed=3)
+
+
+@pytest.fixture
+def compute(tmp_path):
+    return ComputeFlags(
+        progress=False, cache=str(tmp_path / "cache"), workers=1, encoder_engine="torch", dtype="float32"
+    )
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many images each call gave to an encoder."""
+    counts: list[int] = []
+    real = encoders.Frozen.forward
+
+    def forward(self, images):
+        counts.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(encoders.Frozen, "forward", forward)
+    return counts
+
+
+def test_a_second_run_encodes_nothing_and_a_longer_list_only_what_is_missing(tmp_path, compute, seen):
+    """Other budget, rate, batch size, epochs, momentum or clip norm; fewer views; one method more; other seeds."""
+    store = experiments.Store(tmp_path / "store")
+    first = experiments.run(SPEC, compute=compute, store=store)
+    made = sum(seen)
+    assert made == 1437 * (5 + 1) + 360, "views, the images as they are for validation, and the test images"
+    others = [dict(epsilon=1.0, learning_rate=1.0, clip_norm=0.5), dict(batch_size=128), dict(epochs=2.0, momentum=0.5),
+              dict(recipe=views.Recipe(k_base=2)), dict(validation=0.1)]  # fmt: skip
+    for change in others:
+        assert experiments.run(replace(SPEC, **change), compute=compute, store=store).key != first.key
+        assert sum(seen) == made, change
+    experiments.run(replace(SPEC, recipe=replace(RECIPE, k_diff=1)), compute=compute, store=store)
+    assert sum(seen) - made == 1437 * (1 + 2), "a public image and two mixtures of another pool"
+    for change, encoded in ((dict(seed=9), 5), (dict(seed=None), 5), (dict(seed=None, epsilon=1.0), 0)):
+        made = sum(seen)
+        experiments.run(replace(SPEC, **change), compute=compute, store=store)
+        assert sum(seen) - made == 1437 * encoded, (
+            "views follow a given seed; those of a drawn one are there the next time"
+        )
+
+
+def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, compute, monkeypatch):
+    from dpmix.core.sources import FreshViews
+    from dpmix.runs import passes
+
+    specs = [replace(SPEC, epsilon=e) for e in (2.0, None)]
+    one = experiments.run_all(specs, compute=compute, store=experiments.Store(tmp_path / "one"))
+
+    def fresh(spec, recipes, material, compute, scaling, once):
+        train = material.train
+        return FreshViews(material.encoder, train.images, train.labels, recipes, num_classes=train.num_classes,
+                          seed=once, ids=material.ids, redraw=False)  # fmt: skip
+
+    monkeypatch.setattr(passes, "source_of", fresh)
+    two = experiments.run_all(specs, compute=compute, store=experiments.Store(tmp_path / "two"))
+    a, b = (sorted((tmp_path / name).rglob("*.safetensors")) for name in ("one", "two"))
+    assert len(a) == len(b) == 2
+    for x, y in zip(a, b, strict=True):
+        (mine, _), (theirs, _) = files.load_tensors(x), files.load_tensors(y)
+        assert (mine["weight"] - theirs["weight"]).norm() < 5e-3 * mine["weight"].norm()
+    assert [r.test_accuracy for r in one] == pytest.approx([r.test_accuracy for r in two], abs=0.006)
+
+
+def test_scaled_features_train_and_the_head_takes_features_as_they_are(tmp_path, compute):
+    """The released head must work without the constants; and scaling does something."""
+    spec = replace(SPEC, epsilon=None, feature_scaling="public", epochs=5.0)
+    scaled = experiments.run(spec, compute=compute, store=experiments.Store(tmp_path / "store"))
+    plain = experiments.run(
+        replace(spec, feature_scaling="none"), compute=compute, store=experiments.Store(tmp_path / "store")
+    )
+    assert scaled.test_accuracy > 0.7 and scaled.test_accuracy != plain.test_accuracy
+
+
+def test_constants_of_public_images():
+    from dpmix.core.sources import public_scaling, scaled
+
+    features = torch.randn(500, 6, dtype=torch.float64).float() * torch.tensor([1.0, 5.0, 0.1, 0.0, 2.0, 30.0]) + 7
+    mean, scale = public_scaling(features)
+    found = scaled(features, (mean, scale))
+    assert found.mean(0).abs().max() < 1e-4 and found.isfinite().all()
+    assert float(found.square().sum(1).mean()) == pytest.approx(5 / 6, abs=0.01), (
+        "the dimension that does not vary adds nothing"
+    )
+    with pytest.raises(ValueError, match="public=1: feature scaling needs at least two public images"):
+        public_scaling(features[:1])
+    bank = heads.Bank(weights=torch.randn(2, 3, 6), biases=torch.randn(2, 3), views=0, seconds={}, dropped=0)
+    raw = heads.unscaled(bank, (mean, scale))
+    for r in range(2):
+        wanted = found @ bank.weights[r].T + bank.biases[r]
+        torch.testing.assert_close(features @ raw.weights[r].T + raw.biases[r], wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_no_room_is_told_before_any_work(tmp_path, compute, seen, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(stored.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match=r"cache=.* need 0\.00.* GB more and 1e-08 GB are free"):
+        experiments.run(SPEC, compute=compute, store=experiments.Store(tmp_path / "store"))
+    assert not seen
+    with pytest.raises(ValueError, match=r"redraw=False: .*network from scratch"):
+        replace(SPEC, model="wrn-10-1")
