@@ -56,7 +56,15 @@ def reason(error: Exception) -> str:
 
 
 def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
-    """The image, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first
+    """`of_image`, from the bytes of a file."""
+    with Image.open(BytesIO(data)) as opened:
+        return of_image(opened, height, width, channels)
+
+
+def of_image(
+    image: Image.Image, height: int, width: int, channels: int
+) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
+    """Its pixels, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first
     of several taken).
 
     An image of another size is resized (bicubic, until it covers the wanted size), then cropped at its centre; a strip is
@@ -64,28 +72,30 @@ def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[UInt8[n
     whatever Pillow raises.
     """
     done = []
-    with Image.open(BytesIO(data)) as opened:
-        deep = any(bits in str(tile) for tile in opened.tile for bits in (";16", ";12"))  # cut to the high byte else
-        require(opened.mode in GREY + COLOUR and not deep, "mode", opened.mode, "not 8 bits a channel")
-        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # a telephone's MPO holds previews
-            done.append("frames")
-        image: Image.Image = opened
-        if opened.getexif().get(_ORIENTATION, 1) in (2, 3, 4, *_SIDEWAYS):
-            image = ImageOps.exif_transpose(opened)
-            done.append("turned")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            if np.asarray(image.getchannel("A")).min() < 255:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
-                done.append("transparent")
-        image = image.convert("L" if channels == 1 else "RGB")
+    deep = any(bits in str(tile) for tile in getattr(image, "tile", ()) for bits in (";16", ";12"))
+    require(image.mode in GREY + COLOUR and not deep, "mode", image.mode, "not 8 bits a channel")  # cut to a byte else
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a telephone's MPO holds previews
+        done.append("frames")
+    if image.getexif().get(_ORIENTATION, 1) in (2, 3, 4, *_SIDEWAYS):
+        image = ImageOps.exif_transpose(image)
+        done.append("turned")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
+            done.append("transparent")
+    return fit(image, height, width, channels), done
+
+
+def fit(image: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "C H W"]:
+    """What torchvision's Resize and CenterCrop give, for the images that a camera makes; unchanged at the right size."""
+    image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image = _fitted(image, height, width)
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1), done
+        image = _covering(image, height, width)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
-def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
-    """What torchvision's Resize and CenterCrop give, for the images that a camera makes."""
+def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
     w, h = image.size
     longest = _STRIP * min(w, h)
     if max(w, h) > longest:

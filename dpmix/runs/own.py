@@ -1,0 +1,167 @@
+"""One's own images: from a folder and an epsilon to a run, each setting with the reason for it. Nothing is trained here."""
+
+import difflib
+import math
+import numbers
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dpmix.core import accounting, checks, views
+from dpmix.images import data, decoding, layouts
+from dpmix.models import encoders
+from dpmix.runs.spec import ComputeFlags, RunSpec
+
+METHOD = "dp-sgd"
+CLIP_NORMS = {"mixed-ghost": 0.05}  # a method is its recipe and its clip norm; 1 for the others
+STEPS, MOST_STEPS = 200, 100_000
+RATES = {"efficientnet-lite0": 4.0, "efficientnet-lite2": 4.0, "tiny-convnext": 8.0, "tiny-vit": 8.0}
+SEARCHED = (1.0, 2.0, 4.0, 8.0, 16.0)  # on public images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What a user says: the folder (train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE), epsilon, and what the rest shall
+    be where it is not what is recommended.
+
+    `out` is the folder of the release, by default NAME-release beside `folder`. `mirror=False` where a mirrored image is
+    another one (letters, left and right). Numbers may be text, as YAML and command lines make of 1e-6. `weights`,
+    `image_size`, `batch_size`, `epochs`, `learning_rate`, `clip_norm` and `accountant` as in `RunSpec`, `physical_batch` and
+    `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument.
+    """
+
+    folder: str
+    epsilon: float
+    out: str | None = None
+    delta: float | None = None
+    method: str = METHOD
+    mirror: bool = True
+    model: str | None = None
+    weights: str | None = None
+    image_size: int | None = None
+    batch_size: int | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    clip_norm: float | None = None
+    accountant: str = "pld"
+    physical_batch: int | None = None
+    device: str = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None and "None" in kind:
+                continue
+            if "float" in kind or "int" in kind:
+                value = number(f.name, value, whole="int" in kind)
+            elif "bool" in kind:
+                checks.require(isinstance(value, bool), f.name, value, "must be True or False")
+            else:
+                plain = isinstance(value, (str, Path, numbers.Integral)) and not isinstance(value, bool)
+                checks.require(plain, f.name, value, "must be text")
+                value = str(value)  # papermill makes a number of a folder that is called 2024
+            object.__setattr__(self, f.name, value)
+        checks.one_of("method", self.method, views.METHODS)
+
+    @classmethod
+    def of(cls, folder: str | Path, epsilon: float, **settings: Any) -> "Own":
+        """With a word about arguments that do not exist."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            near = difflib.get_close_matches(name, known, n=1)
+            said = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            checks.require(name in known, "argument", name, f"unknown; {said}")
+        return cls(folder=folder, epsilon=epsilon, **settings)
+
+
+def number(name: str, value: object, *, whole: bool = False) -> float:
+    """A finite number as float, or int with `whole`: NumPy's are numbers, and so is text that says one."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = float(value)
+        except ValueError:
+            said = "is text, and says no number; write it as 2, 0.5 or 1.0e-6"
+            raise ValueError(f"{name}={value!r}: {said}") from None
+    good = isinstance(found, numbers.Real) and not isinstance(found, bool) and math.isfinite(found)
+    checks.require(good, name, value, "must be a finite number")
+    assert isinstance(found, numbers.Real)
+    checks.require(not whole or float(found).is_integer(), name, value, "must be a whole number")
+    return int(found) if whole else float(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on a folder of images that can be started: `spec` without a seed, where things go, and why each setting is what
+    it is. `private` holds what must not leave: results with their seeds, caches, the report on the test images."""
+
+    spec: RunSpec
+    compute: ComputeFlags
+    listing: layouts.Listing = field(repr=False)
+    encoder: encoders.Encoder = field(repr=False)
+    out: Path
+    private: Path
+    rates: tuple[float, ...]
+    reasons: dict[str, str]
+
+    @property
+    def steps(self) -> int:
+        return accounting.steps_for(n=self.listing.train, batch_size=self.spec.batch_size, epochs=self.spec.epochs)
+
+
+def plan(own: Own) -> Plan:
+    """Look at the folder's names and at the encoder, not at a pixel, and fill in what was not said. Raises ValueError and
+    FileNotFoundError in one line, before any work."""
+    base = Path(own.folder).expanduser()
+    listing = layouts.list_folder(base)
+    n, why = listing.train, {}
+
+    def choose(name: str, recommended: Any, reason: str) -> Any:
+        given = getattr(own, name)
+        why[name] = reason if given is None else "as you said"
+        return recommended if given is None else given
+
+    model = choose("model", *_model(listing.files))
+    weights = None if own.weights is None else str(Path(own.weights).expanduser())
+    encoder = encoders.encoder(model, weights, image_size=own.image_size)
+    c = choose("clip_norm", CLIP_NORMS.get(own.method, 1.0), f"that of {own.method}")
+    batch = choose("batch_size", n, "every image at every step: the most signal for the noise")
+    checks.require(batch <= n, "batch_size", batch, f"must be at most the {n:,} training images")
+    epochs = choose("epochs", round(STEPS * batch / n, 9), f"{STEPS} steps")
+    steps = epochs * n / max(batch, 1)
+    checks.require(steps <= MOST_STEPS, "epochs", epochs, f"these are {steps:.3g} steps; at most {MOST_STEPS:,}")
+    delta = choose("delta", min(1e-5, 10.0 ** math.floor(-2 - math.log10(n))), "at most 1 / (100 N)")
+    why["method"] = "no method was found to be better on a frozen encoder" if own.method == METHOD else "as you said"
+    public = data.synthetic_folder(f"folder:{base}")
+    rates, reason = (SEARCHED, f"the best of {SEARCHED} on {public}") if public.is_dir() else (
+        (RATES.get(model, 4.0),), "recommended; found on public images")  # fmt: skip
+    rate = choose("learning_rate", rates[0] / c, reason)
+    spec = RunSpec(
+        dataset=f"folder:{base}", model=model, weights=weights, image_size=own.image_size, epsilon=own.epsilon,
+        delta=delta, recipe=views.METHODS[own.method].for_data(own.mirror), accountant=own.accountant, clip_norm=c,
+        learning_rate=rate, batch_size=batch, epochs=epochs, validation=0.0, redraw=False, seed=None,
+    )  # fmt: skip
+    out = Path(own.out).expanduser() if own.out else base.with_name(f"{base.resolve().name}-release")
+    private = out.parent / "private" / out.name
+    compute = ComputeFlags(
+        device=own.device, physical_batch=own.physical_batch, cache=str(private / "cache"), progress=own.progress
+    )
+    searched = tuple(r / c for r in rates) if own.learning_rate is None and len(rates) > 1 else ()
+    return Plan(
+        spec=spec, compute=compute, listing=listing, encoder=encoder, out=out, private=private, rates=searched, reasons=why
+    )  # fmt: skip
+
+
+def _model(files: list[Path]) -> tuple[str, str]:
+    """The encoder for such images, by the headers of a few of them."""
+    some = [h for h in map(decoding.header, files[:: max(1, len(files) // 100)]) if h]
+    small = bool(some) and all(h.grey and max(h.width, h.height) <= 32 for h in some)
+    if small:
+        return "tiny-convnext", "small and grey, as what it was made of"
+    return "efficientnet-lite0", "ImageNet features that fit a CPU"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)

@@ -1,0 +1,149 @@
+"""What was released, used by anybody: the folder alone gives class names and probabilities for images."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from dpmix.core import checks, files, heads, transforms
+from dpmix.core.processes import device_of
+from dpmix.images import decoding, layouts
+from dpmix.models import encoders
+from dpmix.models.wide_resnet import wide_resnet
+from dpmix.runs.identity import sha256
+
+AT_A_TIME = 256
+Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image]
+
+
+class Prediction(NamedTuple):
+    """The likeliest class of each image, its probabilities `[n, classes]` in the order of `classes`, and the images' files
+    (their numbers where they are no files)."""
+
+    class_names: list[str]
+    probabilities: Float[np.ndarray, "n classes"]
+    classes: tuple[str, ...]
+    sources: list[str]
+
+
+def predict(
+    release: str | Path, images: Images, *, weights: str | Path | None = None, device: str = "cpu"
+) -> Prediction:
+    """Class names and probabilities by the model in the folder `release`.
+
+    Args:
+        images: a file, a folder of images (with all that is in it), a list of files or of Pillow's images, or uint8
+            `[n, C, H, W]` or `[n, H, W, C]`. Each is brought to the size and channels of training, as there.
+        weights: the encoder's file, where it is not found by its name.
+
+    Raises ValueError for an encoder's file that is not the one of training (by the sha256 on the card), for a model that
+    does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent.
+    """
+    folder = Path(release).expanduser()
+    card = read_card(folder)
+    tensors = _head(folder, card)
+    classes, (channels, height, width) = tuple(card["class_names"]), card["images"]
+    where = device_of(device)
+    score = _scorer(card, tensors, weights, where)
+    scores, sources = [torch.zeros(0, len(classes))], list[str]()
+    for names, batch in _batches(images, channels, height, width):
+        scores.append(score(batch).softmax(1).cpu())
+        sources += names
+    probabilities = torch.cat(scores).numpy()
+    chosen = [classes[c] for c in probabilities.argmax(1)]
+    return Prediction(chosen, probabilities, classes, sources)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The privacy card of a release."""
+    path = folder / "privacy_card.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"release={str(folder)!r}: no privacy_card.json there; give a folder of dpmix.release")
+    card = files.read_json(path)
+    if card is None:
+        raise ValueError(f"release={str(folder)!r}: privacy_card.json is damaged; fetch the release again")
+    return card
+
+
+def _head(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
+    belongs = {"card": files.digest(json.dumps(card, sort_keys=True))}
+    found = files.load_tensors(folder / "model.safetensors", belongs, name="release")
+    if found is None:
+        raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
+    return found[0]
+
+
+def _scorer(card: dict[str, Any], tensors: dict[str, Tensor], weights: str | Path | None, device: torch.device) -> Any:
+    """From images to scores of the classes."""
+    about, spec, many = card["encoder"], card["spec"], len(card["class_names"])
+    if about is None:
+        depth, width = map(int, spec["model"].split("-")[1:])
+        network = wide_resnet(depth, width, many, channels=card["images"][0])
+        network.load_state_dict(tensors)
+        network = network.eval().to(device)
+        return lambda images: torch.no_grad()(network)(transforms.as_float(images.to(device)))
+    model = about["name"]
+    if weights is not None and model.startswith("open_clip:"):
+        model = model.partition("/")[0]
+    weights = None if weights is None else str(Path(weights).expanduser())
+    path = encoders.weights_of(model, weights)
+    found = None if isinstance(path, str) else sha256(path)
+    said = f"is not the encoder of this release, {about['file']} with sha256 {str(about['sha256'])[:12]}"
+    checks.require(found == about["sha256"], "weights", f"{path} (sha256 {str(found)[:12]})", said)
+    encoder = encoders.encoder(model, weights, image_size=spec["image_size"]).to(device)
+    weight, bias = tensors["weight"].cpu(), tensors["bias"].cpu()
+    return lambda images: heads.encode(encoder, images, device).cpu().float() @ weight.T.float() + bias.float()
+
+
+def _batches(
+    images: Images, channels: int, height: int, width: int
+) -> Iterator[tuple[list[str], UInt8[Tensor, "b C H W"]]]:
+    if isinstance(images, (np.ndarray, Tensor)):
+        images = _pictures(torch.as_tensor(images))
+    elif isinstance(images, (str, Path)):
+        images = files_below(Path(images).expanduser())
+    elif isinstance(images, Image.Image):
+        images = [images]
+    for first in range(0, len(images), AT_A_TIME):
+        some = images[first : first + AT_A_TIME]
+        names = [str(x) if isinstance(x, (str, Path)) else str(first + i) for i, x in enumerate(some)]
+        pixels = [_pixels(x, height, width, channels) for x in some]
+        yield names, torch.from_numpy(np.stack(pixels))
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    last = images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
+    good = images.dtype == torch.uint8 and images.ndim == 4 and (last or images.shape[1] in (1, 3))
+    shape = f"{images.dtype} {list(images.shape)}"
+    checks.require(good, "images", shape, "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels")
+    arrays = (images if last else images.permute(0, 2, 3, 1)).cpu().numpy()
+    return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else np.ascontiguousarray(x)) for x in arrays]
+
+
+def _pixels(image: Any, height: int, width: int, channels: int) -> np.ndarray:
+    try:
+        if isinstance(image, Image.Image):
+            return decoding.of_image(image, height, width, channels)[0]
+        with decoding.bombs_refused():
+            return decoding.pixels(Path(image).expanduser().read_bytes(), height, width, channels)[0]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"images={str(image)!r}: no such file or folder") from None
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"images={str(image)!r}: cannot be decoded ({decoding.reason(error)})") from error
+
+
+def files_below(path: Path) -> list[Path]:
+    """The image files in a folder, with all that is in it; of a file itself."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in layouts.SUFFIXES and p.is_file())
+    found = [p for p in found if not any(map(layouts.hidden, p.relative_to(path).parts))]
+    said = f"holds no images; taken are {' '.join(layouts.SUFFIXES)}"
+    checks.require(bool(found), "images", str(path), said)
+    return found

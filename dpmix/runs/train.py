@@ -1,0 +1,160 @@
+"""From a folder of images to a release, a privacy card and a private report: `runs` with recommended settings."""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpmix.core import checks, files
+from dpmix.images.image_cache import printable
+from dpmix.runs import report
+from dpmix.runs.identity import Contents
+from dpmix.runs.own import Own, Plan, plan
+from dpmix.runs.predict import predict
+from dpmix.runs.release import release
+from dpmix.runs.result import Result, choose_learning_rate, frame
+from dpmix.runs.run import run, run_all
+from dpmix.runs.spec import RunSpec, mechanism
+from dpmix.runs.store import Store
+
+README = """# A private image classifier
+
+It tells {classes} apart. It was trained with differential privacy: {words}
+
+`privacy_card.json` says what was promised, how, and with which encoder; `class_names.json` lists the classes.
+
+    python -m dpmix predict THIS_FOLDER image.jpg
+    dpmix.predict("THIS_FOLDER", "image.jpg").class_names        # in Python
+
+The encoder is public and not in this folder: {encoder}. dpmix compares its sha256 with the card's.
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`release` may leave the house. `private` may not: seeds, log, and `report`, what the test images say of the model."""
+
+    release: Path
+    private: Path
+    report: dict[str, Any]
+
+    def __str__(self) -> str:
+        return report.text(self.report, self.release, self.private)
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def train(folder: str | Path, epsilon: float, **settings: Any) -> Trained:
+    """Train on a folder of images once, with (epsilon, delta)-differential privacy for each image, and release the model.
+
+    `settings` are the fields of `Own`: `out`, `delta`, `method`, `model`, `learning_rate` and so on; each has a recommended
+    value. The release appears in `out` whole or not at all; everything private lies in `private/NAME` beside it, for its
+    owner alone (0700). What was interrupted goes on when the same call is made again.
+
+    Raises ValueError and FileNotFoundError, in one line and before any work, for what cannot be.
+    """
+    p = plan(Own.of(folder, epsilon, **settings))
+    said = "is there already; name another folder (a second model of the same images is a second release)"
+    checks.require(not p.out.exists(), "out", str(p.out), said)
+    mechanism(p.spec, p.listing.train)
+    store = Store(p.private / "runs")
+    p.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    p.private.chmod(0o700)
+    with _logged(p.private / "log.txt") as log:
+        log.info(f"training on {p.listing.train} images of {p.spec.dataset}")
+        spec = _with_rate(p, store, log)
+        result = _finished(spec, p, store) or run(spec, compute=p.compute, store=store)
+        log.info(f"trained in {result.timing['seconds']:.0f} s")
+        partial = _written(result, p, store)
+        seen = _report(partial, p, result)
+        partial.rename(p.out)
+        log.info(f"released to {p.out}; test accuracy {seen['accuracy']:.4f}")
+    return Trained(p.out, p.private, seen)
+
+
+def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
+    """The spec with the best learning rate on held-out public images, where it is to be looked for."""
+    if not p.rates:
+        return p.spec
+    rehearsal = [replace(p.spec, train_on="synthetic", validation=0.2, seed=0, learning_rate=r) for r in p.rates]
+    tried = choose_learning_rate(frame(run_all(rehearsal, compute=p.compute, store=store)), ["dataset"])
+    rate = float(tried["learning_rate"].iloc[0])
+    log.info(f"learning rate {rate:g}, the best of {p.rates} on public images")
+    return replace(p.spec, learning_rate=rate)
+
+
+def _finished(spec: RunSpec, p: Plan, store: Store) -> Result | None:
+    """The result of a call that was cut off before it could release."""
+    wanted = Contents(p.compute, store.folder).identity(spec)
+    for found in store.all():
+        made_of = found.provenance["contents"]
+        same = replace(found.spec, seed=None) == spec and found.seed_drawn and found.provenance["code"] == wanted.code
+        if same and (made_of["private"], made_of["public"]) == (wanted.private, wanted.public):
+            return found
+    return None
+
+
+def _written(result: Result, p: Plan, store: Store) -> Path:
+    """The whole release, inside the private folder for now."""
+    partial = p.private / "release.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    release(result, partial, store=store)
+    card = files.read_json(partial / "privacy_card.json")
+    assert card is not None
+    about = card["encoder"]
+    encoder = f"{about['name']}, file {about['file']}, sha256 {about['sha256']}, {about['package'] or 'no package'}"
+    words = " ".join(card["in_plain_words"])
+    readme = README.format(classes=", ".join(card["class_names"]), words=words, encoder=encoder)
+    files.write(partial / "README.md", readme.encode())
+    files.write(partial / "class_names.json", (json.dumps(card["class_names"], indent=1) + "\n").encode())
+    return partial
+
+
+def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
+    """What the test images say, asked as a stranger would ask: of the release, with the files."""
+    listing = p.listing
+    tests = listing.files[listing.train :]
+    found = predict(partial, tests, weights=p.spec.weights, device=str(p.compute.where()))
+    names = [printable(f.relative_to(listing.base)) for f in tests]
+    seen = report.of(found.probabilities, listing.labels[listing.train :], listing.class_names, names)
+    same = abs(seen["accuracy"] - result.test_accuracy) < 2 / len(tests) + 1e-9  # two images may tie
+    said = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"
+    if not same:
+        raise RuntimeError(f"{said}; nothing was released, please report this")
+    report.write(seen, p.private, p.out)
+    return seen
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[logging.Logger]:
+    """A private log of a call: what it did, what was warned of, how it ended."""
+    files.write(path, path.read_bytes() if path.is_file() else b"", private=True)
+    log, handler = logging.getLogger("dpmix.train"), logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    shown = warnings.showwarning
+
+    def told(message: Warning | str, *rest: Any, **more: Any) -> None:
+        log.info(f"warning: {message}")
+        shown(message, *rest, **more)
+
+    try:
+        warnings.showwarning = told
+        yield log
+    except BaseException as error:
+        log.info(f"stopped: {type(error).__name__}: {error}")
+        raise
+    finally:
+        warnings.showwarning = shown
+        log.removeHandler(handler)
+        handler.close()
