@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dpmix.core.checks import require
@@ -81,12 +82,12 @@ def _is_folder(name: str) -> bool:
 
 def _card(release: str) -> None:
     from dpmix.runs.predict import read_card
-    from dpmix.runs.release import card_text
+    from dpmix.runs.report import card_text
 
     print(card_text(read_card(Path(release).expanduser())))
 
 
-_COMMANDS = {"check": _check, "train": _train, "predict": _predict, "card": _card}
+_COMMANDS: dict[str, Callable[..., None]] = {"check": _check, "train": _train, "predict": _predict, "card": _card}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,6 @@
 import math
 import resource
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from dpmix.images import data, layouts
 from dpmix.images.image_cache import Decoded, printable
 from dpmix.images.overlap import overlap
 from dpmix.runs.own import Own, Plan, plan
+from dpmix.runs.report import cell
 from dpmix.runs.result import Result
 from dpmix.runs.spec import Mechanism, mechanism, no_meaningful_guarantee
 
@@ -37,7 +37,10 @@ class Checked:
     def __str__(self) -> str:
         parts = [f"**{PRIVATE}**"]
         for title, rows in self.sections.items():
-            parts += [f"### {title}", "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])]
+            parts += [
+                f"### {title}",
+                "\n".join(["| | |", "|---|---|", *(f"| {cell(a)} | {cell(b)} |" for a, b in rows)]),
+            ]
         return "\n\n".join(parts)
 
     def _repr_markdown_(self) -> str:
@@ -72,7 +75,10 @@ def _images(p: Plan, decoded: Decoded) -> list[tuple[str, str]]:
         found = decoded.odd.get(what, [])
         if found:
             rows.append((said.partition(";")[0], _some(len(found), (called[i] for i in found))))
-    for what, pairs in (("repeat another", decoded.copies.train), ("test, equal a training image", decoded.copies.test)):
+    for what, pairs in (
+        ("repeat another", decoded.copies.train),
+        ("test, equal a training image", decoded.copies.test),
+    ):
         named = (f"{called[i]} = {called[j]}" for i, j in pairs)
         rows.append((f"exact copies: {what}", _some(len(pairs), named)))
     return rows + _synthetic(p, decoded)
@@ -113,7 +119,7 @@ def _run(p: Plan, m: Mechanism) -> list[tuple[str, str]]:
         ("learning rate", f"{rate}: {why['learning_rate']}"),
         ("ε, δ", f"{spec.epsilon:g}, {spec.delta:g} by {spec.accountant.upper()}; δ {why['delta']}"),
         ("noise multiplier, σ", f"{m.noise_multiplier:.4g}"),
-        ("signal to noise", f"at most {ratio:.2g} a step, {ratio * math.sqrt(m.steps):.2g} over all, as B C / (σ C √{weights:,})"),
+        ("signal to noise", f"at most {ratio:.2g} a step, B / (σ √{weights:,}); {ratio * m.steps**0.5:.2g} over all"),
     ]  # fmt: skip
     assert spec.epsilon is not None
     return rows + [("WARNING", said) for said in no_meaningful_guarantee(spec.epsilon, spec.delta, m.population)]
@@ -138,7 +144,10 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> list[tuple[str, str]]:
     kept = decoded.images.numel() + (0 if spec.redraw else n * spec.recipe.views * p.encoder.dim * 2)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
-        ("encoding", f"{_minutes(minutes)}: {many:,} views and twice {tested:,} test images, {1000 * each:.1f} ms each"),
+        (
+            "encoding",
+            f"{_minutes(minutes)}: {many:,} views and twice {tested:,} test images, {1000 * each:.1f} ms each",
+        ),
         ("steps", f"about {_minutes(steps)}, on two cores"),
         ("memory", f"{memory:.1f} GiB so far; images and features lie on disk"),
         ("disk", f"{kept / 1e9:.2g} GB in {p.private}, {p.compute.cache} among it"),

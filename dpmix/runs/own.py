@@ -1,14 +1,12 @@
 """One's own images: from a folder and an epsilon to a run, each setting with the reason for it. Nothing is trained here."""
 
-import difflib
 import math
 import numbers
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dpmix.core import accounting, checks, views
+from dpmix.core import checks, views
 from dpmix.images import data, decoding, layouts
 from dpmix.models import encoders
 from dpmix.runs.spec import ComputeFlags, RunSpec
@@ -68,12 +66,9 @@ class Own:
     @classmethod
     def of(cls, folder: str | Path, epsilon: float, **settings: Any) -> "Own":
         """With a word about arguments that do not exist."""
-        known = [f.name for f in fields(cls)]
         for name in settings:
-            near = difflib.get_close_matches(name, known, n=1)
-            said = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            checks.require(name in known, "argument", name, f"unknown; {said}")
-        return cls(folder=folder, epsilon=epsilon, **settings)
+            checks.one_of("argument", name, [f.name for f in fields(cls)])
+        return cls(folder=str(folder), epsilon=epsilon, **settings)
 
 
 def number(name: str, value: object, *, whole: bool = False) -> float:
@@ -87,15 +82,16 @@ def number(name: str, value: object, *, whole: bool = False) -> float:
             raise ValueError(f"{name}={value!r}: {said}") from None
     good = isinstance(found, numbers.Real) and not isinstance(found, bool) and math.isfinite(found)
     checks.require(good, name, value, "must be a finite number")
-    assert isinstance(found, numbers.Real)
-    checks.require(not whole or float(found).is_integer(), name, value, "must be a whole number")
-    return int(found) if whole else float(found)
+    exact = float(found)  # type: ignore[arg-type]
+    checks.require(not whole or exact.is_integer(), name, value, "must be a whole number")
+    return int(exact) if whole else exact
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run on a folder of images that can be started: `spec` without a seed, where things go, and why each setting is what
-    it is. `private` holds what must not leave: results with their seeds, caches, the report on the test images."""
+    it is. `private`, beside `out`, holds what must not leave: results with their seeds and decoded images, for all that is
+    trained there, and in `report` what the test images say of this one."""
 
     spec: RunSpec
     compute: ComputeFlags
@@ -107,8 +103,8 @@ class Plan:
     reasons: dict[str, str]
 
     @property
-    def steps(self) -> int:
-        return accounting.steps_for(n=self.listing.train, batch_size=self.spec.batch_size, epochs=self.spec.epochs)
+    def report(self) -> Path:
+        return self.private / self.out.name
 
 
 def plan(own: Own) -> Plan:
@@ -144,7 +140,7 @@ def plan(own: Own) -> Plan:
         learning_rate=rate, batch_size=batch, epochs=epochs, validation=0.0, redraw=False, seed=None,
     )  # fmt: skip
     out = Path(own.out).expanduser() if own.out else base.with_name(f"{base.resolve().name}-release")
-    private = out.parent / "private" / out.name
+    private = out.parent / "private"
     compute = ComputeFlags(
         device=own.device, physical_batch=own.physical_batch, cache=str(private / "cache"), progress=own.progress
     )
@@ -161,7 +157,3 @@ def _model(files: list[Path]) -> tuple[str, str]:
     if small:
         return "tiny-convnext", "small and grey, as what it was made of"
     return "efficientnet-lite0", "ImageNet features that fit a CPU"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)

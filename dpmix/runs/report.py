@@ -1,5 +1,6 @@
 """What the test images say of a model: accuracy with its interval, by class, confusion, calibration, the errors. Private."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,10 @@ SHOWN = 30
 
 
 def of(
-    probabilities: Float[np.ndarray, "n classes"], labels: Int64[np.ndarray, " n"], classes: tuple[str, ...], names: list[str]
+    probabilities: Float[np.ndarray, "n classes"],
+    labels: Int64[np.ndarray, " n"],
+    classes: tuple[str, ...],
+    names: list[str],
 ) -> dict[str, Any]:
     """Numbers for a test set; `names` are the images'."""
     said, n = probabilities.argmax(1), len(labels)
@@ -60,13 +64,16 @@ def text(seen: dict[str, Any], release: Path, private: Path) -> str:
         f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.",
         f"Released: `{release}`. Private, with seed, log and errors: `{private}`.",
     ]
-    rows = [f"| {c} | {v['images']:,} | {100 * v['accuracy']:.1f} |" for c, v in seen["by_class"].items()]
+    rows = [f"| {cell(c)} | {v['images']:,} | {100 * v['accuracy']:.1f} |" for c, v in seen["by_class"].items()]
     return "\n\n".join([*head, "\n".join(["| class | test images | right (%) |", "|---|---|---|", *rows])])
 
 
 def write(seen: dict[str, Any], private: Path, release: Path) -> None:
     """report.json, report.md and confusion.png, for their owner alone."""
-    rows = [f"| {e['image']} | {e['true']} | {e['said']} | {e['probability']:.2f} |" for e in seen["errors"][:SHOWN]]
+    rows = [
+        f"| {cell(e['image'])} | {cell(e['true'])} | {cell(e['said'])} | {e['probability']:.2f} |"
+        for e in seen["errors"][:SHOWN]
+    ]
     errors = ["| the surest errors | true | said | probability |", "|---|---|---|---|", *rows]
     whole = f"{text(seen, release, private)}\n\n![confusion](confusion.png)\n\n" + "\n".join(errors) + "\n"
     files.write(private / "report.md", whole.encode(), private=True)
@@ -76,8 +83,6 @@ def write(seen: dict[str, Any], private: Path, release: Path) -> None:
 
 def picture(seen: dict[str, Any]) -> bytes:
     """The confusion matrix, a row a true class, in percent of it."""
-    import io
-
     from matplotlib.figure import Figure
 
     classes = list(seen["by_class"])
@@ -97,3 +102,22 @@ def picture(seen: dict[str, Any]) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """A privacy card for reading, as a Markdown table."""
+    guarantee, encoder = card["guarantee"], card["encoder"] or {"name": "a network from scratch"}
+    rows = {"in plain words": " ".join(card["in_plain_words"])}
+    rows |= {f"ε ({name.upper()})": f"{value:.3f}" for name, value in guarantee["epsilon"].items()}
+    rows |= {"δ": f"{guarantee['delta']:g}", "calibrated by": guarantee["calibrated_by"].upper()}
+    rows |= {"adjacency": card["adjacency"], "sampling": card["sampling"]}
+    rows |= {k.replace("_", " "): f"{v:.6g}" for k, v in card["mechanism"].items()}
+    rows |= {"encoder": ", ".join(f"{k} {v}" for k, v in encoder.items() if v is not None)}
+    rows |= {"images": " × ".join(map(str, card["images"])), "classes": ", ".join(card["class_names"])}
+    rows |= {k.replace("_", " "): "; ".join(card[k]) for k in ("not_accounted_for", "withheld")}
+    return "\n".join(["| privacy card | |", "|---|---|", *(f"| {k} | {cell(v)} |" for k, v in rows.items())])
+
+
+def cell(value: str) -> str:
+    """Text that stays inside a cell of a Markdown table."""
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,8 +55,8 @@ def train(folder: str | Path, epsilon: float, **settings: Any) -> Trained:
     """Train on a folder of images once, with (epsilon, delta)-differential privacy for each image, and release the model.
 
     `settings` are the fields of `Own`: `out`, `delta`, `method`, `model`, `learning_rate` and so on; each has a recommended
-    value. The release appears in `out` whole or not at all; everything private lies in `private/NAME` beside it, for its
-    owner alone (0700). What was interrupted goes on when the same call is made again.
+    value. The release appears in `out` whole or not at all; everything private lies in `private` beside it, for its owner
+    alone (0700). What was interrupted goes on when the same call is made again.
 
     Raises ValueError and FileNotFoundError, in one line and before any work, for what cannot be.
     """
@@ -66,9 +65,7 @@ def train(folder: str | Path, epsilon: float, **settings: Any) -> Trained:
     checks.require(not p.out.exists(), "out", str(p.out), said)
     mechanism(p.spec, p.listing.train)
     store = Store(p.private / "runs")
-    p.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    p.private.chmod(0o700)
-    with _logged(p.private / "log.txt") as log:
+    with _logged(p) as log:
         log.info(f"training on {p.listing.train} images of {p.spec.dataset}")
         spec = _with_rate(p, store, log)
         result = _finished(spec, p, store) or run(spec, compute=p.compute, store=store)
@@ -77,7 +74,7 @@ def train(folder: str | Path, epsilon: float, **settings: Any) -> Trained:
         seen = _report(partial, p, result)
         partial.rename(p.out)
         log.info(f"released to {p.out}; test accuracy {seen['accuracy']:.4f}")
-    return Trained(p.out, p.private, seen)
+    return Trained(p.out, p.report, seen)
 
 
 def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
@@ -104,7 +101,7 @@ def _finished(spec: RunSpec, p: Plan, store: Store) -> Result | None:
 
 def _written(result: Result, p: Plan, store: Store) -> Path:
     """The whole release, inside the private folder for now."""
-    partial = p.private / "release.partial"
+    partial = p.report / "release.partial"
     shutil.rmtree(partial, ignore_errors=True)
     release(result, partial, store=store)
     card = files.read_json(partial / "privacy_card.json")
@@ -129,32 +126,28 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
     said = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"
     if not same:
         raise RuntimeError(f"{said}; nothing was released, please report this")
-    report.write(seen, p.private, p.out)
+    report.write(seen, p.report, p.out)
     return seen
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[logging.Logger]:
-    """A private log of a call: what it did, what was warned of, how it ended."""
-    files.write(path, path.read_bytes() if path.is_file() else b"", private=True)
-    log, handler = logging.getLogger("dpmix.train"), logging.FileHandler(path)
+def _logged(p: Plan) -> Iterator[logging.Logger]:
+    """A log of the call in the private folder; what lies there is for its owner alone, however the call ends."""
+    for folder in (p.private, p.report):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    log, handler = logging.getLogger("dpmix.train"), logging.FileHandler(p.report / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(handler)
-    shown = warnings.showwarning
-
-    def told(message: Warning | str, *rest: Any, **more: Any) -> None:
-        log.info(f"warning: {message}")
-        shown(message, *rest, **more)
-
     try:
-        warnings.showwarning = told
         yield log
     except BaseException as error:
         log.info(f"stopped: {type(error).__name__}: {error}")
         raise
     finally:
-        warnings.showwarning = shown
         log.removeHandler(handler)
         handler.close()
+        for path in p.private.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
