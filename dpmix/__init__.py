@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from dpmix.core.views import METHODS, Recipe, make_views
     from dpmix.images.data import load
     from dpmix.models.encoders import encoder
+    from dpmix.runs.check import check
+    from dpmix.runs.predict import predict
     from dpmix.runs.release import release
     from dpmix.runs.run import run, run_all
     from dpmix.runs.spec import ComputeFlags, RunSpec
+    from dpmix.runs.train import train
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,9 @@ _HOME = {
     "run": "runs.run",
     "run_all": "runs.run",
     "release": "runs.release",
+    "check": "runs.check",
+    "train": "runs.train",
+    "predict": "runs.predict",
     "Recipe": "core.views",
     "METHODS": "core.views",
     "make_views": "core.views",
@@ -39,6 +45,7 @@ __all__ = [
     "ComputeFlags",
     "Recipe",
     "RunSpec",
+    "check",
     "clipped_gradient_sum",
     "clipped_head_sums",
     "encoder",
@@ -46,9 +53,11 @@ __all__ = [
     "load",
     "make_views",
     "noise_multiplier",
+    "predict",
     "release",
     "run",
     "run_all",
+    "train",
 ]
 
 

@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Checked:
         return str(self)
 
 
-def check(folder: str | Path, epsilon: float, **settings: Any) -> Checked:
+def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
     """Look at a folder of images before training on it; `settings` as in `train`. The images are decoded, into the cache
     that training reads. Raises as `train` would."""
     p = plan(Own.of(folder, epsilon, **settings))

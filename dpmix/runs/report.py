@@ -36,7 +36,7 @@ def of(
     return {
         "images": n,
         "accuracy": float(right.mean()),
-        "interval_95": interval(int(right.sum()), n),
+        "interval_95": list(interval(int(right.sum()), n)),
         "largest_class": float(counts.max() / n),
         "by_class": {c: {"images": int(m), "accuracy": float(k / m)} for c, m, k in
                      zip(classes, counts, confusion.diagonal(), strict=True)},

@@ -51,7 +51,7 @@ class Trained:
         return str(self)
 
 
-def train(folder: str | Path, epsilon: float, **settings: Any) -> Trained:
+def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     """Train on a folder of images once, with (epsilon, delta)-differential privacy for each image, and release the model.
 
     `settings` are the fields of `Own`: `out`, `delta`, `method`, `model`, `learning_rate` and so on; each has a recommended

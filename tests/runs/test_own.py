@@ -1,0 +1,356 @@
+"""One's own images: check, train, predict, the report, the command line; what people got wrong before."""
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dpmix
+from dpmix.__main__ import main
+from dpmix.companion import paper
+from dpmix.core import accounting, rng, views
+from dpmix.images import data
+from dpmix.runs import own, report
+from dpmix.runs import train as training
+
+PROJECT = Path(__file__).resolve().parents[2]
+QUICK = dict(epochs=30, learning_rate=8, model="tiny-convnext", progress=False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """400 digits for training and 100 for testing as PNG files; no synthetic ones."""
+    splits, base = data.load("digits"), tmp_path_factory.mktemp("own") / "photos"
+    for part, images in (("train", splits.train.subset(range(400))), ("test", splits.test.subset(range(100)))):
+        for i, (pixels, label) in enumerate(zip(images.images, images.labels.tolist(), strict=True)):
+            place = base / part / f"digit {label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[0].numpy()).save(place / f"{i:03d}.png")
+    return base
+
+
+@pytest.fixture(scope="module")
+def trained(photos) -> training.Trained:
+    return dpmix.train(photos, 8, out=photos.with_name("release"), delta=1e-4, **QUICK)
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
+    assert trained.release == photos.with_name("release")
+    names = ["README.md", "class_names.json", "model.safetensors", "privacy_card.json"]
+    assert sorted(p.name for p in trained.release.iterdir()) == names
+    private = photos.parent / "private"
+    assert trained.private == private / "release"
+    assert sorted(p.name for p in trained.private.iterdir()) == ["confusion.png", "log.txt", "report.json", "report.md"]
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in [private, *private.rglob("*")]}
+    assert modes == {0o700, 0o600}
+    assert sorted(p.name for p in photos.parent.iterdir()) == ["photos", "private", "release"]
+    classes = json.loads((trained.release / "class_names.json").read_text())
+    assert classes == [f"digit {c}" for c in range(10)]
+    card = json.loads((trained.release / "privacy_card.json").read_text())["content"]
+    assert card["spec"]["delta"] == 1e-4 and card["images"] == [1, 16, 16] and card["spec"]["redraw"] is False
+    assert card["guarantee"]["epsilon"]["pld"] == pytest.approx(8, abs=0.01)
+
+
+def test_nothing_private_is_in_the_release(trained, photos):
+    (record,) = (photos.parent / "private" / "runs").glob("*.json")
+    seed = str(json.loads(record.read_text())["content"]["spec"]["seed"])
+    accuracy = trained.report["accuracy"]
+    for path in trained.release.iterdir():
+        text = path.read_bytes().decode("latin-1")
+        for secret in (seed, str(photos), repr(accuracy), "test/digit"):
+            assert secret not in text, (path.name, secret)
+    assert seed in record.read_text(), "the control: it is in the private record"
+    assert seed not in (trained.private / "log.txt").read_text() + repr(trained)
+
+
+def test_the_report_says_what_the_test_images_say(trained, photos):
+    seen = trained.report
+    assert seen == json.loads((trained.private / "report.json").read_text())
+    assert seen["images"] == 100 and 0.6 < seen["accuracy"] < 0.99  # 10 classes; too good would be a leak
+    confusion = np.array(seen["confusion"])
+    assert confusion.trace() == round(100 * seen["accuracy"]) and confusion.sum() == 100
+    assert len(seen["errors"]) == 100 - confusion.trace()
+    error = seen["errors"][0]
+    assert (photos / error["image"]).is_file() and error["image"].split("/")[1] == error["true"] != error["said"]
+    text = (trained.private / "report.md").read_text()
+    assert f"{100 * seen['accuracy']:.1f} % of 100 test images" in text and "95 % interval" in text
+    assert Image.open(trained.private / "confusion.png").size[0] > 300
+    assert f"{100 * seen['accuracy']:.1f} % of 100 test images" in trained._repr_markdown_()
+
+
+def test_a_second_training_into_a_release_is_refused_before_any_work(trained, photos, monkeypatch):
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"out='.*release': is there already; name another folder"):
+        dpmix.train(photos, 8, out=trained.release, delta=1e-4, **QUICK)
+
+
+def test_what_was_cut_off_before_its_release_is_not_trained_again(trained, photos, monkeypatch):
+    again = photos.with_name("again")
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained"))
+    with monkeypatch.context() as cut:
+        cut.setattr(training, "predict", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
+    assert not again.exists() and "stopped: KeyboardInterrupt" in (again.parent / "private/again/log.txt").read_text()
+    found = dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
+    same = (found.release / "model.safetensors").read_bytes() == (trained.release / "model.safetensors").read_bytes()
+    assert same and found.report == trained.report
+    with pytest.raises(pytest.fail.Exception, match="trained"):  # another budget is another run
+        dpmix.train(photos, 7, out=photos.with_name("third"), delta=1e-4, **QUICK)
+    shutil.rmtree(again)
+
+
+KILLED = """
+import os, signal, sys
+from dpmix.core import heads
+import dpmix
+noise, steps = heads._add_noise, []
+def dies(*args, **more):
+    steps.append(1)
+    if len(steps) == 20: os.kill(os.getpid(), signal.SIGKILL)
+    return noise(*args, **more)
+if sys.argv[3] == "kill": heads._add_noise = dies
+print(dpmix.train(sys.argv[1], 8, out=sys.argv[2], delta=1e-4, epochs=30, learning_rate=8, progress=False).release)
+"""
+
+
+def test_killed_in_the_middle_and_started_again(photos, tmp_path):
+    out = tmp_path / "release"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(photos), str(out)]
+    killed = subprocess.run([*command, "kill"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["private"]
+    done = subprocess.run([*command, "go"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["private", "release"] and len(list(out.iterdir())) == 4
+
+
+def test_the_learning_rate_is_searched_on_public_images_where_there_are_some(photos, tmp_path):
+    base = Path(shutil.copytree(photos, tmp_path / "photos"))
+    public = data.public_images("digits")
+    for c in range(10):
+        place = base / "synthetic" / f"digit {c}"
+        place.mkdir(parents=True)
+        for i in torch.nonzero(public.labels == c)[:10, 0].tolist():
+            Image.fromarray(public.images[i, 0].numpy()).save(place / f"{i}.png")
+    asked = {k: v for k, v in QUICK.items() if k != "learning_rate"} | dict(epochs=4, batch_size=50)
+    found = dpmix.train(base, 8, out=tmp_path / "out", delta=1e-4, **asked)
+    assert "the best of (1.0, 2.0, 4.0, 8.0, 16.0) on public images" in (found.private / "log.txt").read_text()
+    card = json.loads((found.release / "privacy_card.json").read_text())["content"]
+    assert card["spec"]["learning_rate"] in own.SEARCHED and card["spec"]["train_on"] == "all"
+
+
+# -------------------------------------------------------------------------------------------------------------- predict
+
+
+def test_files_arrays_pictures_and_a_folder_are_one_thing(trained, photos):
+    files = sorted((photos / "test" / "digit 3").iterdir())
+    by_folder = dpmix.predict(trained.release, photos / "test" / "digit 3")
+    assert by_folder.sources == [str(f) for f in files]
+    assert by_folder.probabilities.shape == (len(files), 10) and np.allclose(
+        by_folder.probabilities.sum(1), 1, atol=1e-5
+    )
+    assert by_folder.class_names == [by_folder.classes[c] for c in by_folder.probabilities.argmax(1)]
+    pixels = np.stack([np.asarray(Image.open(f)) for f in files])
+    for given in (files, [Image.open(f) for f in files], pixels[:, None], torch.tensor(pixels)[..., None]):
+        found = dpmix.predict(trained.release, given)
+        assert np.abs(found.probabilities - by_folder.probabilities).max() < 1e-6
+    one = dpmix.predict(trained.release, str(files[0]))
+    assert one.class_names == by_folder.class_names[:1]
+    colour = np.repeat(pixels[..., None], 3, axis=3)
+    assert np.abs(dpmix.predict(trained.release, colour).probabilities - by_folder.probabilities).max() < 1e-6
+
+
+def test_a_stranger_with_the_folder_alone_classifies_in_one_line(trained, photos, tmp_path):
+    folder = shutil.copytree(trained.release, tmp_path / "given")
+    image = shutil.copy(next((photos / "test" / "digit 0").iterdir()), tmp_path / "image.png")
+    command = [sys.executable, "-W", "ignore", "-m", "dpmix", "predict", str(folder), str(image)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    head, row = done.stdout.splitlines()
+    assert done.returncode == 0 and head == "image,class,probability"
+    assert row.startswith(f"{image},digit ") and 0.1 < float(row.rpartition(",")[2]) <= 1
+
+
+def test_another_encoder_another_model_and_damage_are_refused(trained, photos, tmp_path):
+    other = data.PUBLIC / "tiny-vit.safetensors"
+    with pytest.raises(ValueError, match=r"weights='.*tiny-vit.*is not the encoder of this release, tiny-convnext"):
+        dpmix.predict(trained.release, photos / "test", weights=other)
+    folder = Path(shutil.copytree(trained.release, tmp_path / "given"))
+    path = folder / "privacy_card.json"
+    card = path.read_text()
+    path.write_text(card.replace("digit 3", "digit 9"))
+    with pytest.warns(UserWarning, match="checksum"), pytest.raises(ValueError, match=r"card\.json is damaged"):
+        dpmix.predict(folder, photos / "test")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no privacy_card\.json there"):
+        dpmix.predict(folder, photos / "test")
+    path.write_text(card)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors there"):
+        dpmix.predict(folder, photos / "test")
+
+
+def test_images_that_cannot_be_are_refused_by_name(trained, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"images='.*x\.png': cannot be decoded \(not an image\)"):
+        dpmix.predict(trained.release, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"images='.*absent\.png': no such file or folder"):
+        dpmix.predict(trained.release, tmp_path / "absent.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"images='.*empty': holds no images; taken are \.jpg"):
+        dpmix.predict(trained.release, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"images='torch\.float32 \[2, 1, 8, 8\]': must be uint8"):
+        dpmix.predict(trained.release, torch.zeros(2, 1, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_counts_names_and_spends_nothing(photos, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(photos, tmp_path / "photos"))
+    first, second = sorted((base / "train" / "digit 1").iterdir())[:2]
+    shutil.copy(first, base / "train" / "digit 1" / "copy.png")
+    shutil.copy(second, base / "test" / "digit 2" / "leak.png")
+    (base / "train" / "digit 5" / "x.heic").write_bytes(b"")
+    monkeypatch.setattr(rng, "standard_noise", lambda *_, **__: pytest.fail("noise was drawn"))
+    with pytest.warns(UserWarning, match=r"1 \.heic"):
+        found = dpmix.check(base, 2, delta=1e-4, progress=False)
+    text = str(found)
+    assert (
+        "Nothing was spent" in text and "keep it private" in text and "| training / test images | 401 / 101 |" in text
+    )
+    assert "| left out | 1 .heic |" in text
+    assert f"1: train/digit 1/copy.png = train/digit 1/{first.name}" in text
+    assert f"1: test/digit 2/leak.png = train/digit 1/{second.name}" in text
+    sigma = accounting.noise_multiplier(epsilon=2.0, delta=1e-4, sample_rate=1.0, steps=200, accountant="pld")
+    assert f"| noise multiplier, σ | {sigma:.4g} |" in text
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "photos-release").exists()
+
+
+def test_check_and_train_agree(photos):
+    asked = own.Own.of(photos, 8, delta=1e-4, **QUICK)
+    spec = own.plan(asked).spec
+    assert spec.batch_size == 400 and spec.clip_norm == 1 and spec.redraw is False and spec.validation == 0
+    checked = dpmix.check(photos, 8, delta=1e-4, **QUICK)
+    assert checked.plan.spec == spec
+    assert own.plan(own.Own.of(photos, 8)).spec.delta == 1e-5
+    assert own.plan(own.Own.of(photos, 8)).spec.epochs == 200
+    assert own.plan(own.Own.of(photos, 8, batch_size=100)).spec.epochs == 50
+
+
+# ----------------------------------------------------------------------------------------- what came in as text, and worse
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "taken"),
+    [
+        ("delta", "1e-6", 1e-6),
+        ("epsilon", "5e-1", 0.5),
+        ("epsilon", np.float32(0.5), 0.5),
+        ("batch_size", "100", 100),
+        ("batch_size", np.int64(100), 100),
+        ("batch_size", 100.0, 100),
+        ("learning_rate", np.float64(2), 2.0),
+        ("folder", 2024, "2024"),
+        ("out", 2025, "2025"),
+    ],
+)
+def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, taken):
+    asked = own.Own.of(**(dict(folder="photos", epsilon=2.0) | {name: given}))
+    assert getattr(asked, name) == taken and type(getattr(asked, name)) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(epsilon="two"), r"epsilon='two': is text, and says no number; write it as 2, 0\.5 or 1\.0e-6"),
+        (dict(epsilon=float("nan")), "epsilon=nan: must be a finite number"),
+        (dict(epsilon=True), "epsilon=True: must be a finite number"),
+        (dict(epsilon=0), "epsilon=0.0: must be a positive finite number"),
+        (dict(batch_size=2.5), "batch_size=2.5: must be a whole number"),
+        (dict(batch_size=401), "batch_size=401: must be at most the 400 training images"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(learning_rate=0), r"learning_rate=0\.0: must be a positive finite number"),
+        (dict(epochs=1e9), r"epochs=1000000000\.0: these are 1e\+09 steps; at most 100,000"),
+        (dict(delta=0), r"delta=0\.0: must lie strictly between 0 and 1"),
+        (dict(method="mixself"), "method='mixself': unknown; did you mean 'mix-self'"),
+        (dict(epsilom=2), "argument='epsilom': unknown; did you mean 'epsilon'"),
+        (dict(model="tiny-convnet"), "unknown; did you mean 'tiny-convnext'"),
+        (dict(progress="no"), "progress='no': must be True or False"),
+        (dict(delta=1e-30), "delta|accountant"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_any_work(photos, tmp_path, change, said):
+    asked = dict(folder=photos, epsilon=2.0, out=tmp_path / "out", progress=False) | change
+    for call in (dpmix.train, dpmix.check):
+        with pytest.raises(ValueError, match=said) as caught:
+            call(**asked)
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_is_its_recipe_and_its_clip_norm(photos):
+    for method, recipe in views.METHODS.items():
+        spec = own.plan(own.Own.of(photos, 8, method=method)).spec
+        assert spec.recipe == recipe
+        assert spec.clip_norm == (paper.clip_norm(method) if method in paper.METHODS else 1.0)
+        still = own.plan(own.Own.of(photos, 8, method=method, mirror=False)).spec.recipe
+        assert still == recipe.for_data(False)
+    assert own.plan(own.Own.of(photos, 8, method="dp-sgd")).spec.recipe.transform == "none"
+    spec = own.plan(own.Own.of(photos, 8, method="mixed-ghost")).spec
+    assert spec.learning_rate * spec.clip_norm == own.RATES["tiny-convnext"]
+
+
+def test_photographs_get_an_imagenet_encoder_and_a_home_is_a_home(photos, tmp_path, monkeypatch):
+    for part, c, i in [(p, c, i) for p in ("train", "test") for c in "ab" for i in range(2)]:
+        (tmp_path / "colour" / part / c).mkdir(parents=True, exist_ok=True)
+        image = np.random.default_rng([i, ord(c), len(part)]).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "colour" / part / c / f"{i}.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p = own.plan(own.Own.of("~/colour", 2))
+    assert p.spec.model == "efficientnet-lite0" and p.out == tmp_path / "colour-release"
+    assert own.plan(own.Own.of(photos, 2)).spec.model == "tiny-convnext"
+
+
+# -------------------------------------------------------------------------------------------------- report, command line
+
+
+def test_intervals_and_calibration_have_the_right_value():
+    assert report.interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson, without correction
+    assert report.interval(0, 10)[0] == 0 and report.interval(10, 10)[1] == pytest.approx(1)
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.35, 0.65], [0.7, 0.3]])
+    seen = report.of(probabilities, np.array([0, 1, 1, 0]), ("a", "b"), list("wxyz"))
+    assert seen["accuracy"] == 0.75 and seen["confusion"] == [[2, 0], [1, 1]] and seen["largest_class"] == 0.5
+    assert seen["errors"] == [{"image": "x", "true": "b", "said": "a", "probability": 0.8}]
+    assert seen["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.35 + 0.3) / 4)
+    assert report.cell("a|b\nc") == "a\\|b c"
+
+
+def test_the_command_line(trained, photos, capsys, tmp_path):
+    assert main(["card", str(trained.release)]) == 0
+    table = capsys.readouterr().out
+    assert "| ε (PLD) | 7.9" in table and "sha256" in table and "not accounted for" in table
+    assert main(["train", str(photos), "--epsilon", "8", "--out", str(trained.release)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("dpmix train: out=") and said.err.count("\n") == 1 and said.out == ""
+    assert main(["check", str(tmp_path / "nowhere"), "--epsilon", "8"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["predict", str(trained.release), str(photos / "test"), str(photos / "train")]) == 2
+    assert "give files, or one folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(photos)])
+    assert "--epsilon" in capsys.readouterr().err
+
+
+def test_the_face():
+    assert {"train", "check", "predict"} <= set(dpmix.__all__)
