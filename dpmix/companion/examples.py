@@ -1,16 +1,17 @@
 """Small steps of the page about one's own images: a folder to practise on, and what is shown of it."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
-from IPython.display import Markdown
+from matplotlib.figure import Figure
 from PIL import Image
 
+from dpmix.companion import plots
 from dpmix.images import data
+from dpmix.runs.predict import Prediction
 
 
 def digits_folder(folder: Path) -> Path:
@@ -24,28 +25,16 @@ def digits_folder(folder: Path) -> Path:
     return Path(folder)
 
 
-def folder_table(splits: data.Splits) -> pd.DataFrame:
-    """Images of each class in training and test set."""
-    counts = {
-        name: torch.bincount(part.labels, minlength=part.num_classes).tolist()
-        for name, part in (("train", splits.train), ("test", splits.test))
-    }
-    table = pd.DataFrame(counts, index=splits.train.class_names).T
-    return table.assign(all=table.sum(axis=1))
-
-
-def card_table(card: Mapping[str, Any]) -> Markdown:
-    """A privacy card for reading, a row an entry."""
-    guarantee, mechanism = card["guarantee"], card["mechanism"]
-    rows = {f"ε ({name.upper()})": f"{value:.3f}" for name, value in guarantee["epsilon"].items()}
-    rows |= {"δ": f"{guarantee['delta']:g}", "calibrated by": guarantee["calibrated_by"].upper()}
-    rows |= {"adjacency": card["adjacency"], "sampling": card["sampling"]}
-    rows |= {k.replace("_", " "): f"{v:.6g}" for k, v in mechanism.items()}
-    rows |= {k.replace("_", " "): "; ".join(card[k]) for k in ("not_accounted_for", "withheld")}
-    lines = ["| privacy card | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return Markdown("\n".join(lines))
+def predicted(found: Prediction, true: Sequence[str]) -> Figure:
+    """Images with what a release says of them, its probability, and the true class."""
+    pictures, words = [], []
+    for source, said, scores, name in zip(found.sources, found.class_names, found.probabilities, true, strict=True):
+        image = np.asarray(Image.open(source).convert("RGB").resize((64, 64), Image.Resampling.NEAREST))
+        pictures.append(torch.from_numpy(image.transpose(2, 0, 1) / 255))
+        words.append(f"{said} ({100 * scores.max():.0f} %)\ntrue: {name}")
+    return plots.picture_rows([("What the release says", pictures, words)])
 
 
 def destroy(folder: Path) -> None:
-    """Remove a folder of private leftovers and all that is in it."""
-    shutil.rmtree(folder)
+    """Remove a folder and all that is in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=not folder.exists())
