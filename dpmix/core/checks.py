@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
+from typing import Any
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -11,10 +13,18 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: {allowed}")
 
 
-def positive(name: str, value: object, hint: str = "") -> None:
+def finite(name: str, value: Any, allowed: str = "must be a finite number") -> None:
+    """Refuse anything but a finite number (NumPy's are numbers, True is none), with a word where it is one as text."""
+    said = "is text; write a number such as 2.0 or 1.0e-6 (to YAML 1e-6 is text)" if isinstance(value, str) else allowed
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    require(good, name, value, said)
+
+
+def positive(name: str, value: Any, hint: str = "") -> None:
     """Refuse anything but a finite number above zero."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    require(good, name, value, f"must be a positive finite number{hint}")
+    allowed = f"must be a positive finite number{hint}"
+    finite(name, value, allowed)
+    require(value > 0, name, value, allowed)
 
 
 def floats(instance: object, *names: str) -> None:
@@ -25,15 +35,15 @@ def floats(instance: object, *names: str) -> None:
     for name in names:
         value = getattr(instance, name)
         if value is not None:
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            require(good, name, value, "must be a finite number")
+            finite(name, value)
             object.__setattr__(instance, name, float(value))
 
 
-def whole(name: str, value: object, least: int = 0) -> None:
+def whole(name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but a whole number of at least `least`."""
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(good, name, value, f"must be a whole number of at least {least}")
+    allowed = f"must be a whole number of at least {least}"
+    finite(name, value, allowed)
+    require(isinstance(value, numbers.Integral) and int(value) >= least, name, value, allowed)
 
 
 def one_of(name: str, value: str, options: Iterable[str]) -> None:

@@ -132,7 +132,7 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> list[tuple[str, str]]:
     spec, n, tested = p.spec, p.listing.train, len(p.listing.files) - p.listing.train
     some = decoded.images[: min(MEASURED, n)]
     where = p.compute.where()
-    encoder = p.encoder.to(where, p.compute.precision())
+    encoder = p.encoder.to(where, p.compute.precision(), engine="auto")
     heads.encode(encoder, some[:2], where)  # compiled, if it is
     recipe = views.Recipe(k_base=1, transform=spec.recipe.transform)
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """One's own images: from a folder and an epsilon to a run, each setting with the reason for it. Nothing is trained here."""
 
+import contextlib
 import math
 import numbers
 from dataclasses import dataclass, field, fields
@@ -75,20 +76,13 @@ def _taken(name: str, value: Any, kind: str) -> Any:
     return str(value)
 
 
-def number(name: str, value: object, *, whole: bool = False) -> float:
-    """A finite number as float, or int with `whole`: NumPy's are numbers, and so is text that says one."""
-    found = value
-    if isinstance(value, str):
-        try:
-            found = float(value)
-        except ValueError:
-            said = "is text, and says no number; write it as 2, 0.5 or 1.0e-6"
-            raise ValueError(f"{name}={value!r}: {said}") from None
-    good = isinstance(found, numbers.Real) and not isinstance(found, bool) and math.isfinite(found)
-    checks.require(good, name, value, "must be a finite number")
-    exact = float(found)  # type: ignore[arg-type]
-    checks.require(not whole or exact.is_integer(), name, value, "must be a whole number")
-    return int(exact) if whole else exact
+def number(name: str, value: Any, *, whole: bool = False) -> float:
+    """A finite number as float, or int with `whole`; text that says one is taken, as YAML and command lines give 1e-6."""
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    checks.finite(name, value)
+    checks.require(not whole or float(value).is_integer(), name, value, "must be a whole number")
+    return int(value) if whole else float(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def _scorer(card: dict[str, Any], tensors: dict[str, Tensor], weights: str | Pat
     found = None if isinstance(path, str) else sha256(path)
     said = f"is not the encoder of this release, {about['file']} with sha256 {str(about['sha256'])[:12]}"
     checks.require(found == about["sha256"], "weights", f"{path} (sha256 {str(found)[:12]})", said)
-    encoder = encoders.encoder(model, weights, image_size=spec["image_size"]).to(device)
+    encoder = encoders.encoder(model, weights, image_size=spec["image_size"]).to(device, engine="auto")
     weight, bias = tensors["weight"].cpu(), tensors["bias"].cpu()
     return lambda images: heads.encode(encoder, images, device).cpu().float() @ weight.T.float() + bias.float()
 

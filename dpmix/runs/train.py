@@ -122,7 +122,8 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
     found = predict(partial, tests, weights=p.spec.weights, device=str(p.compute.where()))
     names = [printable(f.relative_to(listing.base)) for f in tests]
     seen = report.of(found.probabilities, listing.labels[listing.train :], listing.class_names, names)
-    same = abs(seen["accuracy"] - result.test_accuracy) < 2 / len(tests) + 1e-9  # two images may tie
+    off = abs(seen["accuracy"] - result.test_accuracy) * len(tests)
+    same = off < max(2.5, 0.005 * len(tests))  # another engine or precision rounds otherwise
     said = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"
     if not same:
         raise RuntimeError(f"{said}; nothing was released, please report this")

@@ -274,7 +274,7 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(epsilon="two"), r"epsilon='two': is text, and says no number; write it as 2, 0\.5 or 1\.0e-6"),
+        (dict(epsilon="two"), r"epsilon='two': is text; write a number such as 2\.0 or 1\.0e-6"),
         (dict(epsilon=float("nan")), "epsilon=nan: must be a finite number"),
         (dict(epsilon=True), "epsilon=True: must be a finite number"),
         (dict(epsilon=0), "epsilon=0.0: must be a positive finite number"),
