@@ -23,7 +23,7 @@ from dpmix.images import data
 from dpmix.runs.passes import provenance
 from dpmix.runs.spec import ComputeFlags
 
-EPSILONS = (0.5, 1.0, 2.0, 8.0)
+EPSILONS = (2.0, 8.0, 0.5)
 OUT = data.RESULTS / "malaria"
 
 
@@ -69,8 +69,8 @@ def main() -> None:
         card = files.read_json(out / "privacy_card.json")
         runs.append({"epsilon": epsilon, "report": seen, "card": card, "seconds": time.perf_counter() - start})
         files.write(OUT / f"confusion-{epsilon:g}.png", (trained.private / "confusion.png").read_bytes())
-    about = provenance(ComputeFlags().where(), "")
-    files.write_json(OUT / "runs.json", {"data": spread, "left_out": unknown, "runs": runs, "provenance": about})
+        about = provenance(ComputeFlags().where(), "")
+        files.write_json(OUT / "runs.json", {"data": spread, "left_out": unknown, "runs": runs, "provenance": about})
     print(json.dumps([(r["epsilon"], r["report"]["accuracy"]) for r in runs]))
 
 

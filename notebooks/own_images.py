@@ -36,12 +36,11 @@ learning_rate = None  # None: found on the public images in FOLDER/synthetic/CLA
 physical_batch = None
 
 # %% tags=["hide-input"]
-from pathlib import Path
 
 from IPython.display import Image, Markdown, display
 
 import dpmix
-from dpmix.companion import examples, plots
+from dpmix.companion import examples
 from dpmix.images import data
 from dpmix.runs.report import card_text
 

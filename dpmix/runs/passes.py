@@ -246,6 +246,7 @@ def result(
         divisor=spec.batch_size / spec.microbatch, population=m.population, diagnostics=seen, timing=timing,
         provenance=provenance(device, material.digest) | {
             "contents": made_of, "classes": list(material.test.class_names),
+            "images": list(material.test.images.shape[1:]),
             "encoder": None if encoder is None else encoder_of(identity, encoder.image_size),
         },
     )  # fmt: skip

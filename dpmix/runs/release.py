@@ -72,6 +72,7 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
         "withheld": list(WITHHELD),
         "spec": _public_spec(spec),
         "encoder": result.provenance["encoder"],
+        "images": result.provenance["images"],
         "class_names": result.provenance.get("classes"),
         "versions": result.provenance["versions"],
     }

@@ -98,17 +98,18 @@ class RunSpec:
         by_name = "must be a views.Recipe; the one of a method is views.METHODS[NAME]"
         checks.require(isinstance(self.recipe, views.Recipe), "recipe", self.recipe, by_name)
         checks.require(isinstance(self.redraw, bool), "redraw", self.redraw, "must be True or False")
-        for name in ("batch_size", "microbatch"):
-            checks.whole(name, getattr(self, name), 1)
-        for name, least in (("population", 1), ("image_size", 1), ("seed", 0)):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), least)
+        may_be_absent = ("population", "image_size", "seed")
+        for name in ("batch_size", "microbatch", *may_be_absent):
+            value = getattr(self, name)
+            if value is not None or name not in may_be_absent:
+                checks.whole(name, value, 0 if name == "seed" else 1)
+                object.__setattr__(self, name, int(value))  # NumPy's are numbers too
 
     def _check_ranges(self) -> None:
         if self.epsilon is not None:
             checks.positive("epsilon", self.epsilon, "; for example epsilon=2.0")
-        good = isinstance(self.delta, float) and 0 < self.delta < 1
-        checks.require(good, "delta", self.delta, "must lie strictly between 0 and 1, well below 1/N")
+        checks.floats(self, "delta")
+        checks.require(0 < self.delta < 1, "delta", self.delta, "must lie strictly between 0 and 1, well below 1/N")
         numbers = ("learning_rate", "clip_norm", "epochs")
         for name in numbers:
             checks.positive(name, getattr(self, name))
