@@ -25,10 +25,12 @@
 # %% tags=["hide-input"]
 
 import pandas as pd
+import torch
 from IPython.display import Markdown
 
 from dpmix.companion import evidence, grids, networks, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core import microbatch
 from dpmix.images import data
 
 evidence.status("table1")
@@ -79,7 +81,42 @@ report.provenance_note(runs, scale)
 # second leaves the data set, and the sum of clipped gradients along $e$ moves.
 
 # %% tags=["hide-input"]
-networks.sign_flip()
+e = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) / 2**0.5
+layer = torch.nn.utils.skip_init(torch.nn.Linear, 1, 2, bias=False, dtype=torch.float64)
+torch.nn.init.zeros_(
+    layer.weight
+)  # then the gradient of an example x of class 0 is x / sqrt(2) e, of class 1 -x / sqrt(2) e
+linear = torch.nn.Sequential(torch.nn.Flatten(), layer)
+pixels = torch.tensor([2.0, 4.0], dtype=torch.float64) * 2**0.5
+targets = torch.eye(2, dtype=torch.float64)[[1, 0]]
+kinds = {
+    "one example, clipped alone": (1, "none"),
+    "pair": (2, "none"),
+    "pair and its mixture": (2, "add"),
+    "mixture of the pair alone": (2, "replace"),
+}
+moves = {}
+for name, (size, mix) in kinds.items():
+    shape = (2 // size, size, 1)  # microbatches, their size, one view
+    batch = pixels.view(*shape, 1, 1, 1), targets.view(*shape, 2)
+    quarter = torch.full((2 // size, 1), 0.25, dtype=torch.float64)
+    with_and_without = [
+        microbatch.microbatch_sum(
+            linear, *batch, torch.tensor([True, there]).view(shape[:2]), 1.0, mix=mix, lam=quarter
+        )
+        for there in (True, False)
+    ]
+    both, alone = (float((total.grads["1.weight"] * e).sum()) for total in with_and_without)
+    scaled = microbatch.sensitivity(size)
+    if abs(both - alone) > scaled + 1e-9:
+        raise RuntimeError(f"{name}: the sum moves by {abs(both - alone):.2f} C, and noise is scaled for {scaled:g} C")
+    moves[name] = {
+        "both present": f"{both:+.2f} C",
+        "without the second": f"{alone:+.2f} C",
+        "moved by": f"{abs(both - alone):.2f} C",
+        "noise is scaled for": f"{scaled:g} C",
+    }
+pd.DataFrame(moves).T
 
 # %% [markdown]
 # Clipped alone, an example takes away what it gave, at most $C$. In a pair, whatever is mixed, the sum goes from $+Ce$ to $-Ce$.

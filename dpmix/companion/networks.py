@@ -1,12 +1,10 @@
 """Networks from scratch (Tables 1, 2 and 5): their grids of runs, and what pages show of them beside `report`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
-import torch
 from IPython.display import Markdown
-from torch import nn
 
 from dpmix.companion import grids, paper
 from dpmix.companion.report import label, summary
@@ -170,23 +168,20 @@ AUGMENTATIONS = (16, 24, 32, 36)  # Table 5's Self-Aug
 
 
 def settings(p: NetworkPreset) -> pd.DataFrame:
-    """The settings of these runs beside those at paper scale: what a demo has cut."""
+    """The settings of these runs beside those at paper scale: what has been cut. C is 1 and weights are standardised in both."""
 
     def column(s: NetworkPreset) -> dict[str, str]:
-        mixed = s.views_of("mix-self")
-        return {
-            "data": label(s.dataset),
-            "network": label(s.model),
-            "expected batch B": f"{s.batch_size:,}",
-            "epochs": f"{s.epochs:g}",
-            "views of Self-Aug": f"{s.views_of('self-aug').views}",
+        mixed, kept = (
+            s.views_of("mix-self"),
+            {k: v for k, v in asdict(s).items() if k not in ("epsilons", "seeds", "views_cut")},
+        )
+        plain = {
+            k.replace("_", " "): label(v) if isinstance(v, str) else "–" if v is None else f"{v:,g}"
+            for k, v in kept.items()
+        }
+        return plain | {
+            "views of Self-Aug": str(mixed.k_base),
             "views of DP-MixSelf": f"{mixed.k_base} + {mixed.k_self}",
-            "clip norm C": "1",
-            "learning rate": f"{s.learning_rate:g}",
-            "learning rate in microbatches": f"{s.microbatch_learning_rate:g}",
-            "momentum": f"{s.momentum:g}",
-            "weights evaluated": "last step" if s.ema_decay is None else f"moving average, {s.ema_decay:g}",
-            "weight standardisation": "yes",
         }
 
     return pd.DataFrame({"these runs": column(p), "paper scale": column(network_preset("paper"))})
@@ -218,45 +213,6 @@ def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
         spent = {"accounted": accounted, "true": true, "enough": enough, "noise for C": for_one}
         table.append({"setting": name, "q": q, "T": int(steps), "σ": sigma, "ε asked": epsilon, **spent})
     return pd.DataFrame(table).set_index("setting").rename_axis(None)
-
-
-def sign_flip(clip_norm: float = 1.0) -> pd.DataFrame:
-    """The sum of Eq. (2), in units of C along e, with and without the second of two examples, by the code that trains.
-
-    A linear layer of two logits and one input, weights zero: the gradient of an example x of class 0 is x / sqrt(2) e,
-    of class 1 it is -x / sqrt(2) e, where e = (-1, 1) / sqrt(2). Example 1 has gradient -2C e, example 2 has 4C e.
-    """
-    layer = nn.utils.skip_init(nn.Linear, 1, 2, bias=False, dtype=torch.float64)  # no global random state is touched
-    nn.init.zeros_(layer.weight)
-    model = nn.Sequential(nn.Flatten(), layer)
-    e = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) / 2**0.5
-    pixels = torch.tensor([2.0, 4.0], dtype=torch.float64) * 2**0.5 * clip_norm
-    targets = torch.eye(2, dtype=torch.float64)[[1, 0]]
-    cases = {
-        "one example, clipped alone": (1, "none"),
-        "pair": (2, "none"),
-        "pair and its mixture": (2, "add"),
-        "mixture of the pair alone": (2, "replace"),
-    }
-    rows = {}
-    for name, (size, mix) in cases.items():
-        shape = (2 // size, size, 1)  # microbatches, their size, one view
-        lam = torch.full((2 // size, 1), 0.25, dtype=torch.float64)
-        x, y = pixels.view(*shape, 1, 1, 1), targets.view(*shape, 2)
-        both, alone = (
-            microbatch.microbatch_sum(
-                model, x, y, torch.tensor([True, second]).view(shape[:2]), clip_norm, mix=mix, lam=lam
-            )
-            for second in (True, False)
-        )
-        ends = [float((total.grads["1.weight"] * e).sum()) / clip_norm for total in (both, alone)]
-        rows[name] = {
-            "both present": f"{ends[0]:+.2f} C",
-            "without the second": f"{ends[1]:+.2f} C",
-            "moved by": f"{abs(ends[0] - ends[1]):.2f} C",
-            "noise is scaled for": f"{microbatch.sensitivity(size):g} C",
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def published_table1() -> pd.DataFrame:
