@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Passes run side by side, a process a core: more threads than that get into each other's way.
 export OMP_NUM_THREADS ?= 1
-CODE := $(wildcard dpmix/*.py dpmix/*/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*.json) \
+CODE := $(wildcard dpmix/*.py dpmix/*/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*/*.json) \
 	$(wildcard benchmarks/results/*.json) $(wildcard tests/mutants.py)
 
 .PHONY: book browse test lint lab env mutants notebooks standins clean
