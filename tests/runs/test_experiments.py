@@ -3,7 +3,10 @@ bad nor too good."""
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -561,3 +564,35 @@ def test_a_run_with_a_fresh_seed_that_was_cut_off_goes_on_with_it(monkeypatch, s
     assert not list((store.folder / "seeds").iterdir()) and not list(store.folder.glob("*.checkpoint*"))
     two, three = run_all([spec, spec], compute=COMPUTE, store=store)
     assert len({r.spec.seed for r in (one, two, three)}) == 3 and min(r.spec.seed for r in (one, two)) >= 2**64
+
+
+JOB = """
+import sys
+from dataclasses import replace
+from dpmix import ComputeFlags, Recipe, RunSpec, run_all
+from dpmix.runs.store import Store
+
+spec = RunSpec(recipe=Recipe(k_base=1), epsilon=8.0, learning_rate=1.0, model="wrn-10-1", epochs=0.03, batch_size=16)
+compute = ComputeFlags(progress=False, device="cpu", workers=1)
+drawn, given = run_all([replace(spec, seed=None), spec], compute=compute, store=Store(sys.argv[1]))
+print("seen:", drawn.seed_drawn, given.seed_drawn, drawn.key, given.key, flush=True)
+"""
+
+
+def test_the_processes_of_a_job_train_one_run_together(tmp_path):
+    """Under torchrun all have the first one's seed, names and results; the store has each run once."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    root = str(Path(spec.__file__).parents[2])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*command, str(tmp_path / "runs")], capture_output=True, text=True, timeout=600, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("seen:")]
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][:2] == ["True", "False"]
+    store = Store(tmp_path / "runs")
+    assert {r.key for r in store.all()} == set(seen[0][2:]) and not list((store.folder / "seeds").iterdir())
+    calm = Store(tmp_path / "calm")
+    alone = run(store.get(seen[0][3]).spec, compute=COMPUTE, store=calm)
+    for name, tensor in store.tensors(store.get(seen[0][3])).items():
+        torch.testing.assert_close(tensor, calm.tensors(alone)[name], rtol=0, atol=1e-3)
