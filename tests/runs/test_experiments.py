@@ -42,7 +42,7 @@ def untrained(monkeypatch):
     def train(*args, **kwargs):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "train", train)
     monkeypatch.setattr(passes.network, "train", train)
 
 
@@ -363,8 +363,8 @@ def test_the_identity_changes_with_the_code_and_the_public_files(tmp_path, monke
 
 def test_heads_of_one_pass_are_trained_together_and_equal_those_alone(shared, store, monkeypatch):
     _, together = shared
-    calls, real = [], heads.train_heads
-    monkeypatch.setattr(heads, "train_heads", lambda *a, **k: calls.append(len(a[3])) or real(*a, **k))
+    calls, real = [], heads.train
+    monkeypatch.setattr(heads, "train", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k))
     specs = [SPEC, replace(SPEC, learning_rate=1.0), replace(SPEC, seed=0), replace(SPEC, epsilon=None),
              replace(SPEC, clip_norm=0.1), replace(SPEC, recipe=replace(TINY, k_self=2))]  # fmt: skip
     results = run_all(specs, compute=replace(COMPUTE, physical_batch=17), store=store)
@@ -383,7 +383,7 @@ def test_heads_of_one_pass_are_trained_together_and_equal_those_alone(shared, st
 def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store, monkeypatch):
     calm, results = shared
     specs = [SPEC, replace(SPEC, learning_rate=1.0)]
-    put, trained, train_heads = Store.put, [], heads.train_heads
+    put, trained, train_heads = Store.put, [], heads.train
 
     def cut(self, result, tensors):
         if list(self.folder.glob("*.json")):
@@ -394,7 +394,7 @@ def test_a_pass_cut_off_while_it_stores_goes_on_with_all_its_heads(shared, store
         trained.append(kwargs["checkpoint"])
         return train_heads(*args, **kwargs)
 
-    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "train", train)
     monkeypatch.setattr(Store, "put", cut)
     with pytest.raises(KeyboardInterrupt):
         run_all(specs, compute=COMPUTE, store=store)

@@ -49,11 +49,11 @@ def start(folder, specs=SPECS, compute=COMPUTE):
     try:
         torch.set_num_threads(1)
         warnings.filterwarnings("error", message=".*(checksum|damaged|cannot be read).*")
-        real, load = heads.train_heads, heads._load
+        real, load = heads.train, heads._load
 
         def train(*args, **kwargs):
             with (BASE / "log").open("a") as log:
-                log.write(f"{folder} trains {len(args[3])}\n")
+                log.write(f"{folder} trains {len(args[1])}\n")
             return real(*args, **kwargs)
 
         def went_on(*args):
@@ -62,7 +62,7 @@ def start(folder, specs=SPECS, compute=COMPUTE):
                 log.write(f"{folder} at {state.step}\n")
             return state
 
-        heads.train_heads, heads._load = train, went_on
+        heads.train, heads._load = train, went_on
         experiments.run_all(specs, compute=compute, store=experiments.Store(BASE / folder))
         status = 0
     except KeyboardInterrupt:
@@ -451,7 +451,7 @@ def test_a_store_that_may_not_be_written_is_refused_before_training_and_can_be_r
         raise AssertionError("training began")
 
     monkeypatch.setattr(files.filelock.FileLock, "acquire", closed)
-    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "train", train)
     assert run(TINY, compute=COMPUTE, store=store) == first
     with pytest.raises(
         OSError, match=r"cannot write .*: no permission to write there; choose .* DPMIX_STORE"

@@ -157,13 +157,13 @@ def test_results_of_one_root_are_never_served_for_another(tmp_path, store):
 
 
 def test_images_that_change_while_they_are_trained_on_are_not_stored(photos, compute, store, monkeypatch):
-    real = heads.train_heads
+    real = heads.train
 
     def train(*args, **kwargs):
         paint(photos / "train" / "a" / "0.png", 1000)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "train", train)
     with pytest.raises(ValueError, match="its images or its encoder's file changed while it was computed; run again"):
         run(spec_of(photos), compute=compute, store=store)
     assert not list(store.folder.glob("*.json"))

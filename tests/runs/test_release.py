@@ -117,7 +117,7 @@ def test_what_means_nothing():
 
 def test_an_accountant_that_cannot_say_is_left_out_before_training(store, tmp_path, monkeypatch):
     """PRV refuses a delta of 1e-15. It once did so after training, and at every new start again."""
-    asked, real, trained = [], accounting.epsilon_spent, heads.train_heads
+    asked, real, trained = [], accounting.epsilon_spent, heads.train
 
     def ask(**about):
         asked.append(about["accountant"])
@@ -129,7 +129,7 @@ def test_an_accountant_that_cannot_say_is_left_out_before_training(store, tmp_pa
         return trained(*args, **kwargs)
 
     monkeypatch.setattr(accounting, "epsilon_spent", ask)
-    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "train", train)
     r = run(replace(SPEC, delta=1e-15), compute=COMPUTE, store=store)
     assert asked == [], "and none after it"
     assert r.epsilon["prv"] is None and 7.9 < r.epsilon["rdp"] <= 8
@@ -137,7 +137,7 @@ def test_an_accountant_that_cannot_say_is_left_out_before_training(store, tmp_pa
 
 
 def test_a_delta_beyond_the_accountant_of_the_spec_is_refused_before_training(store, monkeypatch):
-    monkeypatch.setattr(heads, "train_heads", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(heads, "train", lambda *a, **k: pytest.fail("training began"))
     monkeypatch.setattr(accounting, "noise_multiplier", lambda **about: 1.0)
     with pytest.raises(ValueError, match=r"accountant='prv': has no epsilon at delta=1e-15"):
         run(replace(SPEC, delta=1e-15, accountant="prv"), compute=COMPUTE, store=store)
