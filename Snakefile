@@ -45,7 +45,7 @@ DEFAULTS = {
     "laptop": {"seeds": list(range(5)), "models": ["efficientnet-lite0"], "eps": [8]},
     "paper": {"seeds": [0, 1, 2], "models": list(paper.SETTINGS["fine-tuning"].models), "eps": list(paper.EPSILONS)},
 }
-SEEDS = {"table1": 3, "table2": 3, "table9": 5, "figure2": 5}  # of the demo, where they are fewer; networks: 3 at any scale
+SEEDS = {"table1": 3, "table2": 3, "table9": 5, "table11": 3, "figure2": 5}  # of the demo, where they are fewer; networks: 3 at any scale
 ENCODERS = {
     **{scale: {t: DEFAULTS[scale]["models"] for t in ("table7", "table8")} for scale in ("demo", "laptop")},
     "paper": {"table7": ["inceptionv3"], "table8": ["inceptionv3", "vit-b-16"]},
@@ -115,6 +115,8 @@ def parts(name):
     given = {**DEFAULTS[SCALE], "encoders": ENCODERS[SCALE].get(name)}
     if name in SEEDS and (SCALE == "demo" or name in ("table1", "table2")):
         given["seeds"] = given["seeds"][: SEEDS[name]]
+    if SCALE == "demo" and name in ("table6", "table10"):
+        given["models"] = ["tiny-convnext"]
     values = [many(ASKED.get(axis) or PARAMETERS[name][axis] or given[axis]) for axis in PASSES[name][0]]
     single = [dict(zip(PASSES[name][0], v)) for v in product(*values)] if values else []
     return {re.sub(r"[^\w.-]", "_", ".".join(f"{k}-{v}" for k, v in s.items())): {k: [v] for k, v in s.items()} for s in single}

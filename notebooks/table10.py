@@ -36,7 +36,7 @@ eps = 2  # one number or a list
 dataset = (
     None  # None: "digits" at demo scale, "cifar10" else; laptop: "cifar100", "eurosat", "caltech101" too (A and C)
 )
-models = None  # None: the encoders of the scale
+models = None  # None: "tiny-convnext" in the demo, to stay within a minute or two; else the encoders of the scale
 seeds = None  # None: the scale's; each has halves of its own
 epochs = None  # None: the scale's
 batch_size = None  # the expected batch size B; None: the scale's
@@ -51,7 +51,7 @@ cells = grids.halves_grid(
     scale,
     dataset=dataset,
     eps=eps,
-    models=models,
+    models=models or ("tiny-convnext" if scale == "demo" else None),
     seeds=seeds,
     epochs=epochs,
     batch_size=batch_size,

@@ -50,7 +50,7 @@ cells = grids.methods_grid(
     models=models or (["tiny-convnext"] if scale == "demo" else None),
     methods=methods,
     eps=eps,
-    seeds=seeds,
+    seeds=range(3) if scale == "demo" and seeds is None else seeds,
     epochs=epochs,
     batch_size=batch_size,
     learning_rates=learning_rates,

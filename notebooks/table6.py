@@ -34,7 +34,7 @@ eps = 2
 dataset = (
     None  # None: "digits" at demo scale, "cifar10" at laptop scale (the only one with D), "caltech256" at paper scale
 )
-models = None  # None: the encoders of the scale
+models = None  # None: "tiny-convnext" in the demo, to stay within a minute or two; else the encoders of the scale
 pretrain_epochs = 10  # of plain SGD on the synthetic images
 seeds = None  # None: the scale's
 epochs = None  # of the private training; None: the scale's
@@ -51,7 +51,7 @@ cells, heads = grids.pretraining_grid(
     pretrain_epochs=pretrain_epochs,
     dataset=dataset,
     eps=eps,
-    models=models,
+    models=models or ("tiny-convnext" if scale == "demo" else None),
     seeds=seeds,
     epochs=epochs,
     batch_size=batch_size,

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,9 @@ import torch
 from IPython.display import Markdown
 
 from dpmix.companion.report import label
-from dpmix.core import files, heads
+from dpmix.core import files, views
 from dpmix.images import data
+from dpmix.runs import passes
 from dpmix.runs.identity import Contents
 from dpmix.runs.material import prepare
 from dpmix.runs.result import choose_learning_rate
@@ -47,13 +49,14 @@ def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: 
             right.append(None)
             continue
         spec = result.spec
-        source = spec.dataset, spec.model, spec.weights, spec.image_size
+        names = ("dataset", "model", "weights", "image_size", "redraw")
+        about: dict[str, Any] = {name: getattr(spec, name) for name in names}
+        source = tuple(about.values())
         if source not in tests:
-            plain = RunSpec(recipe=spec.recipe, epsilon=None, learning_rate=1.0, dataset=spec.dataset, model=spec.model,
-                            weights=spec.weights, image_size=spec.image_size)  # fmt: skip
+            plain = RunSpec(recipe=views.Recipe(k_base=1), epsilon=None, learning_rate=1.0, **about)
             material = prepare([Contents(compute, store.folder).identity(plain)], compute)
-            assert material.encoder is not None
-            tests[source] = heads.encode(material.encoder, material.test.images, compute.where()), material.test.labels
+            rows = torch.arange(len(material.test))
+            tests[source] = passes.features_of(plain, material.test, rows, material, compute), material.test.labels
         features, labels = tests[source]
         head = store.tensors(result)
         guess = (features.float().cpu() @ head["weight"].T + head["bias"]).argmax(1)

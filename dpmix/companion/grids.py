@@ -66,6 +66,7 @@ DEMO = Preset(
     learning_rates=(2.0, 4.0, 8.0, 16.0, 32.0),
     seeds=tuple(range(10)),
     validation=0.2,
+    redraw=False,
 )
 LAPTOP = ("cifar10", "cifar100", "eurosat", "caltech101")
 
