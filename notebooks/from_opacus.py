@@ -136,7 +136,8 @@ pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 
 # %% [markdown]
 # All three spend $\varepsilon$ = {glue:text}`from_opacus_epsilon` at the same δ: views cost no privacy. One run each, so the accuracies decide nothing; {doc}`table2` and {doc}`table3` compare the
-# methods over seeds. The random crops are drawn anew at every access. Digits have no mirror image, hence `transform="crop"`; for photographs leave it out.
+# methods over seeds. The random crops are drawn anew at every access. Digits have no mirror image, hence `transform="crop"`; for photographs leave it out. Pixels are
+# normalised after the views: `model(normalise(images))`.
 #
 # ## What stays Opacus' and what changes
 #
@@ -285,7 +286,8 @@ pd.DataFrame(
 #
 # ## What Opacus leaves to you
 #
-# Sampling and noise come from PyTorch's generator unless `secure_mode=True`. In several processes Opacus' Poisson loader leaves out a process' empty batch, so that processes may fall out of step when $q$ is small. The
+# Sampling and noise come from PyTorch's generator unless `secure_mode=True`. In several processes Opacus' Poisson loader leaves out a process' empty batch, so that processes may fall out of step when $q$ is small.
+# `make_private(rand_on_empty=True)` puts a random row in the place of an empty batch, which is clipped and added like an example: who joins such a batch replaces it, and the sum may move by $2C$. Leave it out. The
 # floating-point attacks on noise that {doc}`/limits` names concern it too.
 #
 # ## Run it again

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import image_set
 from opacus import PrivacyEngine
+from opacus.data_loader import wrap_collate_with_empty
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import prepare_module
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPPerLayerOptimizer
@@ -20,7 +21,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from peers import opacus_script
 from peers.opacus_steps import CLASSES, RECIPE, SHAPE, opacus_step
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from dpmix import audit
 from dpmix.core import accounting, clipping, sources, views
@@ -273,6 +274,20 @@ def test_an_empty_poisson_batch_is_a_step_of_noise_alone():
             moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
             assert 0.8 < float(moved.std()) / (2.0 * 0.5) < 1.2  # sigma C over a divisor of one
     assert empty > 3 and engine.accountant.history == [(2.0, 1 / 50, 50)]
+
+
+def test_a_random_row_in_the_place_of_an_empty_batch_can_be_replaced_by_two_clip_norms():
+    """Why the page says to leave out `rand_on_empty`: the row counts as an example, and a newcomer takes its place."""
+    collate = wrap_collate_with_empty(collate_fn=default_collate, rand_on_empty=True)
+    one = batch(b=1)[0][0].float(), F.one_hot(torch.zeros(4).long(), CLASSES)
+    collate([one])
+    torch.manual_seed(0)
+    images, targets = (t.double() for t in collate([]))
+    assert images.shape == (1, 4, 1, 8, 8)
+    targets = F.one_hot(torch.ones(1, 4).long(), CLASSES).double()  # a row that it may draw
+    sums = [torch.cat([g.flatten() for g in stepped(network("conv"), x, y, 0.01)[0]]) for x, y in
+            ((images, targets), (one[0][None].double(), one[1][None].double()))]  # fmt: skip
+    assert float((sums[0] - sums[1]).norm()) > 1.2 * 0.01
 
 
 class MeanOverViews(nn.CrossEntropyLoss):
