@@ -123,10 +123,12 @@ def in_a_child(
         try:
             code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[plugin])
         finally:
-            libraries = [m for m in sys.modules if not m.startswith(("dpmix", "tests", "test_", "conftest", "_pytest"))]
+            of = {name: str(getattr(module, "__file__", None)) for name, module in list(sys.modules.items())}
+            libraries = [name for name, file in of.items() if not file.startswith(str(tree)) and "_pytest" not in name]
             told.write_text(
                 json.dumps([plugin.failed or ("" if code == 0 else "not collected"), plugin.seconds, libraries])
             )
+            sys.stdout.flush(), sys.stderr.flush()
             os._exit(0)
     end = time.monotonic() + limit
     while time.monotonic() < end:
@@ -176,6 +178,7 @@ def main() -> None:
             for library in libraries:  # once, not in every child
                 with contextlib.suppress(Exception):
                     importlib.import_module(library)
+            assert "dpmix" not in sys.modules, "the children must read the mutant, not what the parent holds"
             survived = []
             for name, text in chosen:
                 path.write_text(text)

@@ -49,7 +49,7 @@ def reference(projection, private, head, noise, public=None, divisor=None, ids=N
     `noise` [steps, num_classes, D + 1] is what the mechanism drew. `divisor(batch)` stands in for B.
     """
     w, b = torch.zeros(CLASSES, DIM, dtype=torch.float64), torch.zeros(CLASSES, dtype=torch.float64)
-    clipped = 0
+    moving_w, moving_b, clipped = torch.zeros_like(w), torch.zeros_like(b), 0
     for step in range(RUN["steps"]):
         batch = accounting.poisson_batch(
             len(private), RUN["expected_batch"] / len(private), seed=RUN["seed"], step=step
@@ -68,8 +68,9 @@ def reference(projection, private, head, noise, public=None, divisor=None, ids=N
             total_w += gw * min(1.0, head.clip_norm / norm)
             total_b += gb * min(1.0, head.clip_norm / norm)
         total_w, total_b = total_w + noise[step][:, :-1], total_b + noise[step][:, -1]
+        moving_w, moving_b = head.momentum * moving_w + total_w, head.momentum * moving_b + total_b
         by = RUN["expected_batch"] if divisor is None else divisor(batch)
-        w, b = w - head.learning_rate * total_w / by, b - head.learning_rate * total_b / by
+        w, b = w - head.learning_rate * moving_w / by, b - head.learning_rate * moving_b / by
     return w, b, clipped
 
 
@@ -78,7 +79,9 @@ def close(bank, w, b, row=0, atol=3e-5):
     return bool((got - torch.cat([w, b[:, None]], dim=1)).abs().max() < atol)
 
 
-@pytest.mark.parametrize("head", BANK, ids=["plain", "self-aug", "mix-self", "mix-diff"])
+@pytest.mark.parametrize(
+    "head", [*BANK, replace(BANK[1], momentum=0.9)], ids=["plain", "self-aug", "mix-self", "mix-diff", "momentum"]
+)
 def test_one_head_equals_the_plain_loop(head, projection, private, public, monkeypatch):
     noise = recorded_noise(monkeypatch)
     bank = train_heads(projection, private.images, private.labels, [head], public=public, **RUN)
@@ -95,6 +98,10 @@ def test_one_head_equals_the_plain_loop(head, projection, private, public, monke
     ]  # another clip norm, less noise, the realised batch as divisor, other draws
     told = [close(bank, w, b) for w, b, _ in wrong]
     assert told == [False, False, False, head.recipe == PLAIN], "without draws, the ids do not matter"
+    slower = replace(head, momentum=head.momentum / 2 + 0.1)
+    assert not close(bank, *reference(projection, private, slower, noise, public)[:2]), (
+        "another momentum is another run"
+    )
 
 
 def test_the_bank_equals_its_heads_alone_in_any_order_and_physical_batch(projection, private, public):

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from conftest import CLASSES
 from scipy import stats
 from scipy.optimize import brentq
 
-from dpmix.core import accounting, microbatch
+from dpmix.core import accounting, microbatch, network, views
 
 DEMO = dict(delta=1e-5, sample_rate=256 / 1437, steps=11)
 PAPER = dict(delta=1e-5, sample_rate=4096 / 50_000, steps=2441)
@@ -114,3 +116,36 @@ def test_a_pair_that_an_accountant_does_not_know_is_refused(change, said):
             solve(**how, **DEMO, **change)
     with pytest.raises(ValueError, match="size=0"):
         microbatch.epsilon_spent(0, deviation=1.0, **DEMO)
+
+
+def linear(classes: int) -> torch.nn.Sequential:
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, 16, classes)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    return torch.nn.Sequential(torch.nn.Flatten(), layer)
+
+
+@pytest.mark.parametrize("mix", microbatch.MIXES)
+def test_a_step_of_training_is_the_sum_over_pairs(mix, private):
+    """Eq. (2), written out for one step in which everybody is. Negative control: every example clipped alone."""
+    recipe, n = views.Recipe(k_base=2, transform="crop"), len(private.labels)
+    about = dict(
+        num_classes=CLASSES, clip_norm=0.05, noise_multiplier=0.0, learning_rate=1.0, expected_batch=4, sample_rate=1.0
+    )
+    done = network.train(
+        linear(CLASSES), private.images, private.labels, recipe=recipe, steps=1, seed=3, microbatch=2, microbatch_mix=mix,
+        progress=False, physical_batch=6, **about,
+    )  # fmt: skip
+    ids = torch.arange(n)
+    made = views.make_views(private.images, private.labels, ids, recipe, num_classes=CLASSES, seed=3, step=0)
+
+    def moved(table: torch.Tensor, mix: str) -> torch.Tensor:
+        lam = microbatch.mixing_weights(torch.arange(len(table)), 2, alpha=recipe.alpha, seed=3, step=0)
+        present = torch.ones(table.shape, dtype=torch.bool)
+        total = microbatch.microbatch_sum(
+            linear(CLASSES), made.images[table], made.targets[table], present, 0.05, mix=mix, lam=lam
+        )
+        return -total.grads["1.weight"] / 4
+
+    pairs = microbatch.microbatch_partition(n, 2, seed=3)
+    torch.testing.assert_close(done.state["1.weight"], moved(pairs, mix), rtol=1e-4, atol=1e-6)
+    assert (done.state["1.weight"] - moved(ids[:, None], "none")).norm() > 0.1 * done.state["1.weight"].norm()

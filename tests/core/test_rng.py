@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES
 from scipy import stats
 
 from dpmix.core import accounting, heads, network, rng, sources, views
-from tests.conftest import CLASSES
 
 ROOT = Path(__file__).parents[2]
 
