@@ -172,9 +172,11 @@ def train(
                 tick = time.perf_counter()
                 if observe is not None:
                     observe(state.step, features, targets, state.weights, state.biases)
-                padding = (0, 0) * 2 + (0, physical_batch - len(part))
+                if len(part) < physical_batch:
+                    padding = (0, 0) * 2 + (0, physical_batch - len(part))
+                    features, targets = F.pad(features, padding), F.pad(targets, padding)
                 sums = clipping.clipped_head_sums(
-                    F.pad(features, padding), F.pad(targets, padding), state.weights, state.biases, clip_norms, view_weights,
+                    features, targets, state.weights, state.biases, clip_norms, view_weights,
                     present=len(part),
                 )  # fmt: skip
                 gradient[0].add_(sums.weights)
