@@ -76,7 +76,7 @@ laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChe
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-@settings(laws, max_examples=3)
+@settings(laws, max_examples=2)
 @given(recipe=recipes, classes=st.integers(1, 5), size=st.integers(1, 9), clip=st.sampled_from([0.05, 1.0, 7.0]),
        side=st.integers(1, 9), channels=st.sampled_from([1, 3]), seed=st.integers(0, 10**6))  # fmt: skip
 def test_one_example_moves_the_sum_of_a_head_by_at_most_c(flag, recipe, classes, size, clip, side, channels, seed):
@@ -104,7 +104,9 @@ def test_worlds_under_every_flag(flag, public):
               for engine in ("loop", "grouped")]  # fmt: skip
     with FLAGS[flag]():
         for step in steps:
-            found = audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=3, trials=1)
+            found = audit.sensitivity(
+                step, shape=SHAPE, num_classes=CLASSES, clip_norm=0.2, size=2, trials=1, relations=("add",)
+            )
             assert found.holds and found.largest("add") > 0.9, found
 
 
@@ -172,7 +174,7 @@ def small(seed: int = 0) -> Small:
 
 @pytest.mark.parametrize("flag", FLAGS)
 @settings(laws, max_examples=2)
-@given(recipe=recipes, engine=st.sampled_from(["loop", "grouped", "vmap"]), size=st.integers(1, 6),
+@given(recipe=recipes, engine=st.sampled_from(["loop", "grouped", "vmap"]), size=st.integers(1, 3),
        physical=st.sampled_from([None, 1, 2]), seed=st.integers(0, 10**6))  # fmt: skip
 def test_one_example_moves_the_sum_of_a_network_by_at_most_c(flag, recipe, engine, size, physical, seed, public):
     step = audit.network_step(
