@@ -141,7 +141,7 @@ step_controls = {
     "method": one_of("method", [(report.label(m), m) for m in views.METHODS], "mix-self"),
     "clip_norm": w.FloatSlider(min=0.05, max=2, step=0.05, value=0.5, description="C"),
     "sigma": w.FloatSlider(min=0, max=4, step=0.1, value=1, description="σ"),
-    "without": number("left out", 1, 8, 8),
+    "without": number("left out", 1, 8, 4),
     "seed": number("seed", 0, 50, seed),
 }
 live(explore.step, step_controls, {"sigma": 0.3}, {"clip_norm": 1.5})

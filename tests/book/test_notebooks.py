@@ -58,6 +58,19 @@ def test_the_page_of_the_standins_reads_their_records(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_the_explorer_stands_still_where_no_kernel_answers(tmp_path):
+    """Each picture is there as HTML, of which the book takes its page, beside the widget that JupyterLab shows."""
+    done = papermill(tmp_path, "-p", "index", "12", notebook="explore")
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    shown = [o["data"] for c in out.cells for o in c.get("outputs", []) if "data" in o]
+    assert [("application/vnd.jupyter.widget-view+json" in d, "text/html" in d) for d in shown] == [(True, True)] * 4
+    words = ("The example", "steps, <b>σ =", "Lengths before clipping", "that came with the repository")
+    assert [w in d["text/html"] for w, d in zip(words, shown, strict=True)] == [True] * 4
+    assert not any('role="alert"' in d["text/html"] for d in shown)
+    assert [d["text/html"].count("<hr>") for d in shown] == [2, 3, 2, 0]  # other settings
+
+
 def test_paper_scale_without_the_files_stops_at_once_and_says_what_to_put_where(tmp_path):
     done = papermill(tmp_path, "-p", "scale", "paper", "-p", "dataset", "sun397")
     assert done.returncode != 0 and "is not on disk" in done.stderr and "works now" in done.stderr
