@@ -24,7 +24,14 @@ import nbformat
 from playwright.sync_api import Locator, Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-OPENED = (("planted", 1280), ("table3", 1280), ("figure1", 1280), ("explore", 1280), ("explore", 800))
+OPENED = (
+    ("planted", 1280),
+    ("table3", 1280),
+    ("what_reproduced", 1280),
+    ("figure1", 1280),
+    ("explore", 1280),
+    ("explore", 800),
+)
 AS_IT_IS = "table3"  # opened and not run
 PATIENCE = 90.0  # seconds for a notebook to run
 HARMLESS = ("Comm not found for comm id",)  # JupyterLab asks a new kernel for the widgets of the one before

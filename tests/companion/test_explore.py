@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from dpmix import audit
-from dpmix.companion import explore
+from dpmix.companion import evidence, explore
 from dpmix.core import accounting, clipping, microbatch, views
 from dpmix.images import data
 
@@ -133,7 +134,7 @@ def test_curves_are_those_of_the_committed_runs_with_intervals_where_there_are_s
     about = {"dataset": runs["dataset"][0], "model": runs["model"][0]}
     shown = explore.answer(explore.curves, **about, methods=tuple(runs["method"]))
     assert "that came with the repository" in shown and "<img" in shown
-    five = explore.pd.concat([runs[:1].assign(seed=s, accuracy=50.0 + s) for s in range(5)], ignore_index=True)
+    five = pd.concat([runs[:1].assign(seed=s, accuracy=50.0 + s) for s in range(5)], ignore_index=True)
     drawn = []
     monkeypatch.setattr(explore, "results", lambda: five)
     monkeypatch.setattr(explore, "_embedded", lambda figure, *rest: drawn.append(figure) or "")
@@ -146,6 +147,20 @@ def test_curves_are_those_of_the_committed_runs_with_intervals_where_there_are_s
     explore.curves(**about, methods=(five["method"][0],))
     (bar,) = drawn[1].axes[0].containers[0][2]
     assert np.ptp(bar.get_segments()[0][:, 1]) == 0  # one seed: no interval
+
+
+def test_the_runs_of_table_3_come_first(monkeypatch):
+    about = dict(dataset="cifar10", model="efficientnet-lite0", validation=0.0, learning_rate=1.0)
+    rows = [about | dict(method=m, epsilon=e, seed=s, accuracy=60.0 + e + s)
+            for m in ("dp-sgd", "mix-self") for e in (1.0, 8.0) for s in range(3)]  # fmt: skip
+    monkeypatch.setattr(evidence, "chosen", lambda table, by: pd.DataFrame(rows if table == "table3" else []))
+    explore.results.cache_clear()
+    try:
+        assert len(explore.results()) == len(rows) and set(explore.results()["method"]) == {"dp-sgd", "mix-self"}
+        shown = explore.answer(explore.curves, dataset="cifar10", model="efficientnet-lite0", methods=("mix-self",))
+        assert "6 runs that came with the repository" in shown
+    finally:
+        explore.results.cache_clear()
 
 
 # Bad input is a line in the place of the picture.
