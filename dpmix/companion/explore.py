@@ -29,11 +29,9 @@ from torch import Tensor
 
 from dpmix import audit, models
 from dpmix.companion import evidence, report
-from dpmix.core import accounting, checks, files, rng, views
+from dpmix.core import accounting, checks, rng, views
 from dpmix.core.transforms import as_float
 from dpmix.images import data
-from dpmix.runs import experiments
-from dpmix.runs.result import Result
 
 SIDE = 48  # pixels to which photographs are cut for looking at
 MOST = 100.0  # no guarantee is left above it
@@ -286,16 +284,11 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
 
 @lru_cache(maxsize=1)
 def results() -> pd.DataFrame:
-    """The runs of Table 3 that came with the repository; where there are none, whatever single runs did."""
-    runs = evidence.chosen("table3", ["dataset", "model", "method", "epsilon"])
-    if runs.empty:
-        read = (files.read_json(path) for path in sorted(data.RESULTS.glob("*/*.json")))
-        runs = experiments.frame(Result.from_json(content) for content in read if content)
-        checks.require(
-            len(runs) > 0, "data/results", str(data.RESULTS), "holds no results; they are in a clone of dpmix"
-        )
-        runs["method"] = [f"{r.k_base} base, {r.k_self} mixed, {r.k_diff} public views" for r in runs["recipe"]]
-    return runs
+    """The runs of Tables 3 and 2 that came with the repository, at the learning rates that validation chose."""
+    found = [evidence.chosen(table, ["dataset", "model", "method", "epsilon"]) for table in ("table3", "table2")]
+    found = [runs for runs in found if len(runs)]
+    checks.require(bool(found), "data/results", str(evidence.FOLDER), "holds no results; they are in a clone of dpmix")
+    return pd.concat(found, ignore_index=True)
 
 
 def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:

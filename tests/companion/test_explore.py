@@ -149,7 +149,7 @@ def test_curves_are_those_of_the_committed_runs_with_intervals_where_there_are_s
     assert np.ptp(bar.get_segments()[0][:, 1]) == 0  # one seed: no interval
 
 
-def test_the_runs_of_table_3_come_first(monkeypatch):
+def test_the_runs_of_table_3_are_shown(monkeypatch):
     about = dict(dataset="cifar10", model="efficientnet-lite0", validation=0.0, learning_rate=1.0)
     rows = [about | dict(method=m, epsilon=e, seed=s, accuracy=60.0 + e + s)
             for m in ("dp-sgd", "mix-self") for e in (1.0, 8.0) for s in range(3)]  # fmt: skip
