@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpmix.core import checks, files
+from dpmix.images import data
 from dpmix.images.image_cache import printable
 from dpmix.runs import report
 from dpmix.runs.identity import Contents
@@ -81,7 +82,10 @@ def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
     """The spec with the best learning rate on held-out public images, where it is to be looked for."""
     if not p.rates:
         return p.spec
-    rehearsal = [replace(p.spec, train_on="synthetic", validation=0.2, seed=0, learning_rate=r) for r in p.rates]
+    public = len(data.public_images(p.spec.dataset, cache=p.compute.cache))
+    batch = max(1, round(p.spec.batch_size / p.listing.train * round(0.8 * public)))  # the same sampling rate
+    there = replace(p.spec, train_on="synthetic", validation=0.2, seed=0, batch_size=batch)
+    rehearsal = [replace(there, learning_rate=r) for r in p.rates]
     tried = choose_learning_rate(frame(run_all(rehearsal, compute=p.compute, store=store)), ["dataset"])
     rate = float(tried["learning_rate"].iloc[0])
     log.info(f"learning rate {rate:g}, the best of {p.rates} on public images")

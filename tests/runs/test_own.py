@@ -143,7 +143,9 @@ def test_the_learning_rate_is_searched_on_public_images_where_there_are_some(pho
         place.mkdir(parents=True)
         for i in torch.nonzero(public.labels == c)[:10, 0].tolist():
             Image.fromarray(public.images[i, 0].numpy()).save(place / f"{i}.png")
-    asked = {k: v for k, v in QUICK.items() if k != "learning_rate"} | dict(epochs=4, batch_size=50)
+    asked = {k: v for k, v in QUICK.items() if k != "learning_rate"} | dict(
+        epochs=4
+    )  # more images in a batch than public ones
     found = dpmix.train(base, 8, out=tmp_path / "out", delta=1e-4, **asked)
     rates = own.plan(own.Own.of(base, 8, delta=1e-4, **asked)).rates
     assert len(rates) == 5 and f"the best of {rates} on public images" in (found.private / "log.txt").read_text()
