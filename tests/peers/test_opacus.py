@@ -72,9 +72,22 @@ def conv():
     )  # fmt: skip
 
 
+class Twice(nn.Module):
+    """A layer that is called twice, and a weight that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, CLASSES)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        x = torch.tanh(self.one(x.flatten(1)))
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
 def network(name, seed=0):
     torch.manual_seed(seed)
-    return {"conv": conv, "block": partial(Vit, token=False), "vit": Vit}[name]().double()
+    return {"conv": conv, "twice": Twice, "block": partial(Vit, token=False), "vit": Vit}[name]().double()
 
 
 def batch(b=5, k=4, seed=0):
@@ -119,7 +132,7 @@ def stepped(model, images, targets, clip_norm, *, mode="hooks", average=True, ki
 
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 @pytest.mark.parametrize(
-    "name, mode", [*((n, m) for n in ("conv", "block", "vit") for m in ("hooks", "functorch")), ("conv", "ew")]
+    "name, mode", [*((n, m) for n in ("conv", "block", "vit", "twice") for m in ("hooks", "functorch")), ("conv", "ew")]
 )  # PyTorch's expanded weights know no parameter outside a layer, and need contiguous gradients of a convolution
 def test_the_sum_is_that_of_autograd_and_of_our_engines(name, mode, loss):
     images, targets = batch()
@@ -129,7 +142,7 @@ def test_the_sum_is_that_of_autograd_and_of_our_engines(name, mode, loss):
     got, _ = stepped(network(name), images, targets, clip_norm, mode=mode, loss=loss)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
-    for engine in ["loop"] if name == "vit" else ["loop", "grouped", "vmap"]:
+    for engine in ["loop"] if name in ("vit", "twice") else ["loop", "grouped", "vmap"]:
         ours = clipped_gradient_sum(network(name), images, targets, clip_norm, engine).grads.values()
         for g, o in zip(got, ours, strict=True):  # ours has no 1e-6 in the denominator
             torch.testing.assert_close(g, o, rtol=0, atol=len(images) * 1e-6)
