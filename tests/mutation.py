@@ -33,7 +33,7 @@ TESTS = {
     "clipping_network": "test_clipping_network test_precision",
     "sources": "test_heads test_rng",
     "heads": "test_heads test_rng",
-    "network": "test_network test_rng",
+    "network": "test_network test_microbatch test_rng",
 }
 OPERATORS = [
     *("AddNot", "NumberReplacer", "ExceptionReplacer", "ZeroIterationForLoop", "ReplaceAndWithOr", "ReplaceOrWithAnd"),

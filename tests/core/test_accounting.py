@@ -180,6 +180,7 @@ def test_steps():
     assert steps_for(n=10, batch_size=10, epochs=0.01) == 1
     assert steps_for(n=11, batch_size=4, epochs=1.0) == 3, "2.75: to the nearest, not down"
     assert steps_for(n=9, batch_size=4, epochs=1.0) == 2, "2.25: not up"
+    assert steps_for(n=3, batch_size=1, epochs=2.0) == 6
     for bad, name in (
         (dict(batch_size=11), "batch_size=11"),
         (dict(batch_size=0), "batch_size=0"),
