@@ -152,7 +152,9 @@ def features_of(
 
 
 def _folder(compute: ComputeFlags) -> Path:
-    return Path(compute.cache).expanduser() / "views"
+    folder = Path(compute.cache).expanduser() / "views"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the names below follow from the images
+    return folder
 
 
 def _scaling(spec: RunSpec, material: Material, compute: ComputeFlags) -> Scaling:
