@@ -150,9 +150,13 @@ def packed(right: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
 
 
-def export(name: str, runs: pd.DataFrame, results: Sequence[experiments.Result], final: pd.DataFrame) -> Path:
+def export(
+    name: str, runs: pd.DataFrame, results: Sequence[experiments.Result], final: pd.DataFrame, compute: ComputeFlags
+) -> Path:
     """Write what there is of a set: all runs, and which test images those in `final` got right."""
-    scored = evidence.outcomes(final)[["key", "right"]].drop_duplicates("key").set_index("key")["right"]
+    scored = (
+        evidence.outcomes(final, compute=compute)[["key", "right"]].drop_duplicates("key").set_index("key")["right"]
+    )
     runs = runs.assign(right=[scored.get(k) for k in runs["key"]]).drop(
         columns=["key", "device", "versions", "weights"]
     )
@@ -202,7 +206,7 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
             runs = pd.concat(frames, ignore_index=True)
             again = runs[runs["refit"]]
             final = again if len(again) else evidence.choose(runs, wanted.by)
-            path = export(name, runs, results, final)
+            path = export(name, runs, results, final, compute)
             print(
                 f"{name}: {stage}, seed {seed}, {len(runs)} runs, {(time.time() - start) / 60:.0f} min: {path}",
                 flush=True,
