@@ -6,7 +6,7 @@ anyway; nothing here is stored, and nothing here may be released for data that a
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -148,23 +148,18 @@ def _train(
     compute: ComputeFlags,
     observe: heads.Observer | None = None,
 ) -> heads.Bank:
-    train = material.train
-    return heads.train_heads(
-        _encoder(material),
-        train.images,
-        train.labels,
+    seed = passes.training_seed(spec)
+    source = passes.source_of(spec, [head.recipe for head in bank], material, compute, once=seed)
+    how: dict[str, Any] = {"physical_batch": passes.physical_batch(compute), "progress": compute.progress}
+    return heads.train(
+        source,
         bank,
-        num_classes=train.num_classes,
         expected_batch=spec.batch_size,
         steps=steps,
         sample_rate=m.sample_rate,
-        seed=passes.training_seed(spec),
-        public=material.public,
-        ids=material.ids,
+        seed=seed,
         observe=observe,
-        physical_batch=compute.physical_batch or 32,
-        device=compute.where(),
-        progress=compute.progress,
+        **how,
     )
 
 

@@ -10,7 +10,7 @@ from dpmix.companion import diagnostics
 from dpmix.core import heads, views
 from dpmix.images.data import ImageSet
 from dpmix.runs import material as materials
-from dpmix.runs.material import Material
+from dpmix.runs.material import Material, Part
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
 QUIET = ComputeFlags(progress=False, device="cpu", physical_batch=7)
@@ -21,9 +21,10 @@ SPEC = RunSpec(recipe=views.Recipe(k_base=2, k_self=1), epsilon=None, learning_r
 @pytest.fixture
 def small(monkeypatch, private: ImageSet, public: ImageSet, projection: models.Encoder):
     """The tests' own images and encoder behind every spec: 40 examples, 4 steps."""
+    everyone = torch.arange(len(private))
     material = Material(
-        n=len(private), ids=torch.arange(len(private)), train=private, validation=private, test=private, public=public,
-        synthetic=public, encoder=projection, digest="digest",
+        n=len(private), ids=everyone, pool=Part(private, everyone), kept=everyone, held_out=everyone[:0], train=private,
+        validation=private, test=private, public=public, synthetic=public, encoder=projection, digest="digest",
     )  # fmt: skip
     for user in (materials, diagnostics):
         monkeypatch.setattr(user, "prepare", lambda *_: material)

@@ -88,7 +88,7 @@ def test_without_the_data_the_paper_scale_stops_at_once(monkeypatch):
     ("bad", "said"),
     [
         (dict(seeds=[]), "seeds=[]: is empty"), (dict(eps=[]), "eps=[]: is empty"), (dict(methods=[]), "methods=[]: is empty"),
-        (dict(learning_rates="a"), "learning_rates='a': must be a positive finite number"),
+        (dict(learning_rates="a"), "learning_rates='a': is text; write a number"),
         (dict(methods=["mixself"]), "method='mixself': unknown; did you mean 'mix-self'"),
     ],
 )  # fmt: skip
