@@ -114,8 +114,8 @@ def many(value: Any, default: Iterable, name: str = "parameter") -> list:
     if value is None:
         return list(default)
     said = "is empty; give a value or a list of some, or leave it None for those of the scale"
-    checks.require(not isinstance(value, (list, tuple)) or len(value) > 0, name, value, said)
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    checks.require(not isinstance(value, (list, tuple, range)) or len(value) > 0, name, value, said)
+    return list(value) if isinstance(value, (list, tuple, range)) else [value]
 
 
 def _parts(method: str) -> tuple[str, str, str]:
