@@ -44,16 +44,20 @@ scale = "demo"
 
 # %% tags=["hide-input"]
 grids.check_scale(scale, dataset)
-cells = grids.methods_grid(
-    scale,
-    dataset=dataset,
-    models=models or (["tiny-convnext"] if scale == "demo" else None),
-    methods=methods,
-    eps=eps,
-    seeds=range(3) if scale == "demo" and seeds is None else seeds,
-    epochs=epochs,
-    batch_size=batch_size,
-    learning_rates=learning_rates,
+cells = grids.changed_cells(
+    grids.methods_grid(
+        scale,
+        dataset=dataset,
+        models=models or (["tiny-convnext"] if scale == "demo" else None),
+        methods=methods,
+        eps=eps,
+        seeds=range(3) if scale == "demo" and seeds is None else seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rates=learning_rates,
+    ),
+    None,
+    redraw=True,  # views at every step, as in Algorithm 1: what the twin in JAX trains on
 )
 f"{len(cells)} runs in each framework: every encoder × method × ε × learning rate × seed"
 
