@@ -4,6 +4,7 @@ Both take images in chunks of one fixed shape, the last padded with zeros, so th
 the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside.
 """
 
+import os
 import sys
 import threading
 import warnings
@@ -97,7 +98,15 @@ def _openvino() -> Any:
         import openvino
     finally:
         del sys.modules["openvino_telemetry"]
+    _started_in()
     return openvino.Core()
+
+
+@cache
+def _started_in() -> int:
+    """The process that started OpenVINO. Its threads do not come along when a process forks: in the child it would wait
+    for them for ever."""
+    return os.getpid()
 
 
 def choose(engine: str, device: torch.device) -> str:
@@ -131,6 +140,8 @@ class Compiled:
         self._lock = threading.Lock()
 
     def __call__(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
+        if _started_in() != os.getpid():
+            return self._fallback(images)
         parts = padded(self.frozen, images)
         with self._lock:
             shape = tuple(images.shape[1:])

@@ -1,6 +1,7 @@
 """The engines: equal to PyTorch's float32, bit-equal whatever stands beside an image, and what happens without OpenVINO."""
 
 import copy
+import subprocess
 import sys
 import warnings
 
@@ -196,3 +197,20 @@ def test_making_and_running_an_encoder_writes_nothing(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
     assert "[2, 1280]" in done.stdout and not list(tmp_path.rglob("*")), list(tmp_path.rglob("*"))
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_did_not_come_along():
+    code = """
+import os, signal, torch
+from dpmix import models
+encoder = models.encoder("tiny-vit").to("cpu", torch.float32, engine="openvino")
+images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+before = encoder.features(images)
+pid = os.fork()
+if not pid:
+    signal.alarm(60)
+    os._exit(0 if (encoder.features(images) - before).norm() < 1e-4 * before.norm() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stdout + done.stderr

@@ -36,7 +36,7 @@ from dpmix.runs import experiments, spec
 RECIPE = views.Recipe(k_base=2, k_self=1, transform="crop")
 SPECS = [experiments.RunSpec(recipe=RECIPE, epsilon=8.0, learning_rate=rate, epochs=4.0, batch_size=128, population=1150)
          for rate in (1.0, 2.0, 4.0, 8.0)]
-COMPUTE = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu")
+COMPUTE = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
 BASE = Path(sys.argv[1])
 
 
@@ -361,7 +361,7 @@ for part in ("train", "test"):
 store = experiments.Store(disk / "runs")
 spec = experiments.RunSpec(recipe=views.Recipe(k_base=1, transform="none"), epsilon=None, learning_rate=4.0, epochs=0.5,
                            batch_size=256)
-compute = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu")
+compute = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
 run = lambda rate: experiments.run(replace(spec, learning_rate=rate), compute=compute, store=store)
 decode = lambda: data.load(f"folder:{photos}", cache=disk / "cache")
 
