@@ -185,7 +185,7 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
     how = dict[str, Any](
         expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
     )
-    trained = train(source, bank, seed=seed, physical_batch=compute.physical_batch or 128, **how)
+    trained = train(source, bank, seed=seed, physical_batch=passes.physical_batch(compute), **how)
     return passes.told(tasks, trained, material, compute, time.perf_counter() - start)
 
 
