@@ -142,7 +142,9 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> list[tuple[str, str]]:
     each = (time.perf_counter() - start) / len(some)
     many = n * spec.recipe.views if not spec.redraw else m.steps * spec.batch_size * spec.recipe.views
     minutes = each * (many + 2 * tested) / 60
-    steps = m.steps * spec.batch_size * spec.recipe.views * p.encoder.dim * len(p.listing.class_names) * 6 / 2e10 / 60
+    # Six operations a feature and class; to read a feature takes as long as sixty.
+    each_step = spec.batch_size * spec.recipe.views * p.encoder.dim * (6 * len(p.listing.class_names) + 60)
+    steps = m.steps * each_step / 2e10 / 60
     kept = decoded.images.numel() + (0 if spec.redraw else n * spec.recipe.views * p.encoder.dim * 2)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [

@@ -54,8 +54,7 @@ class Task:
 def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Iterator[Done]:
     """All runs of a frozen encoder in one pass."""
     spec, start = group[0].spec, time.perf_counter()
-    common: dict[str, Any] = dict(physical_batch=physical_batch(compute), progress=compute.progress,
-                                  checkpoint_seconds=compute.checkpoint_seconds)  # fmt: skip
+    common: dict[str, Any] = dict(progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds)
     scaling = _scaling(spec, material, compute) if spec.feature_scaling == "public" else None
     of = heads_of(group, material)
     # Views follow a seed that was given, so that seeds differ in all; those of a drawn one are found again by the next run.
@@ -65,15 +64,18 @@ def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFla
     _, sample_rate, steps, _ = group[0].mechanism
     bank = heads.train(
         source, of, expected_batch=spec.batch_size, steps=steps, sample_rate=sample_rate, seed=training_seed(spec),
-        initial=initial, checkpoint=checkpoint, **common,
+        initial=initial, checkpoint=checkpoint, physical_batch=physical_batch(compute, [t.spec for t in group]), **common,
     )  # fmt: skip
     bank = bank if scaling is None else heads.unscaled(bank, scaling)
     return told(group, bank, material, compute, time.perf_counter() - start)
 
 
-def physical_batch(compute: ComputeFlags) -> int:
-    """How many examples' views are in memory at a time."""
-    return compute.physical_batch or (128 if compute.where().type == "cuda" else 32)
+def physical_batch(compute: ComputeFlags, specs: Sequence[RunSpec] = ()) -> int:
+    """How many examples' views are in memory at a time. Where no image is (stored views), small parts would cost more than
+    their sums: more of them, as far as their padding stays a small share of a batch."""
+    usual = 128 if compute.where().type == "cuda" else 32
+    stored = [min(16 * usual // s.recipe.views, s.batch_size // 16) for s in specs if not s.redraw]
+    return compute.physical_batch or max(usual, min(stored, default=0))
 
 
 def told(
@@ -88,7 +90,7 @@ def told(
         scores[name] = heads.accuracy(bank, features, part.labels[rows]).tolist() if len(rows) else [None] * len(group)
     timing = {"seconds": seconds + time.perf_counter() - began, "shares": bank.seconds, "views": bank.views,
               "heads": len(group), "views_per_second": bank.views / max(sum(bank.seconds.values()), 1e-9),
-              "physical_batch": physical_batch(compute), "dtype": str(compute.precision())}  # fmt: skip
+              "physical_batch": physical_batch(compute, [t.spec for t in group]), "dtype": str(compute.precision())}  # fmt: skip
     for r, task in enumerate(group):
         seen = NonPrivateDiagnostics(
             validation_accuracy=scores["validation"][r], dropped_gradients=bank.dropped,
@@ -191,8 +193,9 @@ def _pretrain(
     source = FreshViews(encoder, public.images, public.labels, [plain.recipe], num_classes=public.num_classes, seed=seed,
                         scaling=scaling, device=compute.where())  # fmt: skip
     bank = heads.train(
-        source, [plain], expected_batch=batch, steps=steps, sample_rate=batch / len(public), seed=seed, **common
-    )
+        source, [plain], expected_batch=batch, steps=steps, sample_rate=batch / len(public), seed=seed,
+        physical_batch=physical_batch(compute), **common,
+    )  # fmt: skip
     return bank.weights[0], bank.biases[0]
 
 

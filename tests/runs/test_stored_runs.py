@@ -7,7 +7,7 @@ import torch
 
 from dpmix.core import files, heads, views
 from dpmix.models import encoders, stored
-from dpmix.runs import experiments
+from dpmix.runs import experiments, passes
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
 RECIPE = views.Recipe(k_base=3, k_self=2)
@@ -58,7 +58,6 @@ def test_a_second_run_encodes_nothing_and_a_longer_list_only_what_is_missing(tmp
 
 def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, compute, monkeypatch):
     from dpmix.core.sources import FreshViews
-    from dpmix.runs import passes
 
     specs = [replace(SPEC, epsilon=e) for e in (2.0, None)]
     one = experiments.run_all(specs, compute=compute, store=experiments.Store(tmp_path / "one"))
@@ -115,3 +114,17 @@ def test_no_room_is_told_before_any_work(tmp_path, compute, seen, monkeypatch):
     assert not seen
     with pytest.raises(ValueError, match=r"redraw=False: .*network from scratch"):
         replace(SPEC, model="wrn-10-1")
+
+
+@pytest.mark.parametrize(("change", "examples"), [
+    (dict(batch_size=20_000, recipe=views.METHODS["dp-sgd"]), 512), (dict(batch_size=20_000, recipe=views.Recipe(k_base=4)), 128),
+    (dict(batch_size=1000, recipe=views.METHODS["dp-sgd"]), 62), (dict(batch_size=20_000, redraw=True), 32),
+    (dict(batch_size=20_000, recipe=views.METHODS["mix-diff"]), 32), (dict(batch_size=8), 32),
+])  # fmt: skip
+def test_stored_views_are_read_in_parts_worth_their_overhead(change, examples):
+    """As many views as of fresh images, but never so many that a batch is padded by more than a sixteenth."""
+    quiet = ComputeFlags(device="cpu")
+    asked = [replace(SPEC, **change)]
+    assert passes.physical_batch(quiet, asked) == examples
+    assert passes.physical_batch(replace(quiet, physical_batch=7), asked) == 7
+    assert passes.physical_batch(quiet, [*asked, replace(SPEC, redraw=True)]) <= examples
