@@ -1,24 +1,54 @@
 #!/usr/bin/env bash
-# All GPU measurements in one call of under nine minutes; one table last. Without a GPU it says so and exits 1.
-#   benchmarks/gpu.sh [folder for the JSON files, default benchmarks/results]
-set -euo pipefail
+# Measurements on a GPU, in parts that fail alone, each with a limit of its own; key numbers on stdout, JSON in a folder.
+#   benchmarks/gpu.sh [--device cpu --smoke] [--out FOLDER] [--data FOLDER] [--seconds S] [--limit S] [checks] [network] [scratch]
+# checks: the guarantee (tests, gpu_checks.py); network: against plain SGD and peers; scratch: CIFAR-10 in S seconds.
+# --data: where cifar10 lies. --limit: seconds of "network". Without a GPU, and without --device cpu, it says so and exits 1.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-python="${PYTHON:-python}"
-out="${1:-benchmarks/results}"
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TQDM_MININTERVAL=15
+python="${PYTHON:-python}" out=benchmarks/results data=data/datasets device=cuda smoke='' seconds=400 limit=100 parts=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --device) device="$2" && shift 2 ;;
+        --out) out="$2" && shift 2 ;;
+        --data) data="$2" && shift 2 ;;
+        --seconds) seconds="$2" && shift 2 ;;
+        --limit) limit="$2" && shift 2 ;;
+        --smoke) smoke=--smoke && shift ;;
+        checks | network | scratch) parts+=("$1") && shift ;;
+        *) echo "gpu.sh: $1: unknown; see its first lines" >&2 && exit 2 ;;
+    esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(checks network scratch)
+if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: PyTorch sees no GPU on this machine; nothing was measured" >&2
     exit 1
 fi
 mkdir -p "$out"
-"$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'
-# Each part has its own limit, so that the whole stays under nine minutes and a slow peer costs no other row.
-checks=passed failed=0
-timeout 120 "$python" -m pytest -q tests/core/test_clipping_network.py -k device >"$out/gpu-tests.log" 2>&1 || checks=FAILED
-[ "$checks" = passed ] || failed=1
-timeout 400 "$python" benchmarks/network.py --device cuda --autocast --convolutions standardised --inner 5 --repeats 3 \
-    --batch 64 16 128 32 256 --peers-up-to 16 --limit 330 --json "$out/network-gpu.json" >"$out/gpu.txt" || failed=1
-echo "checks of the engines on this GPU: $checks ($out/gpu-tests.log)"
-echo "plain SGD, the engines and (at 16 examples) the peers: WRN-16-4, 16 views, bfloat16, channels_last"
-cat "$out/gpu.txt"
+failed=0
+for part in "${parts[@]}"; do
+    began=$SECONDS
+    echo "== $part"
+    case "$part" in
+        checks)
+            tests=(tests/core/test_precision.py tests/core/test_clipping_network.py tests/core/test_network.py)
+            timeout 100 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" -k "precision or device or there" --tb=short >"$out/gpu-tests.log" 2>&1 || failed=1
+            grep -E "^(FAILED|ERROR|E  )|passed|failed|error" "$out/gpu-tests.log" | cut -c1-200 | tail -25
+            timeout 150 "$python" benchmarks/gpu_checks.py $smoke --json "$out/gpu-checks.json" 2>&1 | grep -v Warning || failed=1
+            ;;
+        network)
+            sizes=(--inner 5 --repeats 3 --batch 64 16 128 --peers-up-to 16 --autocast)
+            [ -z "$smoke" ] || sizes=(--depth 10 --width 1 --views 2 --batch 2 --repeats 1)
+            timeout $((limit + 30)) "$python" benchmarks/network.py --device "$device" --convolutions standardised \
+                "${sizes[@]}" --limit "$limit" --json "$out/gpu-network.json" 2>"$out/gpu-network.log" || { failed=1 && tail -5 "$out/gpu-network.log"; }
+            ;;
+        scratch)
+            sizes=(--seconds "$seconds")
+            [ -z "$smoke" ] || sizes+=(--model wrn-10-1 --batch 50 --physical 8 --cuts 8)
+            timeout $((seconds + 90)) "$python" benchmarks/gpu_scratch.py --device "$device" --data "$data" "${sizes[@]}" \
+                --json "$out/gpu-scratch.json" 2>&1 | grep -v Warning || failed=1
+            ;;
+    esac
+    echo "== $part: $((SECONDS - began)) s"
+done
 exit "$failed"
