@@ -98,7 +98,7 @@ def preset(scale: str, dataset: str | None = None) -> Preset:
             batch_size=published.batch_size,
             epochs=paper.epochs(STANDS_FOR.get(dataset, dataset)),
             # From runs of DP-SGD alone, with a seed of their own, over 11 rates; fewer steps take longer ones.
-            learning_rates=(1.0, 2.0, 4.0, 8.0) if dataset == "caltech101" else (0.25, 0.5, 1.0, 2.0),
+            learning_rates=(0.5, 1.0, 2.0, 4.0) if dataset == "caltech101" else (0.25, 0.5, 1.0, 2.0),
             rates_grow=True,
             seeds=tuple(range(5)),
             validation=0.1,
