@@ -34,7 +34,7 @@ for part in "${parts[@]}"; do
             tests=(tests/core/test_precision.py tests/core/test_clipping_network.py tests/core/test_network.py)
             timeout 100 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" -k "precision or device or there" --tb=short >"$out/gpu-tests.log" 2>&1 || failed=1
             grep -E "^(FAILED|ERROR|E  )|passed|failed|error" "$out/gpu-tests.log" | cut -c1-200 | tail -25
-            timeout 150 "$python" benchmarks/gpu_checks.py $smoke --json "$out/gpu-checks.json" 2>&1 | grep -v Warning || failed=1
+            timeout 150 "$python" benchmarks/gpu_checks.py $smoke --json "$out/gpu-checks.json" 2>&1 | grep --line-buffered -v Warning || failed=1
             ;;
         network)
             sizes=(--inner 5 --repeats 3 --batch 64 16 128 --peers-up-to 16 --autocast)
@@ -46,7 +46,7 @@ for part in "${parts[@]}"; do
             sizes=(--seconds "$seconds")
             [ -z "$smoke" ] || sizes+=(--model wrn-10-1 --batch 50 --physical 8 --cuts 8)
             timeout $((seconds + 90)) "$python" benchmarks/gpu_scratch.py --device "$device" --data "$data" "${sizes[@]}" \
-                --json "$out/gpu-scratch.json" 2>&1 | grep -v Warning || failed=1
+                --json "$out/gpu-scratch.json" 2>&1 | grep --line-buffered -v Warning || failed=1
             ;;
     esac
     echo "== $part: $((SECONDS - began)) s"
