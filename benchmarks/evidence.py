@@ -184,8 +184,8 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
     store = experiments.Store()
     frames, results = [], list[experiments.Result]()
     for stage in ("search", "refit") if wanted.refit else ("search",):
-        for seed in range(count):
-            cells = wanted.cells([seed])
+        for some in [range(count)] if compute.workers > 1 else [[seed] for seed in range(count)]:
+            cells = wanted.cells(some)
             if stage == "refit":
                 best = experiments.choose_learning_rate(pd.concat(frames).query("not refit"), wanted.by)
                 rate = best.drop_duplicates(list(wanted.by)).set_index(list(wanted.by))["learning_rate"]
@@ -208,7 +208,7 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
             final = again if len(again) else evidence.choose(runs, wanted.by)
             path = export(name, runs, results, final, compute)
             print(
-                f"{name}: {stage}, seed {seed}, {len(runs)} runs, {(time.time() - start) / 60:.0f} min: {path}",
+                f"{name}: {stage}, seeds {list(some)}, {len(runs)} runs, {(time.time() - start) / 60:.0f} min: {path}",
                 flush=True,
             )
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--export", action="store_true", help="write what the store has, run nothing")
-    parser.add_argument("--workers", type=int, default=1, help="passes at a time (1: it has all the threads)")
+    parser.add_argument("--workers", type=int, default=1, help="seeds at a time (1: it has all the threads)")
     asked = parser.parse_args()
     if asked.list or not asked.names:
         for name, s in SETS.items():
