@@ -158,6 +158,25 @@ Markdown(
 )
 
 # %% [markdown]
+# The same on a GPU, in bfloat16 (`benchmarks/gpu.sh` takes these figures; `--device cpu --smoke` tries the script without one):
+
+# %% tags=["hide-input"]
+measured = report.benchmark("gpu-network")
+rows = pd.DataFrame(measured["rows"]).rename(columns={"row": "gradient", "views_per_second": "views/s", "times_plain": "÷ plain SGD", "batch": "examples"})
+rows[["examples", "gradient", "views/s", "÷ plain SGD"]].round({"views/s": 0, "÷ plain SGD": 2})
+
+# %% tags=["hide-input"]
+about = measured["about"]
+alone = report.benchmark("gpu-scratch")
+done = alone["results"][0]
+Markdown(
+    f"*{about['model']}, 16 views an example, {about['device']}, torch {about['torch']}. {about['note']}*\n\n"
+    f"Training from scratch on that GPU was begun, with the epochs that a budget of minutes allowed: {report.label(done['method'])} "
+    f"({done['spec']['recipe']['k_base']} views, {done['steps']} steps of {done['divisor']:,.0f} examples, ε = {alone['results'][0]['epsilon']['rdp']:.2f}) "
+    f"reached {100 * done['test_accuracy']:.1f} % on CIFAR-10's test images. {alone['about']['note']}"
+)
+
+# %% [markdown]
 # ## Run it again
 #
 # ```console

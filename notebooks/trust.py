@@ -110,6 +110,29 @@ table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off th
 # supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`dong2022gaussian`, which is how the mechanism is made, and gets much
 # more out of the same counts. The claim is the $\varepsilon$ of the Gaussian mechanism that the step says it is. **A lower bound above the claim is a bug**, at that confidence.
 
+# %% [markdown]
+# A GPU rounds otherwise, and some of its fast modes undo a clip. `benchmarks/gpu.sh` measured there what one example contributes under every global flag of PyTorch that changes
+# precision, beside heads without the guard of `dpmix.core.precision`, and whether the other examples' norms change by a bit when the batch does:
+
+# %% tags=["hide-input"]
+gpu = report.benchmark("gpu-checks")
+guarded = pd.DataFrame(gpu["contribution / C"]).max()
+beside = pd.Series(gpu["heads unguarded / C (control)"])
+table = pd.DataFrame({"at most (C)": guarded, "heads without the guard (C)": beside})
+table.style.format("{:.6f}")
+
+# %% tags=["hide-input"]
+others = gpu["norms with other bits"]
+encoded = gpu["features with other bits"].values()
+Markdown(
+    f"*{gpu['about']['device']}, torch {gpu['about']['versions']['torch']}, commit {gpu['about']['commit'][:9]}.* "
+    f"Of {sum(e['asked'] for e in encoded)} features of {len(encoded)} encoders {sum(e['other bits'] for e in encoded)} depended on what stood beside the image. "
+    f"With batches padded to one size, the norms of the other examples kept every bit for heads ({others['heads']} changed) and the engine of the default, `grouped` "
+    f"({others['grouped']} and {others['grouped bfloat16']}; without padding {others['grouped without padding']} and {others['grouped bfloat16 without padding']}). "
+    f"The slow engine `loop` in float32 is not even equal to itself when run twice there ({others['loop run twice']} norms differ in their last bits): its convolutions sum in "
+    f"no fixed order. A newcomer moved its sum by {gpu['moved by a newcomer / C']['loop']:.7f} C, within the promised C (1 + 1e-5)."
+)
+
 # %% tags=["hide-input"]
 rows = []
 

@@ -101,13 +101,13 @@ def test_unguarded_products_break_the_bound(name, monkeypatch):
 
 
 def test_a_flag_that_this_machine_obeys_breaks_the_bound_unguarded(monkeypatch):
-    """On a CPU with bfloat16 or a GPU; elsewhere the flag does nothing, which the first line finds out."""
+    """On a CPU with bfloat16 (2 C) or a GPU (TF32: 1.005 C); elsewhere the flag does nothing, as the first lines find out."""
     a = torch.full((64, 64), 1 + 2.0**-12, device=DEVICE)
     exact = float((a @ a)[0, 0])
     with FLAGS["matmul precision medium"]():
         obeyed = float((a @ a)[0, 0]) != exact
         unguarded(monkeypatch)
-        assert (largest_of_heads() > 1.05) == obeyed
+        assert (largest_of_heads() > 1.001) == obeyed
 
 
 SWITCHES = {
