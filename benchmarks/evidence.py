@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dpmix.companion import evidence, grids, networks
+from dpmix.companion import diagnostics, evidence, grids, grids_fid, networks
 from dpmix.companion.grids import Cell
 from dpmix.companion.report import label
 from dpmix.core import files, views
-from dpmix.runs import experiments
+from dpmix.images import data
+from dpmix.runs import experiments, passes
 from dpmix.runs.spec import ComputeFlags
 
 BY = ("model", "method", "epsilon")
@@ -128,6 +129,75 @@ SETS: dict[str, Set] = {
 }  # fmt: skip
 
 
+def distances(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
+    """Table 7, of the views of 1,000 images."""
+    there = grids.with_public(["self-aug", "self-aug+jitter", "mix-self", "mix-diff"], dataset)
+    p = grids.preset("laptop", dataset)
+    asked: dict[str, Any] = {"encoders": p.models, "image_size": p.image_size, "seeds": seeds, "compute": compute}
+    return grids_fid.fid_of_methods(there, dataset=dataset, examples=1000, **asked)
+
+
+def sets(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
+    """Table 8."""
+    p = grids.preset("laptop", dataset)
+    asked: dict[str, Any] = {"encoders": p.models, "image_size": p.image_size, "seeds": seeds, "compute": compute}
+    return grids_fid.fid_of_sets(dataset=dataset, **asked)
+
+
+def gradients(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
+    """Figure 2, of the runs of Table 3 at epsilon = 1: the runs come from the store where they are there."""
+    cells = methods(dataset, ["self-aug", "mix-self", "mix-diff"], 1, seeds)
+    runs, _ = run(cells, compute)
+    chosen, specs = evidence.choose(runs, ["method"]), dict(zip(runs["key"], (c.spec for c in cells), strict=True))
+    looked = diagnostics.gradients([specs[k] for k in chosen["key"]], compute=compute)
+    return diagnostics.gradient_deviations(chosen.assign(gradients=looked))
+
+
+def times(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
+    """Table 13, fresh views and stored ones; a "seed" is a repeat."""
+    names = grids.with_public(["self-aug", "mix-self", "mix-diff"], dataset)
+    cells = grids.changed_cells(methods(dataset, names, 1, [0]), None, redraw=True)
+    runs = {m: [next(c.spec for c in cells if c.labels["method"] == m)] for m in names}
+    timed = diagnostics.timings(runs, steps=2, repeats=len(seeds), compute=compute)
+    return timed.assign(dataset=dataset, model=cells[0].labels["model"])
+
+
+# Figures that are no accuracies of runs: the rows of a table, for given seeds.
+MEASURED: dict[str, Callable[[Sequence[int], ComputeFlags], pd.DataFrame]] = {
+    "table7/eurosat": partial(distances, "eurosat"),
+    "table7/cifar10": partial(distances, "cifar10"),
+    "table8/cifar10": partial(sets, "cifar10"),
+    "table13/eurosat": partial(times, "eurosat"),
+    "figure2/caltech101": partial(gradients, "caltech101"),
+    "figure2/cifar10": partial(gradients, "cifar10"),
+}
+
+
+def measure(name: str, seeds: int, compute: ComputeFlags) -> None:
+    start, (table, dataset) = time.time(), name.split("/")
+    runs = MEASURED[name](range(seeds), compute).drop(columns=["date", "device", "versions"], errors="ignore")
+    p = grids.preset("laptop", dataset)
+    made = passes.provenance(compute.where(), data.load(dataset, image_size=p.image_size).digest)
+    hours = (time.time() - start) / 3600
+    about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels")
+    path = evidence.FOLDER / table / f"{dataset}.json"
+    write(path, runs, about | {"dirty": made["dirty"]})
+    print(f"{name}: {len(runs)} rows, {60 * hours:.0f} min: {path}", flush=True)
+
+
+def described(
+    name: str, runs: pd.DataFrame, first: dict[str, Any], last: dict[str, Any], hours: float, encoder: str
+) -> dict[str, Any]:
+    """What stands beside the rows of a set: from where, when and what they are."""
+    table, dataset = name.split("/")
+    return {
+        "table": table, "dataset": dataset, "seeds": sorted(int(s) for s in set(runs["seed"])), "runs": len(runs),
+        "encoder": encoder, "commit": last["commit"] or "", "code": last["code"], "data": last["splits"],
+        "machine": f"{last['device']} ({last['platform']})", "versions": last["versions"],
+        "from": first["date"], "until": last["date"], "hours": hours,
+    }  # fmt: skip
+
+
 def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[experiments.Result]]:
     results = experiments.run_all([c.spec for c in cells], compute=compute)
     return grids.labelled(cells, experiments.frame(results)), results
@@ -163,16 +233,12 @@ def export(
     table, dataset = name.split("/")
     first, last = (pick((r.provenance for r in results), key=lambda p: p["date"]) for pick in (min, max))
     size = runs["image_size"].iloc[0]
-    about = {
-        "table": table, "dataset": dataset, "seeds": sorted(set(runs["seed"])), "runs": len(runs),
-        "encoder": label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels"),
-        "commit": last["commit"] or "", "dirty": any(r.provenance["dirty"] for r in results), "code": last["code"],
-        "data": last["splits"], "machine": f"{last['device']} ({last['platform']})", "versions": last["versions"],
-        "from": first["date"], "until": last["date"],
-        "hours": sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600,
+    hours = sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600
+    encoder = label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels")
+    about = described(name, runs, first, last, hours, encoder) | {
+        "dirty": any(r.provenance["dirty"] for r in results),
         "test_images": max((len(r) for r in scored if r is not None), default=0),
-    }  # fmt: skip
-    about["seeds"] = [int(s) for s in about["seeds"]]
+    }
     path = evidence.FOLDER / table / f"{dataset}.json"
     write(path, runs, about)
     return path
@@ -224,13 +290,18 @@ def main() -> None:
     if asked.list or not asked.names:
         for name, s in SETS.items():
             print(f"{name}: {len(s.cells([0]))} heads a seed, {s.seeds} seeds{', refit' if s.refit else ''}. {s.note}")
+        print(*(f"{name}: no runs, figures; 5 seeds." for name in MEASURED), sep="\n")
         return
-    names = list(SETS) if asked.names == ["all"] else asked.names
-    unknown = [n for n in names if n not in SETS]
+    names = [*SETS, *MEASURED] if asked.names == ["all"] else asked.names
+    unknown = [n for n in names if n not in SETS and n not in MEASURED]
     if unknown:
         raise SystemExit(f"names={unknown}: unknown; --list names them")
     for name in names:
-        make(name, asked.seeds, ComputeFlags(workers=asked.workers), asked.export)
+        compute = ComputeFlags(workers=asked.workers)
+        if name in SETS:
+            make(name, asked.seeds, compute, asked.export)
+        else:
+            measure(name, asked.seeds or 5, compute)
 
 
 if __name__ == "__main__":
