@@ -84,12 +84,14 @@ def fid_of_sets(
     for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
     `whole` is between the whole sets (nan for those two samples). `seed` keys the samples. Kept in the store.
     """
-    compute = compute or ComputeFlags()
+    compute, kept = compute or ComputeFlags(), dict[str, dict[str, torch.Tensor]]()
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:
         public = data.public_images(dataset, compute.root, like=splits.train, cache=compute.cache)
         sets = {"test": splits.test, "diffusion": public, "train": splits.train}
-        features = {name: heads.encode(encoder, s.images, device) for name, s in sets.items()}
+        if encoder.name not in kept:
+            kept[encoder.name] = {name: heads.encode(encoder, s.images, device) for name, s in sets.items()}
+        features = kept[encoder.name]
         n = min(len(splits.train) // 2, *map(len, sets.values()))
         order = {name: rng.generator(seed, "fid", name).permutation(len(f)) for name, f in features.items()}
         own = _gaussian(features["train"][order["train"][:n]])
@@ -128,7 +130,9 @@ def _distances(
     code = files.digest(*(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (fid.__file__, __file__)))
     # On a GPU too: distances between sets of images are small beside what bfloat16 rounds away.
     dtype = torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
-    loaded = [fid.encoder(paper.ENCODERS.get(name, name), image_size).to(device, dtype) for name in encoders]
+    engines = ["torch" if name == fid.INCEPTION else compute.encoder_engine for name in encoders]
+    named = [fid.encoder(paper.ENCODERS.get(name, name), image_size) for name in encoders]
+    loaded = [e.to(device, dtype, engine=engine) for e, engine in zip(named, engines, strict=True)]
     frames = []
     for name, encoder in zip(encoders, loaded, strict=True):
         for seed in seeds:
