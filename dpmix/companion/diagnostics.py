@@ -69,7 +69,7 @@ def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> l
         sums[stage] += torch.cat([found.weights.flatten(1), found.biases], dim=1).cpu()
         counts[stage] += len(features)
 
-    _train(material, bank, m, specs[0], m.steps, compute, observe)
+    _train(material, bank, m, specs[0], m.steps, compute, observe=observe)
     means, overall = sums / counts[:, None, None], sums.sum(dim=0) / counts.sum()
     return [Gradients(means[:, r], overall[r]) for r in range(len(bank))]
 
@@ -96,21 +96,11 @@ def timings(
             if repeat < 0 or not done.views:
                 continue
             each = views.make_union(list(dict.fromkeys(h.recipe for h in bank))).views
-            expected = m.steps * specs[0].batch_size * each
-            shares = {part: seconds / spent for part, seconds in done.seconds.items()}
-            rate = done.views / spent
-            rows.append(
-                {
-                    "method": name,
-                    "seed": repeat,
-                    "heads": len(bank),
-                    "views of an example": each,
-                    "views_per_second": rate,
-                    "seconds": expected / rate,
-                    **shares,
-                    "floor": _encoder_alone(material, each, compute),
-                }
-            )
+            rate, expected = done.views / spent, m.steps * specs[0].batch_size * each
+            row = {"method": name, "seed": repeat, "heads": len(bank), "views of an example": each}
+            row |= {"views_per_second": rate, "seconds": expected / rate}
+            row |= {part: seconds / spent for part, seconds in done.seconds.items()}
+            rows.append(row | {"floor": _encoder_alone(material, each, compute)})
     return pd.DataFrame(rows)
 
 
@@ -141,26 +131,17 @@ def _bank(specs: Sequence[RunSpec], compute: ComputeFlags) -> tuple[Material, li
 
 def _train(
     material: Material,
-    bank: Sequence[heads.Head],
+    bank: list[heads.Head],
     m: Mechanism,
     spec: RunSpec,
     steps: int,
     compute: ComputeFlags,
-    observe: heads.Observer | None = None,
+    **how: Any,
 ) -> heads.Bank:
     seed = passes.training_seed(spec)
     source = passes.source_of(spec, [head.recipe for head in bank], material, compute, once=seed)
-    how: dict[str, Any] = {"physical_batch": passes.physical_batch(compute), "progress": compute.progress}
-    return heads.train(
-        source,
-        bank,
-        expected_batch=spec.batch_size,
-        steps=steps,
-        sample_rate=m.sample_rate,
-        seed=seed,
-        observe=observe,
-        **how,
-    )
+    how |= {"physical_batch": passes.physical_batch(compute), "progress": compute.progress, "seed": seed}
+    return heads.train(source, bank, expected_batch=spec.batch_size, steps=steps, sample_rate=m.sample_rate, **how)
 
 
 def gradient_deviations(looked: pd.DataFrame) -> pd.DataFrame:

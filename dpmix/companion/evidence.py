@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
+from dpmix.companion.grids import LAPTOP
 from dpmix.companion.report import label
 from dpmix.core import files, views
 from dpmix.images import data
@@ -48,9 +49,8 @@ def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: 
         if result is None or result.spec.from_scratch:
             right.append(None)
             continue
-        spec = result.spec
         names = ("dataset", "model", "weights", "image_size", "redraw")
-        about: dict[str, Any] = {name: getattr(spec, name) for name in names}
+        about: dict[str, Any] = {name: getattr(result.spec, name) for name in names}
         source = tuple(about.values())
         if source not in tests:
             plain = RunSpec(recipe=views.Recipe(k_base=1), epsilon=None, learning_rate=1.0, **about)
@@ -79,11 +79,8 @@ def read(table: str, folder: Path | None = None) -> pd.DataFrame:
             frame["right"] = [_unpacked(r, size) if isinstance(r, str) else None for r in frame["right"]]
         frames.append(frame)
         about.append(content["about"])
-    found = (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=["dataset", "model", "method", "epsilon", "seed"])
-    )
+    none = pd.DataFrame(columns=["dataset", "model", "method", "epsilon", "seed"])
+    found = pd.concat(frames, ignore_index=True) if frames else none
     found.attrs["about"] = about
     return found
 
@@ -102,8 +99,7 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
 
 
 def _as_the_paper(path: Path) -> tuple[int, str]:
-    order = ("cifar10", "cifar100", "eurosat", "caltech101")
-    return (order.index(path.stem) if path.stem in order else len(order), path.stem)
+    return (LAPTOP.index(path.stem) if path.stem in LAPTOP else len(LAPTOP), path.stem)
 
 
 def _unpacked(text: str, size: int) -> np.ndarray:
@@ -114,10 +110,11 @@ def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Mark
     """The first lines of a page: which real data its verdicts rest on, or that there are none, and (`demo`) what is."""
     about = read(table, folder).attrs["about"]
     if not about:
-        beside = (
-            "What stands beside the published numbers is the demo: it shows that the code runs, and decides little."
-        )
-        rest = beside if demo else "There is nothing to show yet; the last lines of the page say what makes them."
+        rest = "There is nothing to show yet; the last lines of the page say what makes them."
+        if demo:
+            rest = (
+                "What stands beside the published numbers is the demo: it shows that the code runs, and decides little."
+            )
         none = "No runs on the paper's own kind of data came with the repository for this page."
         return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [

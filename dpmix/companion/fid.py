@@ -49,7 +49,7 @@ class Running:
     def __init__(self) -> None:
         self.n, self.origin, self.total, self.squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
 
-    def add(self, features: Float[Tensor, "n D"]) -> None:
+    def add(self, features: Float[Tensor, "n D"]) -> "Running":
         """Count these rows in. An empty batch changes nothing. ValueError for a number that is not finite."""
         good = int(features.isfinite().all(dim=1).sum())
         require(good == len(features), "features", f"{len(features) - good} of {len(features)} rows", "must be finite")
@@ -59,6 +59,7 @@ class Running:
             features = features - self.origin
             self.total, self.squares = self.total + features.sum(dim=0), self.squares + features.T @ features
             self.n += len(features)
+        return self
 
     def statistics(self) -> Statistics:
         """Of all rows so far. ValueError for fewer than two; a warning where they cannot fill a covariance matrix."""
@@ -86,17 +87,10 @@ def distance(a: Statistics, b: Statistics) -> float:
     """The squared Fréchet distance of two Gaussians, as pytorch-fid computes it; rounding below zero is cut off."""
     require(a.mean.shape == b.mean.shape, "dimensions", (len(a.mean), len(b.mean)), "must be those of one encoder")
     with contextlib.redirect_stdout(io.StringIO()) as said:  # pytorch-fid prints where it had to help itself
-        found = fid_score.calculate_frechet_distance(
-            a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy()
-        )
+        found = fid_score.calculate_frechet_distance(*(t.numpy() for t in (*a[1:], *b[1:])))
     if said.getvalue():
         warnings.warn(f"pytorch-fid: {said.getvalue().strip()}", stacklevel=2)
     return max(float(found), 0.0)
-
-
-def between(a: Num[Tensor, "n C H W"], b: Num[Tensor, "m C H W"], encoder: models.Encoder) -> float:
-    """The distance between two sets of images under `encoder`."""
-    return distance(statistics(a, encoder), statistics(b, encoder))
 
 
 def encoder(name: str, image_size: int | None = None) -> models.Encoder:
@@ -118,10 +112,8 @@ class _Pooled(nn.Module):
     def forward(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n 2048"]:
         require(images.shape[1] in (1, 3), "channels", images.shape[1], f"encoder {INCEPTION!r} takes 1 or 3")
         weight = next(self.body.parameters())
-        parts = [
-            self.body(part.to(weight).expand(-1, 3, -1, -1))[0].flatten(1) for part in images.split(64) if len(part)
-        ]
-        return torch.cat(parts).float() if parts else images.new_zeros(0, 2048)
+        found = [self.body(p.to(weight).expand(-1, 3, -1, -1))[0].flatten(1) for p in images.split(64) if len(p)]
+        return torch.cat(found).float() if found else images.new_zeros(0, 2048)
 
 
 def inception(weights: str | Path | None = None) -> models.Encoder:
@@ -132,10 +124,8 @@ def inception(weights: str | Path | None = None) -> models.Encoder:
     """
     path = WEIGHTS / FILE if weights is None else Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"encoder={INCEPTION!r}: weights not on disk; fetch {network.FID_WEIGHTS_URL} and save it as "
-            f"data/weights/{FILE}; 'tiny-vit' works now"
-        )
+        place = f"{network.FID_WEIGHTS_URL} and save it as data/weights/{FILE}; 'tiny-vit' works now"
+        raise FileNotFoundError(f"encoder={INCEPTION!r}: weights not on disk; fetch {place}")
     said = f"weights={str(path)!r}"
     if weights is None and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:]):
         raise ValueError(f"{said}: its sha256 does not begin with {path.stem[-8:]}; fetch it again")
@@ -145,7 +135,6 @@ def inception(weights: str | Path | None = None) -> models.Encoder:
         with mock.patch.object(network, "load_state_dict_from_url", lambda *_, **__: state):
             body = network.InceptionV3()
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{said}: damaged, or not the weights of pytorch-fid's Inception-v3; fetch it again"
-        ) from error
+        wrong = "damaged, or not the weights of pytorch-fid's Inception-v3; fetch it again"
+        raise ValueError(f"{said}: {wrong}") from error
     return models.Encoder(_Pooled(body), 299, 2048, (1, 3), INCEPTION)

@@ -18,20 +18,13 @@ from dpmix.runs.spec import ComputeFlags, RunSpec
 SCALES = ("demo", "laptop", "paper")
 # These stand for the paper's data and encoders where a page shows them beside each other.
 STANDS_FOR = {
-    "tiny-vit": "vit-b-16",
-    "tiny-convnext": "convnext",
-    "wrn-10-1": "wrn-16-4",
-    "digits": "cifar10",
-    "caltech101": "caltech256",
-}
-LABELS = {
-    **paper.LABELS,
-    "tiny-vit": "tiny ViT",
-    "tiny-convnext": "tiny ConvNeXt",
-    "efficientnet-lite0": "EfficientNet-Lite0",
-    "wrn-10-1": "WRN-10-1",
-    "caltech101": "Caltech-101",
-}
+    "tiny-vit": "vit-b-16", "tiny-convnext": "convnext", "wrn-10-1": "wrn-16-4",
+    "digits": "cifar10", "caltech101": "caltech256",
+}  # fmt: skip
+LABELS = paper.LABELS | {
+    "tiny-vit": "tiny ViT", "tiny-convnext": "tiny ConvNeXt", "efficientnet-lite0": "EfficientNet-Lite0",
+    "wrn-10-1": "WRN-10-1", "caltech101": "Caltech-101",
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -43,17 +36,21 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The settings of a scale. Learning rates are those of a clip norm of 1; for another C they are divided by C, so that
-    a step of clipped gradients, and the noise in it, has the same length (De et al. 2022)."""
+    """The settings of a scale; those of the demo if nothing is said. Learning rates are those of a clip norm of 1; for another C
+    they are divided by C, so that a step of clipped gradients, and the noise in it, has the same length (De et al. 2022).
 
-    dataset: str
-    models: tuple[str, ...]
-    batch_size: int
-    epochs: float
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    validation: float
-    redraw: bool = True
+    The demo draws each example's views once, which on the digits makes no difference (0.00 ± 0.03 points, 8 seeds, paired),
+    so that ten seeds take as long as three did.
+    """
+
+    dataset: str = "digits"
+    models: tuple[str, ...] = ("tiny-vit", "tiny-convnext")
+    batch_size: int = 128
+    epochs: float = 4
+    learning_rates: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    seeds: tuple[int, ...] = tuple(range(10))
+    validation: float = 0.2
+    redraw: bool = False
     image_size: int | None = None
     rates_grow: bool = False
 
@@ -63,18 +60,6 @@ class Preset:
         return tuple(rate * grown for rate in self.learning_rates)
 
 
-# The demo draws each example's views once, which on the digits makes no difference (0.00 ± 0.03 points, 8 seeds, paired),
-# so that ten seeds take as long as three did.
-DEMO = Preset(
-    dataset="digits",
-    models=("tiny-vit", "tiny-convnext"),
-    batch_size=128,
-    epochs=4,
-    learning_rates=(2.0, 4.0, 8.0, 16.0, 32.0),
-    seeds=tuple(range(10)),
-    validation=0.2,
-    redraw=False,
-)
 LAPTOP = ("cifar10", "cifar100", "eurosat", "caltech101")
 
 
@@ -87,43 +72,28 @@ def preset(scale: str, dataset: str | None = None) -> Preset:
     """
     checks.one_of("scale", scale, SCALES)
     if scale == "demo":
-        return replace(DEMO, dataset=dataset or DEMO.dataset)
-    dataset = dataset or "cifar10"
-    published = paper.SETTINGS["fine-tuning"]
-    if scale == "laptop":
-        checks.one_of("dataset", dataset, LAPTOP)
-        return Preset(
-            dataset=dataset,
-            models=("efficientnet-lite0",),
-            batch_size=published.batch_size,
-            epochs=paper.epochs(STANDS_FOR.get(dataset, dataset)),
-            # From runs of DP-SGD alone, with a seed of their own, over 11 rates; fewer steps take longer ones.
-            learning_rates=(0.5, 1.0, 2.0, 4.0) if dataset == "caltech101" else (0.25, 0.5, 1.0, 2.0),
-            rates_grow=True,
-            seeds=tuple(range(5)),
-            validation=0.1,
-            redraw=False,
-            image_size=96,
-        )
-    checks.one_of("dataset", dataset, paper.DATASETS)
-    return Preset(
-        dataset=dataset,
-        models=published.models,
-        batch_size=published.batch_size,
-        epochs=paper.epochs(dataset),
-        learning_rates=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-        seeds=(0, 1, 2),
-        validation=0.1,
-    )
+        return Preset(dataset=dataset or "digits")
+    dataset, published = dataset or "cifar10", paper.SETTINGS["fine-tuning"]
+    checks.one_of("dataset", dataset, LAPTOP if scale == "laptop" else paper.DATASETS)
+    epochs = paper.epochs(STANDS_FOR.get(dataset, dataset))
+    both: dict[str, Any] = dict(dataset=dataset, batch_size=published.batch_size, epochs=epochs, validation=0.1)
+    if scale == "paper":
+        searched = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+        return Preset(models=published.models, learning_rates=searched, seeds=(0, 1, 2), redraw=True, **both)
+    # From runs of DP-SGD alone, with a seed of their own, over 11 rates; fewer steps take longer ones.
+    rates = (0.5, 1.0, 2.0, 4.0) if dataset == "caltech101" else (0.25, 0.5, 1.0, 2.0)
+    own: dict[str, Any] = dict(models=("efficientnet-lite0",), seeds=tuple(range(5)), image_size=96)
+    return Preset(learning_rates=rates, rates_grow=True, **own, **both)
 
 
 def many(value: Any, default: Iterable, name: str = "parameter") -> list:
     """A notebook parameter as a list: None takes the default, one value stands for a list of it. ValueError for no value."""
     if value is None:
         return list(default)
+    found = list(value) if isinstance(value, (list, tuple, range)) else [value]
     said = "is empty; give a value or a list of some, or leave it None for those of the scale"
-    checks.require(not isinstance(value, (list, tuple, range)) or len(value) > 0, name, value, said)
-    return list(value) if isinstance(value, (list, tuple, range)) else [value]
+    checks.require(bool(found), name, value, said)
+    return found
 
 
 def _parts(method: str) -> tuple[str, str, str]:
@@ -163,44 +133,29 @@ def methods_grid(
     methods: Sequence[str],
     eps: Any = None,
     seeds: Any = None,
-    epochs: float | None = None,
-    batch_size: int | None = None,
     learning_rates: Any = None,
     **fixed: Any,
 ) -> list[Cell]:
-    """Every model × method × epsilon × learning rate × seed. Values left out are those of the scale."""
+    """Every model × method × epsilon × learning rate × seed. What is left out, and epochs or batch_size of None, are those of
+    the scale; `fixed` are other settings of `RunSpec`."""
     p = preset(scale, dataset)
     asked = None if learning_rates is None else many(learning_rates, (), "learning_rates")
     for rate in asked or ():
         checks.positive("learning_rates", rate)
-    settings: dict[str, Any] = {
-        "dataset": p.dataset,
-        "epochs": p.epochs if epochs is None else epochs,
-        "batch_size": p.batch_size if batch_size is None else batch_size,
-        "validation": p.validation,
-        "redraw": p.redraw,
-        "image_size": p.image_size,
-        **fixed,
+    names = ("dataset", "epochs", "batch_size", "validation", "redraw", "image_size")
+    settings: dict[str, Any] = {name: getattr(p, name) for name in names}
+    settings |= {name: v for name, v in fixed.items() if v is not None or name not in ("epochs", "batch_size")}
+    varied = {
+        "models": (models, p.models),
+        "methods": (methods, ()),
+        "eps": (eps, paper.EPSILONS),
+        "seeds": (seeds, p.seeds),
     }
-    varied = (
-        (models, p.models, "models"),
-        (methods, (), "methods"),
-        (eps, paper.EPSILONS, "eps"),
-        (seeds, p.seeds, "seeds"),
-    )
     cells = []
-    each = product(*(many(*v) for v in varied))
+    each = product(*(many(*v, name) for name, v in varied.items()))
     for (model, method, epsilon, seed), rate in ((e, r) for e in each for r in asked or p.rates(e[2])):
-        c = clip_norm(method)
-        spec = RunSpec(
-            recipe=recipe(method, p.dataset),
-            epsilon=epsilon,
-            model=paper.ENCODERS.get(model, model),
-            seed=seed,
-            clip_norm=c,
-            learning_rate=rate / c,
-            **settings,
-        )
+        c, about = clip_norm(method), dict(recipe=recipe(method, p.dataset), model=paper.ENCODERS.get(model, model))
+        spec = RunSpec(epsilon=epsilon, seed=seed, clip_norm=c, learning_rate=rate / c, **about, **settings)
         cells.append(Cell({"model": model, "method": method}, spec))
     return cells
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,15 @@ def fid_of_methods(
     methods: Sequence[str],
     *,
     dataset: str,
-    encoders: Sequence[str],
-    seeds: Sequence[int],
     examples: int | None = None,
-    image_size: int | None = None,
     compute: ComputeFlags | None = None,
+    **asked: Any,
 ) -> pd.DataFrame:
     """Table 7: the Fréchet distance of one epoch of a method's views to the training and to the test images.
 
     One row a `model` (the encoder), seed, method and reference ("train", "test"): `distance` (times 1,000 where features
-    have unit norm), and `n`, the number of views. `seed` keys the views; `examples` bounds how many training examples give
-    views (None: all). Kept in the store.
+    have unit norm), and `n`, the number of views. `asked`: `encoders`, `seeds` (they key the views) and `image_size`.
+    `examples` bounds how many training examples give views (None: all). Kept in the store.
     """
     compute = compute or ComputeFlags()
 
@@ -67,22 +66,16 @@ def fid_of_methods(
         ]
 
     what = {"table": 7, "recipes": {m: repr(recipe(m, dataset)) for m in methods}, "examples": examples}
-    return _distances(what, rows, dataset, encoders, seeds, image_size, compute)
+    return _distances(what, rows, compute, dataset, **asked)
 
 
-def fid_of_sets(
-    *,
-    dataset: str,
-    encoders: Sequence[str],
-    seeds: Sequence[int],
-    image_size: int | None = None,
-    compute: ComputeFlags | None = None,
-) -> pd.DataFrame:
+def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:
     """Table 8: the Fréchet distance of the training images to the test and to the synthetic images.
 
     One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same n
     for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
-    `whole` is between the whole sets (nan for those two samples). `seed` keys the samples. Kept in the store.
+    `whole` is between the whole sets (nan for those two samples). `asked`: `encoders`, `seeds` (they key the samples) and
+    `image_size`. Kept in the store.
     """
     compute, kept = compute or ComputeFlags(), dict[str, dict[str, torch.Tensor]]()
 
@@ -92,34 +85,29 @@ def fid_of_sets(
         if encoder.name not in kept:
             kept[encoder.name] = {name: heads.encode(encoder, s.images, device) for name, s in sets.items()}
         features = kept[encoder.name]
-        n = min(len(splits.train) // 2, *map(len, sets.values()))
+        n, train = min(len(splits.train) // 2, *map(len, sets.values())), features["train"]
         order = {name: rng.generator(seed, "fid", name).permutation(len(f)) for name, f in features.items()}
-        own = _gaussian(features["train"][order["train"][:n]])
+        total, own = (fid.Running().add(part).statistics() for part in (train, train[order["train"][:n]]))
         found = []
         for name, f in features.items():
             sample = order[name][n : 2 * n] if name == "train" else order[name][:n]
-            whole = float("nan") if name == "train" else fid.distance(_gaussian(features["train"]), _gaussian(f))
-            near = fid.distance(own, _gaussian(f[sample]))
-            found.append({"method": WORDS[name], "n": n, "distance": near, "whole": whole})
+            near, all_of_it = (fid.Running().add(part).statistics() for part in (f[sample], f))
+            whole = float("nan") if name == "train" else fid.distance(total, all_of_it)
+            found.append({"method": WORDS[name], "n": n, "distance": fid.distance(own, near), "whole": whole})
         return found
 
-    return _distances({"table": 8}, rows, dataset, encoders, seeds, image_size, compute)
-
-
-def _gaussian(features: torch.Tensor) -> fid.Statistics:
-    running = fid.Running()
-    running.add(features)
-    return running.statistics()
+    return _distances({"table": 8}, rows, compute, dataset, **asked)
 
 
 def _distances(
     what: dict,
     rows: FidRows,
+    compute: ComputeFlags,
     dataset: str,
+    *,
     encoders: Sequence[str],
     seeds: Sequence[int],
-    image_size: int | None,
-    compute: ComputeFlags,
+    image_size: int | None = None,
 ) -> pd.DataFrame:
     """`rows` for each encoder and seed, from the store where they are there, with the columns of a provenance."""
     device, store = compute.where(), Store()
@@ -133,20 +121,18 @@ def _distances(
     engines = ["torch" if name == fid.INCEPTION else compute.encoder_engine for name in encoders]
     named = [fid.encoder(paper.ENCODERS.get(name, name), image_size) for name in encoders]
     loaded = [e.to(device, dtype, engine=engine) for e, engine in zip(named, engines, strict=True)]
-    frames = []
-    for name, encoder in zip(encoders, loaded, strict=True):
-        for seed in seeds:
-            shared = {"model": name, "seed": seed, "dataset": dataset}
-            asked = json.dumps({**what, **shared, "image_size": image_size}, sort_keys=True)
-            path = store.folder / "fid" / f"{store.name('fid', asked, code, code_digest(), *images)}.json"
-            content = files.read_json(path)
-            if content is None:
-                about = provenance(device, splits.digest)
-                content = {"rows": rows(splits, encoder, seed, device), "about": about}
-                files.write_json(path, content, private=True)
-            here = shared | told(content["about"])
-            frames.append(pd.DataFrame([{**here, **dict(sorted(row.items()))} for row in content["rows"]]))
-    found = pd.concat(frames, ignore_index=True)
+    every: list[dict[str, Any]] = []
+    for (name, encoder), seed in product(zip(encoders, loaded, strict=True), seeds):
+        shared = {"model": name, "seed": seed, "dataset": dataset}
+        asked = json.dumps({**what, **shared, "image_size": image_size}, sort_keys=True)
+        path = store.folder / "fid" / f"{store.name('fid', asked, code, code_digest(), *images)}.json"
+        content = files.read_json(path)
+        if content is None:
+            about = provenance(device, splits.digest)
+            content = {"rows": rows(splits, encoder, seed, device), "about": about}
+            files.write_json(path, content, private=True)
+        every += [shared | told(content["about"]) | dict(sorted(row.items())) for row in content["rows"]]
+    found = pd.DataFrame(every)
     small = found["model"].str.startswith("tiny")
     for column in {"distance", "whole"} & set(found):
         found[column] = found[column].where(~small, 1000 * found[column])

@@ -115,9 +115,8 @@ def decide(runs: Mapping[str, pd.DataFrame], level: float = verdicts.LEVEL) -> p
         bound = None if pd.isna(c.bound) else float(c.bound)
         asked = Comparison(c.first, c.second, c.kind, bound)
         mine = mine if "method" in mine else mine.assign(method=None)
-        row, effect = verdicts.measure(
-            mine, asked, said, cells=("dataset", *cells), value=value, ratio=c.table in RATIOS
-        )
+        how: dict[str, Any] = dict(cells=("dataset", *cells), value=value, ratio=c.table in RATIOS)
+        row, effect = verdicts.measure(mine, asked, said, **how)
         sets = mine.loc[mine["method"].isin([c.first, c.second]), "dataset"] if "dataset" in mine else []
         rows.append(row | {"sets": ", ".join(label(d) for d in dict.fromkeys(sets)) if effect else ""})
         effects.append(effect)
@@ -135,10 +134,7 @@ def table(found: pd.DataFrame) -> Markdown:
     for section, part in found.groupby("section", sort=False):
         lines.append(f"\n**{section}**\n")
         for r in part.itertuples():
-            said, (low, got, high) = (
-                verdicts.number(r.published, r.ratio),
-                [verdicts.number(x, r.ratio) for x in (r.low, r.difference, r.high)],
-            )
+            said, low, got, high = (verdicts.number(x, r.ratio) for x in (r.published, r.low, r.difference, r.high))
             unit = " times" if r.ratio else " points"
             measured = f"measured {got} [{low}, {high}] on {r.sets}, n = {r.n:.0f}; " if r.verdict != NOT_RUN else ""
             link = f"[{r.table.replace('table', 'Table ').replace('figure', 'Figure ')}]({r.table}.ipynb)"
@@ -149,6 +145,6 @@ def table(found: pd.DataFrame) -> Markdown:
 def counts(found: pd.DataFrame) -> str:
     """ "12 hold, 3 are contradicted, ...": how often each verdict was given."""
     kind = found["verdict"].where(~found["verdict"].str.startswith("no effect"), "no effect of that size")
-    words = {"holds": "hold", "contradicted": "are contradicted", "no effect of that size": "have no such effect",
-             "undecided": "are undecided", NOT_RUN: "were not run"}  # fmt: skip
+    words = {"holds": "hold", "contradicted": "are contradicted", "no effect of that size": "have no such effect"}
+    words |= {"undecided": "are undecided", NOT_RUN: "were not run"}
     return ", ".join(f"{n} {words[v]}" for v in words if (n := int(np.sum(kind == v))))

@@ -14,48 +14,27 @@ from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPreset:
-    """The settings of a scale for networks from scratch. Two learning rates: of per-example clipping, and of microbatches,
-    whose sum has fewer terms and more noise. `views_cut` divides every number of views of the paper."""
+    """The settings of a scale for networks from scratch, those of the demo if nothing is said. Two learning rates: of
+    per-example clipping, and of microbatches, whose sum has fewer terms and more noise. `views_cut` divides every number of
+    views of the paper."""
 
-    dataset: str
-    model: str
-    batch_size: int
-    epochs: float
-    epsilons: tuple[float, ...]
-    learning_rate: float
-    microbatch_learning_rate: float
+    dataset: str = "digits"
+    model: str = "wrn-10-1"
+    batch_size: int = 256
+    epochs: float = 2
+    epsilons: tuple[float, ...] = (2, 8)
+    learning_rate: float = 4.0
+    microbatch_learning_rate: float = 1.0
     momentum: float = 0.0
     ema_decay: float | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    views_cut: int = 1
+    views_cut: int = 4
 
     def views_of(self, method: str, k_base: int = 16, k_self: int | None = None) -> views.Recipe:
         """The recipe of a method with these numbers of views (None: the method's own), cut to the scale."""
         r = views.METHODS[method]
         cut = [max(1, k // self.views_cut) if k else 0 for k in (k_base, r.k_self if k_self is None else k_self)]
         return r if method == "dp-sgd" else replace(r, k_base=cut[0], k_self=cut[1])
-
-
-DEMO = NetworkPreset(
-    dataset="digits",
-    model="wrn-10-1",
-    batch_size=256,
-    epochs=2,
-    epsilons=(2, 8),
-    learning_rate=4.0,
-    microbatch_learning_rate=1.0,
-    views_cut=4,
-)
-LAPTOP = NetworkPreset(
-    dataset="cifar10",
-    model="wrn-10-2",
-    batch_size=1024,
-    epochs=8,
-    epsilons=(8,),
-    learning_rate=2.0,
-    microbatch_learning_rate=0.5,
-    views_cut=4,
-)
 
 
 def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
@@ -69,23 +48,14 @@ def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
     """
     checks.one_of("scale", scale, grids.SCALES)
     if scale == "demo":
-        return replace(DEMO, dataset=dataset or DEMO.dataset)
-    checks.one_of("dataset", dataset or "cifar10", paper.DATASETS)
+        return NetworkPreset(dataset=dataset or "digits")
+    dataset, published = dataset or "cifar10", paper.SETTINGS["scratch"]
+    checks.one_of("dataset", dataset, paper.DATASETS)
+    both: dict[str, Any] = dict(dataset=dataset, learning_rate=2.0, microbatch_learning_rate=0.5)
     if scale == "laptop":
-        return replace(LAPTOP, dataset=dataset or LAPTOP.dataset)
-    published = paper.SETTINGS["scratch"]
-    settings: dict[str, Any] = {
-        "model": published.models[0],
-        "batch_size": published.batch_size,
-        "epochs": published.epochs,
-    }
-    own: dict[str, Any] = {
-        "epsilons": paper.EPSILONS,
-        "ema_decay": 0.999,
-        "views_cut": 1,
-        "dataset": dataset or "cifar10",
-    }
-    return replace(LAPTOP, **settings, **own)
+        return NetworkPreset(model="wrn-10-2", batch_size=1024, epochs=8, epsilons=(8,), **both)
+    theirs: dict[str, Any] = dict(model=published.models[0], batch_size=published.batch_size, epochs=published.epochs)
+    return NetworkPreset(epsilons=paper.EPSILONS, ema_decay=0.999, views_cut=1, **theirs, **both)
 
 
 def network_cells(
@@ -101,14 +71,10 @@ def network_cells(
 ) -> list[grids.Cell]:
     """A network from scratch for every epsilon and seed. All training examples are trained on: nothing is chosen by these
     runs, so nothing is held out. `method` and `labels` name the cells."""
-    fixed: dict[str, Any] = {
-        "recipe": recipe,
-        "learning_rate": p.learning_rate if microbatch == 1 else p.microbatch_learning_rate,
-        "validation": 0.0,
-        "microbatch": microbatch,
-        "microbatch_mix": microbatch_mix,
-        **{name: getattr(p, name) for name in ("dataset", "model", "batch_size", "epochs", "momentum", "ema_decay")},
-    }
+    names = ("dataset", "model", "batch_size", "epochs", "momentum", "ema_decay")
+    fixed: dict[str, Any] = {name: getattr(p, name) for name in names} | dict(recipe=recipe, validation=0.0)
+    fixed |= dict(microbatch=microbatch, microbatch_mix=microbatch_mix)
+    fixed["learning_rate"] = p.learning_rate if microbatch == 1 else p.microbatch_learning_rate
     return [
         grids.Cell({"model": p.model, "method": method, **labels}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
         for epsilon in grids.many(eps, p.epsilons, "eps")
@@ -121,6 +87,7 @@ def network_compute(dataset: str) -> ComputeFlags:
     return ComputeFlags(engine="grouped", physical_batch=128) if dataset == "digits" else ComputeFlags()
 
 
+AUGMENTATIONS = (16, 24, 32, 36)  # Table 5's Self-Aug
 # Table 1: what is printed, and the microbatch of each row. The paper gives one number for mixup in pairs.
 TABLE1: dict[str, tuple[str, int, str]] = {
     "DP-SGD": ("dp-sgd", 1, "none"),
@@ -164,25 +131,14 @@ def augmentations_grid(
     return cells
 
 
-AUGMENTATIONS = (16, 24, 32, 36)  # Table 5's Self-Aug
-
-
 def settings(p: NetworkPreset) -> pd.DataFrame:
     """The settings of these runs beside those at paper scale: what has been cut. C is 1 and weights are standardised in both."""
 
     def column(s: NetworkPreset) -> dict[str, str]:
-        mixed, kept = (
-            s.views_of("mix-self"),
-            {k: v for k, v in asdict(s).items() if k not in ("epsilons", "seeds", "views_cut")},
-        )
-        plain = {
-            k.replace("_", " "): label(v) if isinstance(v, str) else "–" if v is None else f"{v:,g}"
-            for k, v in kept.items()
-        }
-        return plain | {
-            "views of Self-Aug": str(mixed.k_base),
-            "views of DP-MixSelf": f"{mixed.k_base} + {mixed.k_self}",
-        }
+        kept = {k.replace("_", " "): v for k, v in asdict(s).items() if k not in ("epsilons", "seeds", "views_cut")}
+        words = {k: label(v) if isinstance(v, str) else "–" if v is None else f"{v:,g}" for k, v in kept.items()}
+        r = s.views_of("mix-self")
+        return words | {"views of Self-Aug": str(r.k_base), "views of DP-MixSelf": f"{r.k_base} + {r.k_self}"}
 
     return pd.DataFrame({"these runs": column(p), "paper scale": column(network_preset("paper"))})
 
@@ -217,14 +173,10 @@ def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 def published_table1() -> pd.DataFrame:
     """Table 1 under the names of `TABLE1`. The paper has one number for mixup in pairs; it stands at both variants."""
-    names: dict[tuple[str, int], list[str]] = {}
-    for name, (method, size, mix) in TABLE1.items():
-        names.setdefault((method if mix == "none" else "dp-sgd-mixup", size), []).append(name)
-    table = paper.table(1)
-    table["method"] = [names[m, b] for m, b in zip(table["method"], table["microbatch_size"], strict=True)]
-    table = table.explode("method")
-    order = list(TABLE1)
-    return table.sort_values("method", key=lambda column: column.map(order.index)).reset_index(drop=True)
+    rows = [(name, m if mix == "none" else "dp-sgd-mixup", size) for name, (m, size, mix) in TABLE1.items()]
+    names = pd.DataFrame(rows, columns=["name", "method", "microbatch_size"])
+    table = names.merge(paper.table(1), on=["method", "microbatch_size"])
+    return table.drop(columns="method").rename(columns={"name": "method"})
 
 
 def level(runs: pd.DataFrame, classes: int) -> Markdown:

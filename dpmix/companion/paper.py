@@ -28,49 +28,23 @@ TABLES: dict[int, str] = {
     12: "dataset model method epsilon",
     13: "dataset model method",
 }
-LABELS: dict[str, str] = {  # how a key is printed
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "eurosat": "EuroSAT",
-    "caltech256": "Caltech-256",
-    "sun397": "SUN397",
-    "pets": "Oxford-IIIT Pet",
-    "vit-b-16": "ViT-B-16",
-    "convnext": "ConvNeXt",
-    "wrn-16-4": "WRN-16-4",
-    "inceptionv3": "Inception v3",
-    "dp-sgd": "DP-SGD",
-    "dp-sgd-mixup": "DP-SGD + mixup",
-    "mixed-ghost": "Mixed Ghost Clipping",
-    "self-aug": "Self-Aug",
-    "mix-self": "DP-MixSelf",
-    "mix-diff": "DP-MixDiff",
-    "pure-mix-diff": "Pure-DP-MixDiff",
+# How the keys are printed. TRANSFORMS are Table 4's, added to crop and flip.
+_DATA = {
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "eurosat": "EuroSAT", "caltech256": "Caltech-256",
+    "sun397": "SUN397", "pets": "Oxford-IIIT Pet", "vit-b-16": "ViT-B-16", "convnext": "ConvNeXt",
+    "wrn-16-4": "WRN-16-4", "inceptionv3": "Inception v3",
+}  # fmt: skip
+_METHODS = {
+    "dp-sgd": "DP-SGD", "dp-sgd-mixup": "DP-SGD + mixup", "mixed-ghost": "Mixed Ghost Clipping", "self-aug": "Self-Aug",
+    "mix-self": "DP-MixSelf", "mix-diff": "DP-MixDiff", "pure-mix-diff": "Pure-DP-MixDiff",
     "synthetic-pretraining": "SGD on synthetic images, then DP",
-    "crop-flip": "crop and flip",
-    "jitter": "colour jitter",
-    "affine": "affine",
-    "cutout": "cutout",
-    "noise": "Gaussian noise",
-    "blur": "Gaussian blur",
-    "sobel": "Sobel",
-    "all": "all of them",
-}
-METHODS = (
-    *("dp-sgd", "dp-sgd-mixup", "mixed-ghost", "self-aug", "mix-self", "mix-diff", "pure-mix-diff"),
-    "synthetic-pretraining",
-)
-TRANSFORMS = (
-    "crop-flip",
-    "jitter",
-    "affine",
-    "cutout",
-    "noise",
-    "blur",
-    "sobel",
-    "all",
-)  # Table 4: added to crop and flip
-EPSILONS = (1, 2, 4, 8)
+}  # fmt: skip
+_TRANSFORMS = {
+    "crop-flip": "crop and flip", "jitter": "colour jitter", "affine": "affine", "cutout": "cutout",
+    "noise": "Gaussian noise", "blur": "Gaussian blur", "sobel": "Sobel", "all": "all of them",
+}  # fmt: skip
+LABELS: dict[str, str] = _DATA | _METHODS | _TRANSFORMS
+METHODS, TRANSFORMS, EPSILONS = tuple(_METHODS), tuple(_TRANSFORMS), (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)

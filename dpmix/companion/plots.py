@@ -9,21 +9,14 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dpmix.companion.report import Sources, label, summary
+from dpmix.companion.report import Sources, label
 
 PALETTE = "colorblind"
 
 
 def _panels(s: Sources, split: Sequence[str], by: Sequence[str], value: str) -> list[tuple[str, pd.DataFrame]]:
     """A title and the means of each source, data set and what else is in `split`."""
-    found, s = [], s.twins()
-    for source, table in ({"published": s.published} | s.runs()).items():
-        here = [c for c in split if c in table]
-        means = table if source == "published" else summary(table, list(dict.fromkeys([*here, *by])), value)
-        for names, part in means.groupby(here, sort=False) if here else [((), means)]:
-            words = [label(n) for n in (names if isinstance(names, tuple) else (names,))]
-            found.append((f"{', '.join(words)}\n{source}", part))
-    return found
+    return [(f"{', '.join(map(label, at.values()))}\n{source}", part) for source, at, part in s.parts(split, by, value)]
 
 
 def _figure(count: int, wide: float, tall: float) -> tuple[Figure, list]:
@@ -37,9 +30,9 @@ def _figure(count: int, wide: float, tall: float) -> tuple[Figure, list]:
     return figure, list(axes.flat[:count])
 
 
-def _finish(figure: Figure, legend: dict[str, Any] | None = None) -> Figure:
+def _finish(figure: Figure, legend: dict[str, Any] | None = None, wide: int = 4) -> Figure:
     if legend:
-        figure.legend(legend.values(), legend.keys(), loc="lower center", ncol=min(4, len(legend)), frameon=False)
+        figure.legend(legend.values(), legend.keys(), loc="lower center", ncol=min(wide, len(legend)), frameon=False)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight() if legend else 0, 1, 1))
     plt.close(figure)
     return figure
@@ -149,28 +142,17 @@ def gradient_plot(looked: pd.DataFrame) -> Figure:
     every = np.concatenate([g.stages.flatten().numpy() for g in first["gradients"]])
     edge = np.quantile(np.abs(every[np.isfinite(every)]), 0.999)
     bins = np.linspace(-edge, edge, 61)
-    figure, axes = plt.subplots(1, len(first), figsize=(3.7 * len(first), 3.6), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(first), figsize=(3.7 * len(first), 3.9), sharex=True, sharey=True, squeeze=False)
+    styles: Any = ("-", "--", "-.", ":", (0, (5, 1)))
     for ax, method, g in zip(axes[0], first["method"], first["gradients"], strict=True):
         ax.hist(g.overall.numpy(), bins=bins, density=True, color="0.78", label="all of training")
-        styles = ("-", "--", "-.", ":", (0, (5, 1)))
-        for s, (stage, colour) in enumerate(
-            zip(g.stages.numpy(), sns.color_palette(PALETTE, len(g.stages)), strict=True)
-        ):
+        for s, stage in enumerate(g.stages.numpy()):
             density, _ = np.histogram(stage, bins=bins, density=True)
-            name = f"{100 * (s + 1) // len(g.stages)} %"
-            ax.plot(
-                (bins[1:] + bins[:-1]) / 2,
-                np.where(density > 0, density, np.nan),
-                color=colour,
-                lw=1.4,
-                ls=styles[s % len(styles)],
-                label=name,
-            )
+            shown, name = np.where(density > 0, density, np.nan), f"{100 * (s + 1) // len(g.stages)} %"
+            look = {"color": sns.color_palette(PALETTE, len(g.stages))[s], "ls": styles[s % len(styles)], "lw": 1.4}
+            ax.plot((bins[1:] + bins[:-1]) / 2, shown, label=name, **look)
         ax.set(title=label(method), xlabel="gradient", yscale="log")
         ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
     axes[0][0].set_ylabel("density")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncol=6, frameon=False, bbox_to_anchor=(0.5, -0.08))
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return _finish(figure, dict(zip(names, handles, strict=True)), wide=6)

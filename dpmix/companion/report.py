@@ -6,7 +6,7 @@ columns than a telephone is wide.
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -79,10 +79,8 @@ class Tables(list[tuple[str, pd.DataFrame]]):
 
 
 class Sources(NamedTuple):
-    """What a page shows, in this order: `published`, `real` (runs that came with the repository), `made` (now, at `scale`).
-
-    `published` has `mean` and `std`; the other two a row a run, and may be empty.
-    """
+    """What a page shows, in this order: `published` (with `mean` and `std`), `real` (runs that came with the repository) and
+    `made` (now, at `scale`): a row a run, maybe none."""
 
     published: pd.DataFrame
     real: pd.DataFrame
@@ -104,6 +102,17 @@ class Sources(NamedTuple):
             table = table[table["epsilon"].isin({e for f in frames for e in f["epsilon"]})]
         return self._replace(published=table)
 
+    def parts(
+        self, split: Sequence[str], by: Sequence[str], value: str
+    ) -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
+        """Of each source: its name, the data set and what else of `split` it has, and the means of `value` by `by` there."""
+        s = self.twins()
+        for source, table in ({"published": s.published} | s.runs()).items():
+            here = [c for c in split if c in table]
+            means = table if source == "published" else summary(table, list(dict.fromkeys([*here, *by])), value)
+            for names, part in means.groupby(here, sort=False) if here else [((), means)]:
+                yield source, dict(zip(here, names, strict=True)), part
+
 
 def tables(
     s: Sources,
@@ -115,20 +124,13 @@ def tables(
     digits: int = 1,
 ) -> Tables:
     """Published | real data | made now: a table for each data set and model, those of one data set together."""
-    s, found = s.twins(), []
-    order = {"cifar10": 0}
-    parts = {"published": s.published} | s.runs()
-    for place, (source, table) in enumerate(parts.items()):
-        here = [c for c in split if c in table]
-        if source != "published":
-            table = summary(table, list(dict.fromkeys([*here, *rows, *columns])), value)
-        for names, part in table.groupby(here, sort=False) if here else [((), table)]:
-            known = dict(zip(here, names if isinstance(names, tuple) else (names,), strict=True))
-            name = known.get("dataset", "")
-            group = (source.startswith("made"), order.setdefault(STANDS_FOR.get(name, name), len(order)), place)
-            words = [source, *(entry(c, v) for c, v in known.items())]
-            words += [f"n = {int(part['n'].min())}"] if "n" in part else []
-            found.append((group, ", ".join(words), block(part, rows, columns, digits)))
+    found, order = [], {"cifar10": 0}
+    for place, (source, known, part) in enumerate(s.parts(split, [*rows, *columns], value)):
+        name = known.get("dataset", "")
+        group = (source.startswith("made"), order.setdefault(STANDS_FOR.get(name, name), len(order)), place)
+        words = [source, *(entry(c, v) for c, v in known.items())]
+        words += [f"n = {int(part['n'].min())}"] if "n" in part else []
+        found.append((group, ", ".join(words), block(part, rows, columns, digits)))
     return Tables((f"{c[:1].upper()}{c[1:]}", t) for _, c, t in sorted(found, key=lambda f: f[0]))
 
 
@@ -147,24 +149,14 @@ def chosen_rates(
 
 def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:
     """σ, q, T and ε by all three accountants, a column a budget."""
-    spent = [f"epsilon_{name}" for name in ("rdp", "prv", "pld")]
-    columns = ["epsilon", "delta", "accountant", "sigma", "q", "T", "N", "batch_size", *spent]
-    table = runs[columns].drop_duplicates().sort_values(["epsilon", "sigma"]).reset_index(drop=True)
-    names = {
-        "epsilon": "ε asked",
-        "delta": "δ",
-        "accountant": "calibrated by",
-        "sigma": "σ",
-        "batch_size": "B",
-        **{name: f"ε ({name[8:].upper()})" for name in spent},
-    }
-    forms = {"epsilon": "{:g}", "delta": "{:.0e}", "sigma": "{:.3f}", "q": "{:.4f}", **dict.fromkeys(spent, "{:.3f}")}
-    for name in columns:
-        form = forms.get(name, "{}")
-        table[name] = ["–" if pd.isna(v) else form.format(v) for v in table[name]]
-    wide = table.rename(columns=names).T
-    wide.columns = [""] * wide.shape[1]
-    return wide
+    shown = {
+        "epsilon": ("ε asked", "{:g}"), "delta": ("δ", "{:.0e}"), "accountant": ("calibrated by", "{}"),
+        "sigma": ("σ", "{:.3f}"), "q": ("q", "{:.4f}"), "T": ("T", "{}"), "N": ("N", "{}"), "batch_size": ("B", "{}"),
+        "epsilon_rdp": ("ε (RDP)", "{:.3f}"), "epsilon_prv": ("ε (PRV)", "{:.3f}"), "epsilon_pld": ("ε (PLD)", "{:.3f}"),
+    }  # fmt: skip
+    table = runs[list(shown)].drop_duplicates().sort_values(["epsilon", "sigma"])
+    rows = [["–" if pd.isna(v) else form.format(v) for v in table[column]] for column, (_, form) in shown.items()]
+    return pd.DataFrame(rows, [name for name, _ in shown.values()], [""] * len(table))
 
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -59,9 +59,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values (1979): reject those at most the level, and the family-wise error is at most the level."""
     order = np.argsort(p)
     steps = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(steps, 1)
-    return adjusted
+    return np.minimum(steps, 1)[np.argsort(order)]
 
 
 def decide(effects: Sequence[Effect], level: float = LEVEL) -> pd.DataFrame:
@@ -76,21 +74,19 @@ def decide(effects: Sequence[Effect], level: float = LEVEL) -> pd.DataFrame:
     for i, e in enumerate(effects):
         values = np.asarray(e.values, dtype=float)
         n, mean = len(values), float(np.mean(values)) if len(values) else np.nan
-        low = high = np.nan
+        half = np.nan
         if n > 1:
-            parts = np.array([values.var(ddof=1) / n, e.images**2])
-            error = float(np.sqrt(parts.sum()))
+            seeds, images = values.var(ddof=1) / n, e.images**2
+            error = half = float(np.sqrt(seeds + images))
             if error > 0:
                 # the images are many: their part has no small number of degrees of freedom of its own
-                free = parts.sum() ** 2 / (parts[0] ** 2 / (n - 1)) if parts[0] > 0 else np.inf
+                free = (seeds + images) ** 2 / (seeds**2 / (n - 1)) if seeds > 0 else np.inf
                 half = float(stats.t.ppf(1 - level / 2, free)) * error
-                low, high = mean - half, mean + half
                 off = mean - (e.bound if e.no_gain else 0.0)
                 raw[i] = stats.t.sf([abs(off) / error, (e.bound - abs(mean)) / error], free) * (2, 1)
             else:
-                low = high = mean
                 raw[i, 1] = float(abs(mean) >= e.bound)
-        rows.append({"difference": mean, "low": low, "high": high, "n": n})
+        rows.append((mean, mean - half, mean + half, n))
     found = pd.DataFrame(rows, columns=["difference", "low", "high", "n"])
     found["p"], found["p_none"] = holm(raw[:, 0]), holm(raw[:, 1])
     each = zip(effects, *(found[c] for c in ("difference", "p", "p_none")), strict=True)
@@ -102,9 +98,7 @@ def _word(e: Effect, mean: float, differs: bool, none: bool) -> str:
     if e.no_gain:
         return (HOLDS if mean < e.bound else CONTRADICTED) if differs else UNDECIDED
     if none:
-        return (
-            f"no effect larger than {e.bound:.2g}" if not e.ratio else f"no effect larger than {np.expm1(e.bound):.0%}"
-        )
+        return f"no effect larger than {f'{np.expm1(e.bound):.0%}' if e.ratio else f'{e.bound:.2g}'}"
     if not differs:
         return UNDECIDED
     if e.expected == 0:
@@ -205,10 +199,8 @@ def compare(
                 twin = theirs[theirs[column] == STANDS_FOR.get(name, name)]
                 theirs = twin if len(twin) else theirs
         for c in comparisons:
-            if c.only and place.get("dataset") not in c.only:
-                continue
             row, effect = measure(part, c, theirs, cells=cells, value=value, ratio=ratio)
-            if effect is not None:
+            if effect is not None and (not c.only or place.get("dataset") in c.only):
                 rows.append({"place": tuple(place.values()), **row})
                 effects.append(effect)
     columns = ["place", "first", "second", "claim", "published", "bound", "ratio", "images"]
@@ -226,15 +218,11 @@ def show(found: pd.DataFrame) -> pd.DataFrame:
     """`compare` for reading, a row a comparison: published, measured with its interval, verdict."""
     rows, varied = {}, [i for i, v in enumerate(zip(*found["place"], strict=True)) if len(set(v)) > 1]
     for r in found.itertuples():
-        name = f"{label(r.first)} {'÷' if r.ratio else '−'} {label(r.second)}"
-        low, high = number(r.low, r.ratio), number(r.high, r.ratio)
-        claimed = f" (claimed: at most {number(r.bound, r.ratio)})" if r.claim == "no gain" else ""
+        said, got, low, high, bound = (number(x, r.ratio) for x in (r.published, r.difference, r.low, r.high, r.bound))
+        claimed = f" (claimed: at most {bound})" if r.claim == "no gain" else ""
         place = "".join(f"{entry(found.attrs['per'][i], r.place[i])}: " for i in varied)
-        rows[place + name] = {
-            "published": number(r.published, r.ratio),
-            "measured": f"{number(r.difference, r.ratio)} [{low}, {high}]",
-            "verdict": r.verdict + claimed,
-        }
+        name = f"{place}{label(r.first)} {'÷' if r.ratio else '−'} {label(r.second)}"
+        rows[name] = said, f"{got} [{low}, {high}]", r.verdict + claimed
     return pd.DataFrame.from_dict(rows, orient="index", columns=["published", "measured", "verdict"])
 
 
