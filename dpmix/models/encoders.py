@@ -5,7 +5,7 @@ those of open_clip and timm, and any module of yours with a file of weights.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from dpmix.core.independence import check_no_mixing
 from dpmix.models.engine import Compiled, Frozen, choose
 from dpmix.models.tiny import NAMES as TINY
 from dpmix.models.tiny import build
-from dpmix.models.weights import fill, of_package, on_disk, public_file
+from dpmix.models.weights import existing, fill, of_package, on_disk, public_file
 
 LITE = ("efficientnet-lite0", "efficientnet-lite2")
 ENCODERS = (*TINY, *LITE, "open_clip:ViT-B-16/laion2b_s34b_b88k", "open_clip:convnext_base_w/laion2b_s13b_b82k")
@@ -28,13 +28,10 @@ ENCODERS = (*TINY, *LITE, "open_clip:ViT-B-16/laion2b_s34b_b88k", "open_clip:con
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen feature extractor.
-
-    `features`: images float [n, C, H, W] in 0..1, any height and width (squashed to `image_size`) -> float [n, `dim`],
-    row i a function of image i alone, the same to the last bit whatever the other images and their number. `channels`
-    are the values of C that it takes; anything else is a ValueError. `digest` is a sha256 over the content of a named
-    encoder or a module: every tensor and the preprocessing; "" where `features` is a function of your own.
-    """
+    """A frozen feature extractor. `features`: images float [n, C, H, W] in 0..1, any height and width (squashed to
+    `image_size`) -> float [n, `dim`], row i a function of image i alone, the same to the last bit whatever the other images
+    and their number. `channels` are the values of C that it takes; anything else is a ValueError. `digest` is a sha256 over
+    all tensors and the preprocessing of a named encoder or a module; "" where `features` is a function of your own."""
 
     features: Callable[[Tensor], Tensor]
     image_size: int
@@ -103,42 +100,33 @@ def encoder(
     require(channels is None, "channels", channels, "is for modules only; a named encoder has its own")
     if image_size is not None:
         whole("image_size", image_size, 1)
-    family, _, rest = name.partition(":")
     if name in TINY:
         require(image_size in (None, 16), "image_size", image_size, f"{name} takes 16 only; leave it out")
-        path = public_file(f"{name}.safetensors") if weights is None else Path(weights)
-        return _wrap(fill(build(name), path), name, 16, (1,), [0.5], [0.5], "bilinear")
-    if name in LITE:
-        return _timm(name, f"tf_{name.replace('-', '_')}", weights, image_size)
-    if family == "open_clip" and rest:
-        return _open_clip(name, rest, weights, image_size)
-    if family == "timm" and rest:
-        return _timm(name, rest, weights, image_size)
-    one_of("encoder", name, ENCODERS)
-    raise AssertionError  # every name that is known was served above
+        network = fill(build(name), Path(weights_of(name, weights)))
+        return _wrap(network, name, 16, (1,), [0.5], [0.5], "bilinear")
+    make = _open_clip if name.startswith("open_clip:") else _timm
+    return make(name, weights, image_size)
 
 
 def weights_of(name: str, weights: str | Path | None = None) -> Path | str:
     """The file that `encoder(name, weights)` would read, or "random", without building anything. Raises as `encoder`."""
     family, _, rest = name.partition(":")
-    if family == "open_clip" and rest:
-        weights = _open_clip_weights(name, rest, weights)[0]
+    if name not in (*TINY, *LITE) and not (family in ("open_clip", "timm") and rest):
+        one_of("encoder", name, ENCODERS)
+    if family == "open_clip":
+        weights = _open_clip_weights(name, rest, weights)
     elif weights is None and name in TINY:
         weights = public_file(f"{name}.safetensors")
     elif weights is None and name in LITE:
         weights = of_package(name)
-    elif weights is None and family == "timm" and rest:
-        weights = _timm_weights(name, rest)
     elif weights is None:
-        one_of("encoder", name, ENCODERS)
-    if weights == "random":
-        return "random"
-    path = Path(str(weights))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights={str(path)!r}: no such file; give a .safetensors file or a torch.save of tensors"
-        )
-    return path
+        import timm
+
+        one_of("timm model", rest.partition(".")[0], timm.list_models())
+        published = timm.get_pretrained_cfg(rest)
+        hub, url = (getattr(published, key, "") or "" for key in ("hf_hub_id", "url"))
+        weights = on_disk(name, rest, hub, url)
+    return "random" if weights == "random" else existing(Path(weights))
 
 
 def public_name(name: str) -> str:
@@ -154,16 +142,9 @@ def package_of(name: str) -> str:
     return f"{package} {metadata.version(package)}"
 
 
-def _wrap(
-    network: nn.Module,
-    name: str,
-    size: int,
-    channels: tuple[int, ...],
-    mean: Sequence[float],
-    std: Sequence[float],
-    mode: str = "bicubic",
-) -> Encoder:
-    frozen = Frozen(network, name, size, channels, mean, std, mode)
+def _wrap(network: nn.Module, name: str, size: int, channels: tuple[int, ...], *pixels: Any) -> Encoder:
+    """The encoder, looked at on pixels of public noise; `pixels`: mean, deviation and, if not bicubic, how to resize."""
+    frozen = Frozen(network, name, size, channels, *pixels)
     try:
         shape = frozen.one_chunk(torch.zeros(1, channels[0], size, size)).shape
     except (RuntimeError, AssertionError) as error:
@@ -171,7 +152,7 @@ def _wrap(
         raise ValueError(f"image_size={size}: {name} cannot take images of {size} x {size} ({reason})") from error
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
     check_no_mixing(frozen.network, (len(frozen.mean), size, size), f"encoder {name!r}")
-    about = repr((type(network).__name__, size, channels, frozen.mean, frozen.std, mode))
+    about = repr((type(network).__name__, size, channels, frozen.mean, frozen.std, frozen.mode))
     held = ((k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel())
     digest = files.digest(about, *(part for k, data in held for part in (k, data.tobytes())))
     return Encoder(frozen, size, shape[1], channels, name, digest)
@@ -188,56 +169,45 @@ class _ImageFeatures(nn.Module):
         return self.model.encode_image(images)
 
 
-def _open_clip_weights(name: str, rest: str, weights: str | Path | None) -> tuple[str | Path | None, dict]:
-    """The file of the weights, or "random"; and open_clip's record of the tag."""
+def _open_clip_weights(name: str, rest: str, weights: str | Path | None) -> str | Path:
     import open_clip
 
     arch, _, tag = rest.partition("/")
     one_of("open_clip architecture", arch, open_clip.list_models())
     if tag == "random" or Path(tag).is_file():
-        return weights or tag, {}
-    if not tag and weights is not None:
-        return weights, {}
-    known = open_clip.list_pretrained_tags_by_model(arch)
-    one_of(f"pretrained weights of {arch}", tag, [*known, "random"])
+        return weights or tag
+    if tag or weights is None:
+        one_of(f"pretrained weights of {arch}", tag, [*open_clip.list_pretrained_tags_by_model(arch), "random"])
+    if weights is not None:
+        return weights
     cfg = open_clip.get_pretrained_cfg(arch, tag)
-    return weights or on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"]), cfg
+    return on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"])
 
 
-def _open_clip(name: str, rest: str, weights: str | Path | None, image_size: int | None) -> Encoder:
+def _open_clip(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
     import open_clip
 
-    weights, cfg = _open_clip_weights(name, rest, weights)
-    arch = rest.partition("/")[0]
+    weights = weights_of(name, weights)
+    arch, _, tag = name.partition(":")[2].partition("/")
     model: Any = _fixed(lambda: open_clip.create_model(arch, load_weights=False))
     if weights != "random":
-        fill(model, Path(str(weights)))
+        fill(model, Path(weights))
+    cfg = {} if Path(tag).is_file() else open_clip.get_pretrained_cfg(arch, tag)
     own = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
     plain = type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)  # then encode_image is the image tower alone
     return _published(model.visual if plain else _ImageFeatures(model), name, image_size, own["size"], own)
 
 
-def _timm_weights(name: str, rest: str) -> Path:
+def _timm(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
     import timm
 
-    one_of("timm model", rest.partition(".")[0], timm.list_models())
-    published = timm.get_pretrained_cfg(rest)
-    return on_disk(name, rest, getattr(published, "hf_hub_id", "") or "", getattr(published, "url", "") or "")
-
-
-def _timm(name: str, rest: str, weights: str | Path | None, image_size: int | None) -> Encoder:
-    import timm
-
-    one_of("timm model", rest.partition(".")[0], timm.list_models())
-    network: Any = _fixed(lambda: timm.create_model(rest, pretrained=False, num_classes=0))
+    packed, weights = name in LITE and weights is None, weights_of(name, weights)
+    arch = f"tf_{name.replace('-', '_')}" if name in LITE else name.partition(":")[2]
+    one_of("timm model", arch.partition(".")[0], timm.list_models())
+    network: Any = _fixed(lambda: timm.create_model(arch, pretrained=False, num_classes=0))
     own = timm.data.resolve_model_data_config(network)
-    published = network.pretrained_cfg
-    packed = name in LITE and weights is None
-    if packed:
-        weights = of_package(name)
-    weights = weights or _timm_weights(name, rest)
     if weights != "random":
-        fill(network, Path(weights), dropped=published.get("classifier") or (), by_place=packed)
+        fill(network, Path(weights), dropped=network.pretrained_cfg.get("classifier") or (), by_place=packed)
     return _published(network, name, image_size, own["input_size"], own)
 
 
@@ -247,9 +217,8 @@ def _published(network: nn.Module, name: str, image_size: int | None, size: Any,
     if image_size not in (None, side):
         name, side = f"{name}@{image_size}", image_size
     mean, std = ([float(v) for v in own[key]] for key in ("mean", "std"))
-    return _wrap(
-        network, name, side, (1, 3), mean, std, "bilinear" if own["interpolation"] == "bilinear" else "bicubic"
-    )
+    resize = "bilinear" if own["interpolation"] == "bilinear" else "bicubic"
+    return _wrap(network, name, side, (1, 3), mean, std, resize)
 
 
 def _fixed(make: Callable[[], nn.Module]) -> nn.Module:

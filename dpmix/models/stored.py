@@ -104,11 +104,10 @@ class StoredViews:
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
-        made = FreshViews(encoder, images, labels, recipes, num_classes=num_classes, seed=seed, public=public, ids=ids,
-                          redraw=False, device=device)  # fmt: skip
-        checks.require(
-            encoder.digest != "", "encoder", encoder.name, "has no digest of its content; take models.encoder"
-        )
+        how: dict[str, Any] = dict(num_classes=num_classes, seed=seed, public=public, ids=ids, device=device)
+        made = FreshViews(encoder, images, labels, recipes, redraw=False, **how)
+        said = "has no digest of its content; take models.encoder"
+        checks.require(encoder.digest != "", "encoder", encoder.name, said)
         self.n, self.dim, self.num_classes, self.union = made.n, made.dim, num_classes, made.union
         self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
         self.name, self.progress = named(encoder.name, False, scaling), progress
@@ -118,9 +117,8 @@ class StoredViews:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with files.lock(self.folder / "lock"):
             other = files.differences(files.read_json(self.folder / "store.json") or about, about)
-            checks.require(
-                not other, "store", str(self.folder), f"holds other views ({other}); remove it: rm -r {self.folder}"
-            )
+            said = f"holds other views ({other}); remove it: rm -r {self.folder}"
+            checks.require(not other, "store", str(self.folder), said)
             files.write_json(self.folder / "store.json", about)
             self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
             tick = time.perf_counter()
@@ -155,8 +153,9 @@ class StoredViews:
         needed, free = sum(block.size for block in new), shutil.disk_usage(self.folder).free
         what = f"{self.n:,} examples x {self.union.views} views of {self.dim} features"
         if needed > free:
-            raise OSError(f"cache={str(self.folder.parent)!r}: {what} need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB "
-                          "are free; free some space or choose another folder")  # fmt: skip
+            sizes = f"need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free"
+            remedy = "free some space or choose another folder"
+            raise OSError(f"cache={str(self.folder.parent)!r}: {what} {sizes}; {remedy}")
         if self.progress:
             total = sum(block.size for block in self.blocks) / 1e9
             tqdm.write(f"{what}: {total:.3g} GB in {self.folder}, for your eyes only; remove with rm -r {self.folder}")
@@ -167,10 +166,8 @@ class StoredViews:
         """Make the views of what comes next and write what came before, while the engine is at work."""
         each = self.union.views * made.images[0].numel() * 4
         step = max(1, min(CHUNK, AT_A_TIME // each))
-        bar = tqdm(
-            total=len(todo) * CHUNK, desc=f"encoding {self.union.views} views an example", disable=not self.progress
-        )
-        before = None
+        said = f"encoding {self.union.views} views an example"
+        bar, before = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress), None
         with ThreadPoolExecutor(1) as engine_thread, bar:
             for chunk in todo:
                 blocks = [block for block in self.blocks if chunk in block.missing]
@@ -267,8 +264,6 @@ def _content(*tensors: Any) -> str:
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
     """What decides the features of a store's views, but for their recipes and public images."""
     code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, engine)]
-    return {
-        "encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision),
-        "examples": made.n, "content of the examples": _content(made.images, made.labels, made.ids),
-        "seed (digest)": files.digest(repr(("stored views", made.seed)))[:16], "code": files.digest("1", *code),
-    }  # fmt: skip
+    about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision)}
+    about |= {"content of the examples": _content(made.images, made.labels, made.ids), "code": files.digest("1", *code)}
+    return about | {"examples": made.n, "seed (digest)": files.digest(repr(("stored views", made.seed)))[:16]}

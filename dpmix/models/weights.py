@@ -72,19 +72,23 @@ def fill(network: nn.Module, path: Path, dropped: str | Sequence[str] = (), by_p
     return network
 
 
+def existing(path: Path) -> Path:
+    """The path of a file of weights that is there."""
+    if not path.is_file():
+        said = f"weights={str(path)!r}: no such file; give a .safetensors file or a torch.save of tensors"
+        raise FileNotFoundError(said)
+    return path
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a file; nothing that could run code is unpickled."""
     said = f"weights={str(path)!r}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{said}: no such file; give a .safetensors file or a torch.save of tensors")
-    _compare(path, said)
+    _compare(existing(path), said)
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        remedy = "save its state_dict as safetensors"
-        raise ValueError(
-            f"{said}: refused, damaged or holding more than tensors (it could run code); {remedy}"
-        ) from error
+        why = "refused, damaged or holding more than tensors (it could run code); save its state_dict as safetensors"
+        raise ValueError(f"{said}: {why}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{said}: not a readable file of tensors; fetch or save it again") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -71,10 +71,9 @@ class Norm(nn.GroupNorm):
     gradient_rule = nn.GroupNorm
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         with torch.autocast(input.device.type, enabled=False):
-            return F.group_norm(
-                input, self.num_groups, self.weight.to(input.dtype), self.bias.to(input.dtype), self.eps
-            )
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 class _Layer(nn.Module):
@@ -153,15 +152,12 @@ def wide_resnet(
     whole("depth", depth, 10)
     near = (depth + 2) // 6 * 6
     require(depth % 6 == 4, "depth", depth, f"must be 6 k + 4; near are {near - 2} and {near + 4}")
-    whole("width", width, 1)
-    whole("num_classes", num_classes, 1)
-    whole("groups", groups, 1)
+    for name, value in dict(width=width, num_classes=num_classes, groups=groups, channels=channels).items():
+        whole(name, value, 1)
     require(16 % groups == 0, "groups", groups, "must divide 16, the channels of the first layer: 1, 2, 4, 8 or 16")
-    whole("channels", channels, 1)
+    convolution = StandardisedConv2d if weight_standardisation else nn.Conv2d
     with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
-        model = WideResNet(
-            depth, width, num_classes, groups, channels, StandardisedConv2d if weight_standardisation else nn.Conv2d
-        )
+        model = WideResNet(depth, width, num_classes, groups, channels, convolution)
     initialise(model.to_empty(device="cpu"), seed)
     return model
 
