@@ -27,11 +27,9 @@ PARTS = ("encoder", "views", "clipping", "noise")
 
 
 class Gradients(NamedTuple):
-    """The per-parameter gradient of a run, averaged over the views of an example and then over examples.
-
-    `stages` [S, P]: over the examples of each S-th part of training; `overall` [P]: over all of them. Neither clipped nor
-    noisy. P counts the weights and then the biases of the head.
-    """
+    """The per-parameter gradient of a run, averaged over the views of an example and then over examples. `stages` [S, P]:
+    over the examples of each S-th part of training; `overall` [P]: over all of them. Neither clipped nor noisy. P counts the
+    weights and then the biases of the head."""
 
     stages: Float[Tensor, "S P"]
     overall: Float[Tensor, " P"]
@@ -39,10 +37,8 @@ class Gradients(NamedTuple):
 
 def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlags | None = None) -> list[Gradients]:
     """Train the heads of `specs` privately, as ever, and look at each step's unclipped gradients; in the order of `specs`.
-
     The weights at which the gradients are taken are those of the private run. A part of training in which no example was
-    drawn has a gradient of nan. Raises ValueError for training shorter than `stages` and for networks.
-    """
+    drawn has a gradient of nan. Raises ValueError for training shorter than `stages` and for networks."""
     checks.whole("stages", stages, 1)
     groups: dict[RunSpec, list[RunSpec]] = {}
     for spec in specs:
@@ -77,12 +73,10 @@ def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> l
 def timings(
     runs: Mapping[str, Sequence[RunSpec]], *, steps: int = 4, repeats: int = 3, compute: ComputeFlags | None = None
 ) -> pd.DataFrame:
-    """Time `steps` steps of each named pass, `repeats` times, after one that is not counted; repeats alternate.
-
-    One row a pass (`method`) and repeat (`seed`): `heads`, `views` per example, `views_per_second`, `seconds` of a whole run
-    at that rate (T steps, expected batches), the shares `views`, `encoder`, `clipping`, `noise` of the time, and `floor`:
-    the views per second of the encoder alone, fed with ready-made images.
-    """
+    """Time `steps` steps of each named pass, `repeats` times, after one that is not counted; repeats alternate. One row a
+    pass (`method`) and repeat (`seed`): `heads`, `views` per example, `views_per_second`, `seconds` of a whole run at that
+    rate (T steps, expected batches), the shares `views`, `encoder`, `clipping`, `noise` of the time, and `floor`: the views
+    per second of the encoder alone, fed with ready-made images."""
     compute = compute or ComputeFlags(progress=False)
     checks.whole("steps", steps, 1)
     checks.whole("repeats", repeats, 1)

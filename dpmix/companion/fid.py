@@ -117,11 +117,9 @@ class _Pooled(nn.Module):
 
 
 def inception(weights: str | Path | None = None) -> models.Encoder:
-    """Inception-v3 as the FID uses it: 2,048 features; grey images become three equal channels.
-
-    Its weights are read from data/weights/, or from the file `weights`, as tensors only. FileNotFoundError says what to
-    fetch and where to put it; ValueError names a file that is damaged or holds something else.
-    """
+    """Inception-v3 as the FID uses it: 2,048 features; grey images become three equal channels. Its weights are read from
+    data/weights/, or from the file `weights`, as tensors only. FileNotFoundError says what to fetch and where to put it;
+    ValueError names a file that is damaged or holds something else."""
     path = WEIGHTS / FILE if weights is None else Path(weights)
     if not path.is_file():
         place = f"{network.FID_WEIGHTS_URL} and save it as data/weights/{FILE}; 'tiny-vit' works now"

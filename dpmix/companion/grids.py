@@ -36,12 +36,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The settings of a scale; those of the demo if nothing is said. Learning rates are those of a clip norm of 1; for another C
-    they are divided by C, so that a step of clipped gradients, and the noise in it, has the same length (De et al. 2022).
-
-    The demo draws each example's views once, which on the digits makes no difference (0.00 ± 0.03 points, 8 seeds, paired),
-    so that ten seeds take as long as three did.
-    """
+    """The settings of a scale; those of the demo if nothing is said. Learning rates are those of a clip norm of 1; for
+    another C they are divided by C, so that a step of clipped gradients, and the noise in it, has the same length (De et al.
+    2022). The demo draws each example's views once, which on the digits makes no difference (0.00 ± 0.03 points, 8 seeds,
+    paired), so that ten seeds take as long as three did."""
 
     dataset: str = "digits"
     models: tuple[str, ...] = ("tiny-vit", "tiny-convnext")
@@ -65,11 +63,9 @@ LAPTOP = ("cifar10", "cifar100", "eurosat", "caltech101")
 
 def preset(scale: str, dataset: str | None = None) -> Preset:
     """The settings of "demo" (digits, minutes on two cores), "laptop" (the paper's own kind of data under a frozen ImageNet
-    encoder, views encoded once, hours on two cores) or "paper" (Section 4 and Appendix C, on a GPU).
-
-    The learning rates, and the share held out to choose among them, are ours: the paper says that it searched and not
-    where. `image_size` at laptop scale was chosen once, before any private run, for what two cores encode in an hour.
-    """
+    encoder, views encoded once, hours on two cores) or "paper" (Section 4 and Appendix C, on a GPU). The learning rates, and
+    the share held out to choose among them, are ours: the paper says that it searched and not where. `image_size` at laptop
+    scale was chosen once, before any private run, for what two cores encode in an hour."""
     checks.one_of("scale", scale, SCALES)
     if scale == "demo":
         return Preset(dataset=dataset or "digits")

@@ -35,12 +35,10 @@ def fid_of_methods(
     compute: ComputeFlags | None = None,
     **asked: Any,
 ) -> pd.DataFrame:
-    """Table 7: the Fréchet distance of one epoch of a method's views to the training and to the test images.
-
-    One row a `model` (the encoder), seed, method and reference ("train", "test"): `distance` (times 1,000 where features
-    have unit norm), and `n`, the number of views. `asked`: `encoders`, `seeds` (they key the views) and `image_size`.
-    `examples` bounds how many training examples give views (None: all). Kept in the store.
-    """
+    """Table 7: the Fréchet distance of one epoch of a method's views to the training and to the test images. One row a
+    `model` (the encoder), seed, method and reference ("train", "test"): `distance` (times 1,000 where features have unit
+    norm), and `n`, the number of views. `asked`: `encoders`, `seeds` (they key the views) and `image_size`. `examples` bounds
+    how many training examples give views (None: all). Kept in the store."""
     compute = compute or ComputeFlags()
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:

@@ -116,10 +116,8 @@ def augmentations_grid(
     scale: str, p: NetworkPreset, *, counts: Any = None, eps: Any = 8, network_seeds: Any = None, **asked: Any
 ) -> list[grids.Cell]:
     """Table 5: Self-Aug with several numbers of views against DP-MixSelf (16 base views and 16 mixtures): a network from
-    scratch, and linear layers on a frozen encoder (`asked` as in `methods_grid`).
-
-    A method is named with the paper's number of views; a network of a scale with `views_cut` takes that much less.
-    """
+    scratch, and linear layers on a frozen encoder (`asked` as in `methods_grid`). A method is named with the paper's number
+    of views; a network of a scale with `views_cut` takes that much less."""
     rows = [("self-aug", n, n, 0) for n in grids.many(counts, AUGMENTATIONS, "counts")] + [("mix-self", 32, 16, 16)]
     cells = []
     for method, n, k_base, k_self in rows:
@@ -144,13 +142,10 @@ def settings(p: NetworkPreset) -> pd.DataFrame:
 
 
 def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """What microbatches spend, by PLD, in numbers: a row for each mechanism of `runs` in microbatches, and one for the paper's
-    setting (CIFAR-10, whole training set).
-
-    "accounted": ε of a movement by 2C under the noise 2σC that is added; "true": of the pair of neighbours that there is (see
-    `core.microbatch`); "enough": deviation in units of σC at which the true pair spends what is accounted; "noise for C": ε of
-    that pair had the noise been made for C.
-    """
+    """What microbatches spend, by PLD, in numbers: a row for each mechanism of `runs` in microbatches, and one for the
+    paper's setting (CIFAR-10, whole training set). "accounted": ε of a movement by 2C under the noise 2σC that is added;
+    "true": of the pair of neighbours that there is (see `core.microbatch`); "enough": deviation in units of σC at which the
+    true pair spends what is accounted; "noise for C": ε of that pair had the noise been made for C."""
     columns = ["dataset", "epsilon", "delta", "sigma", "q", "T"]
     asked = runs.loc[(runs["microbatch"] > 1) & (runs["sigma"] > 0), columns].drop_duplicates().sort_values("epsilon")
     found = [(f"these runs ({label(name)})", *rest) for name, *rest in asked.itertuples(index=False)]

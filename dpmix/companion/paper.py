@@ -120,11 +120,9 @@ def _read(name: str) -> pd.DataFrame:
 
 
 def table(n: int) -> pd.DataFrame:
-    """Table `n` (1 to 13) of the paper: one row a number, columns `TABLES[n]`, `mean` and `std`, both float64.
-
-    `std` is NaN where the paper gives none (Tables 7, 8, 9 and 13). In Table 11, `mean` holds medians. Each call reads the
-    file anew, so the frame is the caller's to change.
-    """
+    """Table `n` (1 to 13) of the paper: one row a number, columns `TABLES[n]`, `mean` and `std`, both float64. `std` is NaN
+    where the paper gives none (Tables 7, 8, 9 and 13). In Table 11, `mean` holds medians. Each call reads the file anew, so
+    the frame is the caller's to change."""
     known = isinstance(n, int) and not isinstance(n, bool) and n in TABLES
     require(known, "table", n, f"the paper has tables 1 to {len(TABLES)}")
     return _read(f"table{n}")

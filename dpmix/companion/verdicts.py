@@ -41,11 +41,9 @@ class Comparison(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """A comparison as it was measured: a difference a seed, and the standard error that the test images add.
-
-    `expected` is the sign that is claimed: +1, -1, or 0 for a comparison that nobody has made before; with `no_gain` the
-    claim is that the difference is at most `bound`.
-    """
+    """A comparison as it was measured: a difference a seed, and the standard error that the test images add. `expected` is
+    the sign that is claimed: +1, -1, or 0 for a comparison that nobody has made before; with `no_gain` the claim is that the
+    difference is at most `bound`."""
 
     values: Sequence[float]
     bound: float
@@ -185,11 +183,8 @@ def compare(
     level: float = LEVEL,
 ) -> pd.DataFrame:
     """The comparisons of a page, for each value of `per`, as one family: a row each with `published`, what `decide` finds,
-    and the verdict.
-
-    `runs` has a row a run with `method`, `seed`, `cells` and `value`, and `per` where there are several; a comparison is
-    averaged over all cells. With `ratio` differences are those of logarithms: `np.exp` of them is a ratio.
-    """
+    and the verdict. `runs` has a row a run with `method`, `seed`, `cells` and `value`, and `per` where there are several; a
+    comparison is averaged over all cells. With `ratio` differences are those of logarithms: `np.exp` of them is a ratio."""
     rows, effects = [], []
     per = [c for c in per if c in runs]
     for names, part in runs.groupby(per, sort=False) if per else [((), runs)]:

@@ -70,11 +70,9 @@ def epsilon_spent(
     neighbours: str = "join",
 ) -> float:
     """Epsilon of `steps` Poisson-subsampled Gaussian steps at the given delta: an upper bound, never negative.
-
-    `noise_multiplier` is sigma of Eq. (1): noise standard deviation over clip norm. Zero noise gives infinity, and so does
-    so little noise that the PRV accountant would need more memory than there is. `neighbours`: "join" or "change", see the
-    module. `steps=0` is not asked here: a run that released nothing has spent nothing. Raises ValueError on bad input.
-    """
+    `noise_multiplier` is sigma of Eq. (1): noise standard deviation over clip norm. Zero noise gives infinity, and so does so
+    little noise that the PRV accountant would need more memory than there is. `neighbours`: "join" or "change", see the
+    module. `steps=0` is not asked here: a run that released nothing has spent nothing. Raises ValueError on bad input."""
     about: dict[str, Any] = dict(delta=delta, sample_rate=sample_rate, steps=steps)
     check_mechanism(**about, accountant=accountant, neighbours=neighbours)
     good = isinstance(noise_multiplier, (int, float)) and math.isfinite(noise_multiplier) and noise_multiplier >= 0
@@ -240,11 +238,9 @@ def steps_for(*, n: int, batch_size: int, epochs: float) -> int:
 
 
 def poisson_batch(n: int, sample_rate: float, *, seed: rng.Seed, step: int) -> Int64[Tensor, " b"]:
-    """The ids that join step `step`: each of 0..n-1 independently with probability `sample_rate`, in order.
-
-    b is random, may be 0, and is never a divisor. Algorithm 1, line "Take a random sample". The draw of example i
-    depends on (seed, step, i) only: appending examples changes nobody else's membership. `seed=None` takes fresh entropy.
-    """
+    """The ids that join step `step`: each of 0..n-1 independently with probability `sample_rate`, in order. b is random, may
+    be 0, and is never a divisor. Algorithm 1, line "Take a random sample". The draw of example i depends on (seed, step, i)
+    only: appending examples changes nobody else's membership. `seed=None` takes fresh entropy."""
     checks.whole("n", n, 0)
     checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")
     joins = rng.generator(seed, "sample", step).random(n) < sample_rate

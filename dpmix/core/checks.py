@@ -28,10 +28,8 @@ def positive(name: str, value: Any, hint: str = "") -> None:
 
 
 def floats(instance: object, *names: str) -> None:
-    """Make the fields `names` of a frozen dataclass floats, so that 1 and 1.0 mean one thing; None stays.
-
-    Refuses anything but a finite number.
-    """
+    """Make the fields `names` of a frozen dataclass floats, so that 1 and 1.0 mean one thing; None stays. Refuses anything
+    but a finite number."""
     for name in names:
         value = getattr(instance, name)
         if value is not None:

@@ -20,11 +20,9 @@ __all__ = ["ClippedSum", "HeadSums", "clipped_gradient_sum", "clipped_head_sums"
 
 
 class HeadSums(NamedTuple):
-    """Clipped sums of R heads: `weights` [R, num_classes, D], `biases` [R, num_classes].
-
-    `norms` [b, R] are those of the averaged gradients before clipping, not finite where an example was dropped. They
-    come from private data without noise: diagnostics, not for release.
-    """
+    """Clipped sums of R heads: `weights` [R, num_classes, D], `biases` [R, num_classes]. `norms` [b, R] are those of the
+    averaged gradients before clipping, not finite where an example was dropped. They come from private data without noise:
+    diagnostics, not for release."""
 
     weights: Float[Tensor, "R num_classes D"]
     biases: Float[Tensor, "R num_classes"]

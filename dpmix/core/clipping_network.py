@@ -82,10 +82,8 @@ def clipped_gradient_sum(
 
 
 class Clipper:
-    """Adds clipped gradients of many physical batches into `total`, one flat buffer; see `clipped_gradient_sum`.
-
-    The sum over physical batches of the `loop` engine is the same to the last bit however the examples are split.
-    """
+    """Adds clipped gradients of many physical batches into `total`, one flat buffer; see `clipped_gradient_sum`. The sum over
+    physical batches of the `loop` engine is the same to the last bit however the examples are split."""
 
     def __init__(
         self,
@@ -131,11 +129,9 @@ class Clipper:
         *,
         pad_to: int = 0,
     ) -> Float[Tensor, " b"]:
-        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device.
-
-        `pad_to`: batches of fewer examples are filled up with blank ones of weight zero, so that a kernel that is chosen
-        by the size of the batch does not round the others differently when somebody joins. `loop` takes each alone.
-        """
+        """Add the clipped gradients of these examples; their norms before clipping. Does not wait for the device. `pad_to`:
+        batches of fewer examples are filled up with blank ones of weight zero, so that a kernel that is chosen by the size of
+        the batch does not round the others differently when somebody joins. `loop` takes each alone."""
         b, k = images.shape[:2]
         require(k > 0, "K", k, "an example needs at least one view")
         require(targets.shape[:2] == (b, k), "targets.shape", tuple(targets.shape), f"must begin with {(b, k)}")
@@ -208,12 +204,10 @@ class Clipper:
         return {name: each[id(p)] for name, p in self.parameters.items() if id(p) in each}
 
     def _compare_with_autograd(self, shape: torch.Size, num_classes: int) -> None:
-        """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise.
-
-        One that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all
-        examples instead of examples; one that uses a parameter without calling its layer would leave a part unclipped.
-        The weights of the copy are moved a little: zeros, as heads often start from, would hide what lies below them.
-        """
+        """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise. One
+        that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all examples
+        instead of examples; one that uses a parameter without calling its layer would leave a part unclipped. The weights of
+        the copy are moved a little: zeros, as heads often start from, would hide what lies below them."""
         draw, trial = rng.generator(0, "probe of the layers"), copy.deepcopy(self)
         trial.clip_norm, trial.fits = float("inf"), True
 

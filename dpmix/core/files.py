@@ -63,10 +63,8 @@ _UMASK = _umask()
 
 
 def write(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write `data` to `path`, atomically. `private`: only its owner reads it, and a folder that is made for it.
-
-    OSError with one clear line if the disk is full or the folder cannot be written; what was there is then untouched.
-    """
+    """Write `data` to `path`, atomically. `private`: only its owner reads it, and a folder that is made for it. OSError with
+    one clear line if the disk is full or the folder cannot be written; what was there is then untouched."""
     path = Path(path)
     temporary = None
     try:
@@ -127,10 +125,8 @@ def save_tensors(
     *,
     private: bool = False,
 ) -> None:
-    """One safetensors file: tensors, what they belong to (`spec`), `meta`, and a sha256 over all of it.
-
-    `spec` and `meta` are JSON-able. A checkpoint is `private`.
-    """
+    """One safetensors file: tensors, what they belong to (`spec`), `meta`, and a sha256 over all of it. `spec` and `meta` are
+    JSON-able. A checkpoint is `private`."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = json.dumps({"spec": spec, "meta": meta or {}}, sort_keys=True)
     data = safetensors.torch.save(tensors, {"about": about, "sha256": _checksum(tensors, about)})
@@ -140,36 +136,27 @@ def save_tensors(
 def load_tensors(
     path: Path, spec: dict[str, Any] | None = None, *, name: str = "checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and meta of a file, or None if there is none. Nothing is unpickled.
-
-    Raises `Damaged` (a ValueError) where it is not whole, ValueError naming the differences where it belongs to another
-    `spec`. `name` is the argument that errors speak of.
-    """
+    """Tensors and meta of a file, or None if there is none. Nothing is unpickled. Raises `Damaged` (a ValueError) where it is
+    not whole, ValueError naming the differences where it belongs to another `spec`. `name` is the argument that errors speak
+    of."""
     said = f"{name}={str(path)!r}"
     try:
-        tensors, about = _read(path)
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         return None
-    except Damaged as damage:
-        raise Damaged(f"{said}: damaged ({damage}); remove it to start afresh") from damage
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        tensors, about = safetensors.torch.load(data), json.loads(header["about"])
+        wrong = "" if header["sha256"] == _checksum(tensors, header["about"]) else "its checksum does not match"
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        wrong = f"it cannot be read, {type(error).__name__}"
+    if wrong:
+        raise Damaged(f"{said}: damaged ({wrong}); remove it to start afresh")
     differs = "" if spec is None else differences(about["spec"], json.loads(json.dumps(spec)))
     if differs:
         raise ValueError(f"{said}: belongs to another run ({differs}); give another path or remove it")
     return tensors, about["meta"]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of one file; raises `Damaged` with the reason unless its checksum holds."""
-    data = Path(path).read_bytes()
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])["__metadata__"]
-        tensors, about = safetensors.torch.load(data), header["about"]
-        if header["sha256"] == _checksum(tensors, about):
-            return tensors, json.loads(about)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"it cannot be read, {type(error).__name__}") from error
-    raise Damaged("its checksum does not match")
 
 
 def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -30,10 +30,8 @@ from dpmix.core.sources import encode as encode
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """One DP-SGD run on a frozen encoder. `learning_rate` is eta of Algorithm 1, applied to the mean over B.
-
-    Heads that differ in anything, be it their `identity`, have independent noise.
-    """
+    """One DP-SGD run on a frozen encoder. `learning_rate` is eta of Algorithm 1, applied to the mean over B. Heads that
+    differ in anything, be it their `identity`, have independent noise."""
 
     recipe: views.Recipe
     learning_rate: float
@@ -52,11 +50,9 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
-    """R trained heads: `weights` [R, num_classes, D], `biases` [R, num_classes], and how the pass went.
-
-    `seconds` holds the shares of encoder, views, clipping and noise. `dropped` counts the (example, head) pairs whose
-    gradient was not finite and counted as zero: a diagnostic from private data, not for release.
-    """
+    """R trained heads: `weights` [R, num_classes, D], `biases` [R, num_classes], and how the pass went. `seconds` holds the
+    shares of encoder, views, clipping and noise. `dropped` counts the (example, head) pairs whose gradient was not finite and
+    counted as zero: a diagnostic from private data, not for release."""
 
     weights: Float[Tensor, "R num_classes D"]
     biases: Float[Tensor, "R num_classes"]
@@ -99,9 +95,10 @@ def train_heads(
     every example has the same views at every step (`models.stored` keeps such views and encodes them once)."""
     checks.require(len(heads) > 0, "heads", len(heads), "must hold at least one head")
     recipes, seed = [head.recipe for head in heads], _seed(seed, training.get("checkpoint"))
-    source = FreshViews(encoder, images, labels, recipes, num_classes=num_classes, seed=seed, public=public, ids=ids,
-                        redraw=redraw, device=device)  # fmt: skip
-    return train(source, heads, seed=seed, **training)
+    about: dict[str, Any] = dict(
+        num_classes=num_classes, seed=seed, public=public, ids=ids, redraw=redraw, device=device
+    )
+    return train(FreshViews(encoder, images, labels, recipes, **about), heads, seed=seed, **training)
 
 
 def train(
@@ -140,21 +137,18 @@ def train(
     device, union = source.device, source.union
     rows = {r: row for r, row in zip(union.recipes, union.weights, strict=True)}
     view_weights = torch.stack([rows[h.recipe] for h in heads]).to(device, torch.float32)
-    clip_norms, rates, momenta = (
-        torch.tensor(v, device=device)
-        for v in zip(*((h.clip_norm, h.learning_rate / expected_batch, h.momentum) for h in heads), strict=True)
-    )
+    each = [(h.clip_norm, h.learning_rate / expected_batch, h.momentum) for h in heads]
+    clip_norms, rates, momenta = (torch.tensor(v, device=device) for v in zip(*each, strict=True))
     weights = torch.zeros(len(heads), source.num_classes, source.dim, device=device)
     biases = torch.zeros(len(heads), source.num_classes, device=device)
     if initial is not None:
         weights, biases = weights + initial[0].to(device), biases + initial[1].to(device)
-    told = {
-        "heads": f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})", "encoder": source.name, "n": source.n,
-        "num_classes": source.num_classes, "expected_batch": expected_batch, "sample_rate": sample_rate, "steps": steps,
-        "seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16], "identity (digest)": files.digest(identity)[:16],
-        **(spec or {}),
-    }  # fmt: skip
     run = (source.name, source.num_classes, expected_batch, sample_rate, steps, identity)
+    names = ("encoder", "num_classes", "expected_batch", "sample_rate", "steps")
+    told: dict[str, Any] = dict(zip(names, run, strict=False)) | {"n": source.n}
+    told["heads"] = f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})"
+    told["seed (digest)"] = files.digest(repr(("dpmix checkpoint", seed)))[:16]
+    told |= {"identity (digest)": files.digest(identity)[:16], **(spec or {})}
     streams = [files.digest(repr((run, head))) for head in heads]
     moving = (torch.zeros_like(weights), torch.zeros_like(biases)) if any(momenta) else None
     state = _State(weights, biases, moving)
@@ -165,35 +159,31 @@ def train(
     try:
         while state.step < steps:
             chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=state.step)
+            now, dropped = (state.weights, state.biases), 0
             gradient = torch.zeros_like(state.weights), torch.zeros_like(state.biases)
-            dropped = 0
             for part in chosen.split(physical_batch) if len(chosen) else ():
                 features, targets = source.batch(part, state.step)
                 tick = time.perf_counter()
                 if observe is not None:
-                    observe(state.step, features, targets, state.weights, state.biases)
+                    observe(state.step, features, targets, *now)
                 if len(part) < physical_batch:
                     padding = (0, 0) * 2 + (0, physical_batch - len(part))
                     features, targets = F.pad(features, padding), F.pad(targets, padding)
-                sums = clipping.clipped_head_sums(
-                    features, targets, state.weights, state.biases, clip_norms, view_weights,
-                    present=len(part),
-                )  # fmt: skip
+                sums = clipping.clipped_head_sums(features, targets, *now, clip_norms, view_weights, len(part))
                 gradient[0].add_(sums.weights)
                 gradient[1].add_(sums.biases)
                 dropped += int((~sums.norms.isfinite()).sum())
                 lap(state.seconds, "clipping", tick)
             tick = time.perf_counter()
             _add_noise(*gradient, heads, streams, seed, state.step)
-            moving = None if state.moving is None else (
-                momenta[:, None, None] * state.moving[0] + gradient[0], momenta[:, None] * state.moving[1] + gradient[1]
-            )  # fmt: skip
-            weights, biases = gradient if moving is None else moving
-            state = replace(
-                state, step=state.step + 1, views=state.views + len(chosen) * union.views, dropped=state.dropped + dropped,
-                weights=state.weights - rates[:, None, None] * weights, biases=state.biases - rates[:, None] * biases,
-                moving=moving,
-            )  # fmt: skip
+            weights, biases = gradient
+            if state.moving is not None:
+                weights = momenta[:, None, None] * state.moving[0] + weights
+                biases = momenta[:, None] * state.moving[1] + biases
+            moving = None if state.moving is None else (weights, biases)
+            weights, biases = now[0] - rates[:, None, None] * weights, now[1] - rates[:, None] * biases
+            seen = state.step + 1, state.views + len(chosen) * union.views, state.dropped + dropped
+            state = _State(weights, biases, moving, *seen, state.seconds)
             lap(state.seconds, "noise", tick)
             bar.update()
             due = state.step == steps or time.monotonic() - saved > checkpoint_seconds
@@ -206,10 +196,8 @@ def train(
         raise
     finally:
         bar.close()
-    return Bank(
-        weights=state.weights.cpu(), biases=state.biases.cpu(), views=state.views, seconds=_clocks(state, source),
-        dropped=state.dropped,
-    )  # fmt: skip
+    went: dict[str, Any] = dict(views=state.views, seconds=_clocks(state, source), dropped=state.dropped)
+    return Bank(weights=state.weights.cpu(), biases=state.biases.cpu(), **went)
 
 
 def _seed(seed: rng.Seed, checkpoint: Path | None) -> int:
@@ -233,9 +221,8 @@ def _checked(
     for head in heads:
         known = head.recipe in source.union.recipes
         checks.require(known, "heads", head.recipe, "is no recipe of the source; give it to the source too")
-    checks.whole("physical_batch", physical_batch, 1)
-    checks.whole("expected_batch", expected_batch, 1)
-    checks.whole("steps", steps, 1)
+    for name, value in dict(physical_batch=physical_batch, expected_batch=expected_batch, steps=steps).items():
+        checks.whole(name, value, 1)
     if sample_rate is None:
         allowed = f"must be at most the {source.n} training examples"
         checks.require(expected_batch <= source.n, "expected_batch", expected_batch, allowed)

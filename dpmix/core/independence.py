@@ -56,9 +56,8 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
     """
     size = sum(p.numel() for p in model.parameters())
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    noise = torch.from_numpy(rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape))).to(
-        like
-    )
+    draws = rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape))
+    noise = torch.from_numpy(draws).to(like)
     with _quietly(noise.device):
         trial = copy.deepcopy(model)
         if not bool(trial(noise[:2]).isfinite().all()):
@@ -105,11 +104,10 @@ def _same_among_others(model: nn.Module, noise: Float[Tensor, "n ..."]) -> bool:
     alike), and whether an image alone comes out nearly the same (they do not)."""
     together, others = model(noise), 1 - noise
     odd = torch.arange(len(noise), device=noise.device) % 2 == 1
-    stay = [
-        _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others))[keep], together[keep], 1e-6)
-        for keep in (odd, ~odd)
-    ]
-    return all(stay) and all(_close(model(x[None])[0], y, 2**-6) for x, y in zip(noise, together, strict=True))
+    for keep in (odd, ~odd):
+        if not _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others))[keep], together[keep], 1e-6):
+            return False
+    return all(_close(model(x[None])[0], y, 2**-6) for x, y in zip(noise, together, strict=True))
 
 
 def _where(model: nn.Module, noise: Float[Tensor, "n ..."]) -> str:
@@ -118,9 +116,8 @@ def _where(model: nn.Module, noise: Float[Tensor, "n ..."]) -> str:
     for images in (noise, noise[:1]):
         runs.append([])
         note: Callable = partial(_note, runs[-1])
-        hooks = [
-            m.register_forward_hook(partial(note, name)) for name, m in model.named_modules() if not [*m.children()]
-        ]
+        leaves = [(name, m) for name, m in model.named_modules() if not [*m.children()]]
+        hooks = [m.register_forward_hook(partial(note, name)) for name, m in leaves]
         model(images)
         for hook in hooks:
             hook.remove()

@@ -87,11 +87,10 @@ def without_rule(model: nn.Module) -> str:
 
 @contextmanager
 def recording(model: nn.Module, b: int, each: dict[int, Tensor]) -> Iterator[None]:
-    """Inside, a backward through `model` fills `each` with per-example gradients [b, numel], keyed by id(parameter).
-
-    The parameters ask for no gradient meanwhile, so that the batch's own weight gradients are not computed as well.
-    """
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    """Inside, a backward through `model` fills `each` with per-example gradients [b, numel], keyed by id(parameter). The
+    parameters ask for no gradient meanwhile, so that the batch's own weight gradients are not computed as well."""
+    owners = [p for p in model.parameters() if p.requires_grad]
+    trained = {id(p) for p in owners}
 
     def record(name: str, layer: nn.Module, x: Tensor, version: int, g: Tensor) -> None:
         if len(g) % b or len(x) != len(g) or x._version != version:
@@ -112,7 +111,6 @@ def recording(model: nn.Module, b: int, each: dict[int, Tensor]) -> Iterator[Non
 
     layers = [(n, m) for n, m in model.named_modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
     hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers]
-    owners = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in owners:
             p.requires_grad_(False)

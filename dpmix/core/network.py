@@ -171,9 +171,8 @@ class _Run:
         # Row r of the table: the places (rows of `images`, or -1) of unit r, which is an example or a microbatch.
         self.table = torch.arange(n)[:, None]
         if m.microbatch > 1:
-            self.table = micro.microbatch_partition(
-                n if m.places is None else m.places, m.microbatch, seed=seed, ids=self.ids
-            )
+            places = n if m.places is None else m.places
+            self.table = micro.microbatch_partition(places, m.microbatch, seed=seed, ids=self.ids)
         # Neighbours share the noise of a step, runs with other settings never do: it is keyed by the mechanism.
         self.noise_key = json.dumps(asdict(m), sort_keys=True)
         weights = torch.cat([p.detach().reshape(-1).to(clipper.total.dtype) for p in clipper.parameters.values()])
@@ -283,10 +282,8 @@ def noise_of(
     parameters: dict[str, nn.Parameter], deviation: Number, *, seed: int, step: int, identity: str = ""
 ) -> Float[Tensor, " size"]:
     """The noise of a step, flat, float64: N(0, deviation^2), from the stream (seed, "noise", step, identity, name).
-
-    `identity` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference
-    of their weights would be free of it.
-    """
+    `identity` tells runs apart: two runs with one seed and other hyperparameters must not share noise, or the difference of
+    their weights would be free of it."""
     draws = [rng.standard_noise((p.numel(),), identity, name, seed=seed, step=step) for name, p in parameters.items()]
     return torch.from_numpy(np.concatenate(draws)) * deviation
 

@@ -57,9 +57,8 @@ class Mechanism:
 
     def epsilon_spent(self, delta: float, steps: int) -> float:
         """Epsilon after so many of the steps."""
-        return accounting.epsilon_spent(
-            noise_multiplier=self.noise_multiplier, delta=delta, sample_rate=self.sample_rate, steps=steps
-        )
+        noise, q = self.noise_multiplier, self.sample_rate
+        return accounting.epsilon_spent(noise_multiplier=noise, delta=delta, sample_rate=q, steps=steps)
 
 
 def check_arguments(
@@ -97,18 +96,17 @@ def check_model(model: nn.Module, images: views.Images, num_classes: int) -> Non
     except RuntimeError as error:
         shape, why = tuple(images.shape[1:]), str(error).splitlines()[0]
         raise ValueError(f"images: the model does not take images of shape {shape} ({why})") from None
-    require(
-        answer == (3, num_classes), "num_classes", num_classes, f"the model answers three images with shape {answer}"
-    )
+    said = f"the model answers three images with shape {answer}"
+    require(answer == (3, num_classes), "num_classes", num_classes, said)
     check_network(model, tuple(images.shape[1:]))
 
 
 def check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Refuse a model that has written to a buffer: what it keeps there is neither clipped nor noised."""
     now = model.state_dict()
+    said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
     for name, t in before.items():
         if not torch.equal(now[name], t):
-            said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
             raise ValueError(f"model: {name!r} {said}")
 
 

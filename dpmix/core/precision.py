@@ -19,12 +19,10 @@ _lock, _inside, _before = threading.Lock(), 0, [""]
 
 @contextmanager
 def full(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on `device` keep float32's 24 bits and float64's are float64's.
-
-    Autocast is a thread's own; the other flags are the process's, so that threads that are inside at once share them: the
-    first switches them off, the last puts them back. Costs microseconds. Raises RuntimeError where products stay rounded
-    all the same (by an environment variable of a library, say).
-    """
+    """Inside, float32 products on `device` keep float32's 24 bits and float64's are float64's. Autocast is a thread's own;
+    the other flags are the process's, so that threads that are inside at once share them: the first switches them off, the
+    last puts them back. Costs microseconds. Raises RuntimeError where products stay rounded all the same (by an environment
+    variable of a library, say)."""
     global _inside
     with _lock:
         if not _inside:

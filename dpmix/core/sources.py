@@ -8,7 +8,7 @@ Privacy does not care: in both cases the views of example i depend on example i 
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,10 +22,8 @@ Scaling = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What training needs of a frozen encoder: `models.Encoder` has it.
-
-    `features`: images float [n, C, H, W] in 0..1 -> float [n, `dim`], row i a function of image i alone.
-    """
+    """What training needs of a frozen encoder: `models.Encoder` has it. `features`: images float [n, C, H, W] in 0..1 ->
+    float [n, `dim`], row i a function of image i alone."""
 
     @property
     def features(self) -> Callable[[Tensor], Tensor]: ...
@@ -42,12 +40,10 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Encoded views of `n` examples. `name` says what they are, and keeps the noise of runs on other views apart;
-    `seconds` counts what they cost, by kind of work; features and targets are on `device`.
-
-    `batch(places [b], step)`: features float32 [b, K, D] and targets [b, K, num_classes] of the union's views, row i a
-    function of example places[i], of public images and of (seed, step) alone.
-    """
+    """Encoded views of `n` examples. `name` says what they are, and keeps the noise of runs on other views apart; `seconds`
+    counts what they cost, by kind of work; features and targets are on `device`. `batch(places [b], step)`: features float32
+    [b, K, D] and targets [b, K, num_classes] of the union's views, row i a function of example places[i], of public images
+    and of (seed, step) alone."""
 
     n: int
     dim: int
@@ -61,12 +57,10 @@ class Source(Protocol):
 
 
 class FreshViews:
-    """Views made and encoded anew whenever they are asked for.
-
-    `ids` name the examples for the keyed randomness (their places, by default). `redraw=False` keys the views without the
-    step: an example has the same ones at every step. `scaling`, a mean and a scale of public images [D], is taken off
-    the features and divided by. Raises ValueError on bad input, before any work.
-    """
+    """Views made and encoded anew whenever they are asked for. `ids` name the examples for the keyed randomness (their
+    places, by default). `redraw=False` keys the views without the step: an example has the same ones at every step.
+    `scaling`, a mean and a scale of public images [D], is taken off the features and divided by. Raises ValueError on bad
+    input, before any work."""
 
     def __init__(
         self,
@@ -87,12 +81,11 @@ class FreshViews:
         allowed = f"must have as many examples as labels ({n}), and at least 1"
         checks.require(len(images) == n > 0, "images", len(images), allowed)
         as_float(images[:0])  # refuses what is neither bytes nor floats
-        checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1],
-                       f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels")  # fmt: skip
+        takes = f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels"
+        checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1], takes)
+        allowed = f"must lie in 0..{num_classes - 1}, by num_classes"
         for worst in (int(labels.min()), int(labels.max())):
-            checks.require(
-                0 <= worst < num_classes, "labels", worst, f"must lie in 0..{num_classes - 1}, by num_classes"
-            )
+            checks.require(0 <= worst < num_classes, "labels", worst, allowed)
         if any(r.k_diff for r in recipes):
             views.check_public(public, tuple(images.shape[1:]), num_classes)
         self.n, self.dim, self.num_classes, self.device = n, encoder.dim, num_classes, torch.device(device)
@@ -106,8 +99,8 @@ class FreshViews:
     def made(self, places: Int64[Tensor, " b"], step: int) -> views.Views:
         """The union's views of these examples, not yet encoded."""
         images, labels = self.images[places].to(self.device), self.labels[places].to(self.device)
-        return self.union.make(images, labels, self.ids[places], num_classes=self.num_classes, seed=self.seed,
-                               step=step if self.redraw else None, public=self.public)  # fmt: skip
+        about: dict[str, Any] = dict(num_classes=self.num_classes, seed=self.seed, public=self.public)
+        return self.union.make(images, labels, self.ids[places], step=step if self.redraw else None, **about)
 
     def batch(self, places: Int64[Tensor, " b"], step: int) -> tuple[Tensor, Tensor]:
         tick = time.perf_counter()

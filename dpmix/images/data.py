@@ -101,10 +101,8 @@ def _report(name: str, copies: Copies, odd: dict[str, list[int]], called: Callab
 
 
 def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing | Splits:
-    """The files of a data set, which are on disk but have not been opened; of digits and CIFAR the images themselves.
-
-    Raises as `load`, but for what only decoding can tell.
-    """
+    """The files of a data set, which are on disk but have not been opened; of digits and CIFAR the images themselves. Raises
+    as `load`, but for what only decoding can tell."""
     root = Path(root).expanduser()
     if name.startswith("folder:"):
         return list_folder(Path(name.removeprefix("folder:")).expanduser())
@@ -139,21 +137,18 @@ def load(
 ) -> Splits:
     """Training and test set of a data set: always the same images in the same order.
 
-    Args:
-        name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE
-            (then a fifth of each class becomes the test set).
-        root: where the named data sets lie, each in the layout that torchvision expects; CIFAR also as class folders.
-        image_size: side of the square to which image files are resized and cropped. None: as they are if all have the
-            same size, else 224. Digits and CIFAR keep their own size.
-        download: let torchvision fetch what is missing (Python 3.11.4 or later).
-        cache: folder for decoded images (`dpmix.images.image_cache`).
+    Args: name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE (then a
+    fifth of each class becomes the test set). root: where the named data sets lie, each in the layout that torchvision
+    expects; CIFAR also as class folders. image_size: side of the square to which image files are resized and cropped. None:
+    as they are if all have the same size, else 224. Digits and CIFAR keep their own size. download: let torchvision fetch
+    what is missing (Python 3.11.4 or later). cache: folder for decoded images (`dpmix.images.image_cache`).
 
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
 
-    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that
-    are left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives
-    are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that are
+    left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives are
+    unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
     """
     if image_size is not None:
         whole("image_size", image_size, 1)
@@ -179,10 +174,8 @@ def opened(name: str, found: Listing, *, image_size: int | None = None, cache: P
 
 
 def folder_name(class_name: str) -> str:
-    """The folder of a class below `synthetic/NAME/`: slashes (SUN397's "a/abbey") become underscores.
-
-    ValueError for a name that is no folder inside another one.
-    """
+    """The folder of a class below `synthetic/NAME/`: slashes (SUN397's "a/abbey") become underscores. ValueError for a name
+    that is no folder inside another one."""
     name = class_name.replace("/", "_").replace("\\", "_")
     require(name not in ("", ".", "..") and "\0" not in name, "class_names", class_name, "cannot name a folder")
     return name
@@ -217,9 +210,8 @@ def public_images(
     For digits the shipped `data/public/synthetic_digits.npz`, else the image files in `ROOT/synthetic/NAME/CLASS/`
     (`PATH/synthetic/CLASS/` for `folder:PATH`), where CLASS is `folder_name(class name)`.
 
-    Args:
-        like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
-            folders and the images keep their size.
+    Args: like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
+    folders and the images keep their size.
 
     Raises FileNotFoundError if there are none, ValueError that names the classes without any.
     """

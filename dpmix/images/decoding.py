@@ -64,13 +64,10 @@ def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[UInt8[n
 def of_image(
     image: Image.Image, height: int, width: int, channels: int
 ) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
-    """Its pixels, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first
-    of several taken).
-
-    An image of another size is resized (bicubic, until it covers the wanted size), then cropped at its centre; a strip is
-    cut to its middle before that, so that memory stays bounded. Raises ValueError for more than 8 bits a channel, and
-    whatever Pillow raises.
-    """
+    """Its pixels, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first of
+    several taken). An image of another size is resized (bicubic, until it covers the wanted size), then cropped at its
+    centre; a strip is cut to its middle before that, so that memory stays bounded. Raises ValueError for more than 8 bits a
+    channel, and whatever Pillow raises."""
     done = []
     deep = any(bits in str(tile) for tile in getattr(image, "tile", ()) for bits in (";16", ";12"))
     require(image.mode in GREY + COLOUR and not deep, "mode", image.mode, "not 8 bits a channel")  # cut to a byte else

@@ -22,10 +22,8 @@ _PARTS = ("train", "test", "val", "valid", "validation", "training", "testing")
 
 
 def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of training and test set, ascending: n_train = floor((1 - test_fraction)·n), each class in proportion.
-
-    Keyed by `(SPLIT_SEED, "split", name, class)`. What rounding leaves goes to the classes with the largest remainder.
-    """
+    """Ids of training and test set, ascending: n_train = floor((1 - test_fraction)·n), each class in proportion. Keyed by
+    `(SPLIT_SEED, "split", name, class)`. What rounding leaves goes to the classes with the largest remainder."""
     counts = np.bincount(labels)
     test_total = len(labels) - int(len(labels) * (1 - test_fraction) + 1e-9)
     quota = counts * test_total / len(labels)
@@ -64,10 +62,8 @@ KNOWN = {
 
 
 class Listing(NamedTuple):
-    """Image files inside `base`: the first `train` of them are for training, the others for testing.
-
-    `left_out` counts, by suffix, the files that are not taken.
-    """
+    """Image files inside `base`: the first `train` of them are for training, the others for testing. `left_out` counts, by
+    suffix, the files that are not taken."""
 
     base: Path
     files: list[Path]
@@ -94,11 +90,8 @@ def hidden(name: str) -> bool:
 
 
 def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
-    """`base/CLASS/**/IMAGE`, without what is `hidden`, at every level, and without the class folders `but`.
-
-    Raises ValueError for links to folders (they lead out of `base` or round in circles) and for the name of a class that
-    is no UTF-8.
-    """
+    """`base/CLASS/**/IMAGE`, without what is `hidden`, at every level, and without the class folders `but`. Raises ValueError
+    for links to folders (they lead out of `base` or round in circles) and for the name of a class that is no UTF-8."""
     found = Found([], [], [], Counter(), [])
     with os.scandir(base) as entries:
         top = sorted((e.name, e.is_dir()) for e in entries if not hidden(e.name) and e.name not in but)
@@ -141,11 +134,8 @@ def _refuse_link(folder: Path) -> None:
 
 def list_folder(base: Path) -> Listing:
     """`base/train/CLASS/IMAGE` and `base/test/CLASS/IMAGE` with the same classes in both; or `base/CLASS/IMAGE`, where a
-    fifth of each class becomes the test set (`stratified_split`).
-
-    Raises ValueError where classes differ or are empty, or where the folders are one level too deep; FileNotFoundError
-    where a part is absent. Warns of files that are left out.
-    """
+    fifth of each class becomes the test set (`stratified_split`). Raises ValueError where classes differ or are empty, or
+    where the folders are one level too deep; FileNotFoundError where a part is absent. Warns of files that are left out."""
     name = f"folder:{base}"
     if not base.is_dir():
         raise FileNotFoundError(f"dataset={name!r}: no such folder; wanted are train/CLASS/IMAGE and test/CLASS/IMAGE")

@@ -36,13 +36,10 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def overlap(private: ImageSet, public: ImageSet, *, likeness: float = 0.995, difference: float = 10.0) -> Overlap:
-    """Public images that are copies, or nearly, of private ones.
-
-    Exact: same shape and pixels. Near: outlines on a grid of 8 × 8 greys are correlated by 0.99 or more, and those on
-    16 × 16 colours by `likeness` or more, and differ on average by at most `difference` of 255 levels. That finds
-    copies that were resized, encoded again or made slightly noisy; not mirrored or shifted ones, nor images without
-    contrast. Two different digits of scikit-learn are correlated by at most 0.9942.
-    """
+    """Public images that are copies, or nearly, of private ones. Exact: same shape and pixels. Near: outlines on a grid of 8
+    × 8 greys are correlated by 0.99 or more, and those on 16 × 16 colours by `likeness` or more, and differ on average by at
+    most `difference` of 255 levels. That finds copies that were resized, encoded again or made slightly noisy; not mirrored
+    or shifted ones, nor images without contrast. Two different digits of scikit-learn are correlated by at most 0.9942."""
     known: dict[str, list[int]] = {}
     if private.images.shape[1:] == public.images.shape[1:]:
         for i, image in enumerate(private.images):

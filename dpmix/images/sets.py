@@ -12,11 +12,9 @@ from dpmix.core.checks import require
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images. `images` may lie over a memory map: index it, do not copy it needlessly.
-
-    `class_names[labels[i]]` names the class of image i. `flip` says whether a mirrored image keeps its label (false for
-    digits). Raises ValueError for any other dtype or shape, for labels that do not fit and for repeated class names.
-    """
+    """Labelled images. `images` may lie over a memory map: index it, do not copy it needlessly. `class_names[labels[i]]`
+    names the class of image i. `flip` says whether a mirrored image keeps its label (false for digits). Raises ValueError for
+    any other dtype or shape, for labels that do not fit and for repeated class names."""
 
     images: Tensor  # uint8 [n, C, H, W]
     labels: Tensor  # int64 [n]

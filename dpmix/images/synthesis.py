@@ -55,25 +55,21 @@ def generate(
 ) -> Path:
     """Pictures of class names by a text-to-image pipeline, as an image folder: `folder`/CLASS/00000.png, ...
 
-    Args:
-        pipeline: a pipeline of diffusers, or the name or folder of one on disk (nothing is downloaded; `revision` picks
-            one of several). The pipeline must be public: never fine-tuned on the private images.
-        n_per_class: None makes as many images as the training set `like` has, as the paper does, rounded up per class.
-            Only its size counts: following the private images of each class instead would spend privacy.
-        prompt: text with one {} for the class name as words (`words`).
-        guidance_scale: 1 is without guidance, as in the paper.
-        steps: denoising steps.
-        height, width: pixels; the pipeline's own by default.
-        dtype: what to compute in, such as torch.bfloat16; as it is by default.
+    Args: pipeline: a pipeline of diffusers, or the name or folder of one on disk (nothing is downloaded; `revision` picks one
+    of several). The pipeline must be public: never fine-tuned on the private images. n_per_class: None makes as many images
+    as the training set `like` has, as the paper does, rounded up per class. Only its size counts: following the private
+    images of each class instead would spend privacy. prompt: text with one {} for the class name as words (`words`).
+    guidance_scale: 1 is without guidance, as in the paper. steps: denoising steps. height, width: pixels; the pipeline's own
+    by default. dtype: what to compute in, such as torch.bfloat16; as it is by default.
 
-    Image i of a class starts from the noise of `(seed, "image", class name, i)`. `manifest.json` says how all were made.
-    A call that was cut short goes on where it stopped, with the very images that it would have made: batches lie at
-    fixed places and a batch with an image missing is made again. Returns `folder`.
+    Image i of a class starts from the noise of `(seed, "image", class name, i)`. `manifest.json` says how all were made. A
+    call that was cut short goes on where it stopped, with the very images that it would have made: batches lie at fixed
+    places and a batch with an image missing is made again. Returns `folder`.
 
-    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if
-    there is no such pipeline on disk; RuntimeError if an image fails eight times. What the pipeline's safety checker has
-    blackened, or what is not finite or of one colour, is drawn again with `(seed, "image", class name, i, attempt)`; the
-    manifest lists it, and a warning counts it.
+    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there is
+    no such pipeline on disk; RuntimeError if an image fails eight times. What the pipeline's safety checker has blackened, or
+    what is not finite or of one colour, is drawn again with `(seed, "image", class name, i, attempt)`; the manifest lists it,
+    and a warning counts it.
     """
     class_names = tuple(class_names)
     places = [folder_name(name) for name in class_names]
@@ -198,9 +194,8 @@ def _plain(config: Any) -> dict:
 
 
 def _claim(folder: Path, manifest: dict) -> dict[str, int]:
-    """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path).
-
-    Returns which of its images were drawn again."""
+    """Write the manifest into a fresh folder; in a used one, refuse a run that is not the same (but for the path). Returns
+    which of its images were drawn again."""
     path = folder / "manifest.json"
     if path.is_file():
         try:

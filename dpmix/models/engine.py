@@ -152,8 +152,10 @@ class Compiled:
                 return self._fallback(images)
             found: list[Any] = [None] * len(parts)
             for place, part in enumerate(parts):
-                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())  # they live as long as it runs:
-                queue.start_async(pixels, (found, place, pixels), share_inputs=True)
+                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())
+                queue.start_async(
+                    pixels, (found, place, pixels), share_inputs=True
+                )  # the pixels live as long as it runs
             queue.wait_all()
         return torch.from_numpy(np.concatenate(found))[: len(images)]
 
@@ -203,9 +205,10 @@ def _queue(frozen: Frozen, example: Tensor, dtype: torch.dtype) -> Any:
         model = front.convert(front.load(decoder))
     model.reshape({model.inputs[0]: list(example.shape)})
     threads = torch.get_num_threads()
-    how = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "THROUGHPUT"}
-    how |= {"NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)}
-    queue = openvino.AsyncInferQueue(_openvino().compile_model(model, "CPU", how), 2 * threads)
+    compiled = _openvino().compile_model(model, "CPU", {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)})  # fmt: skip
+    queue = openvino.AsyncInferQueue(compiled, 2 * threads)
 
     def keep(request: Any, about: tuple[list[Any], int, Any]) -> None:
         about[0][about[1]] = request.get_output_tensor(0).data.copy()

@@ -88,10 +88,8 @@ def build(name: str) -> nn.Module:
 
 
 def initialise(network: nn.Module, seed: int, name: str) -> nn.Module:
-    """Fill every parameter, keyed by the network's name.
-
-    Matrices and kernels are normal with variance 1/fan-in, gains one, the rest zero.
-    """
+    """Fill every parameter, keyed by the network's name. Matrices and kernels are normal with variance 1/fan-in, gains one,
+    the rest zero."""
     stream = rng.generator(seed, "initial", name)
     with torch.no_grad():
         for parameter, value in network.named_parameters():
