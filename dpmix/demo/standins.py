@@ -28,9 +28,8 @@ from dpmix import __version__, models
 from dpmix.core import files
 from dpmix.core.checks import require, whole
 from dpmix.demo import generator, glyphs, pretraining
-from dpmix.images.data import PUBLIC, Splits
+from dpmix.images.data import PUBLIC, Splits, public_file
 from dpmix.models.encoders import TINY, Encoder
-from dpmix.models.weights import public_file
 
 SEED = 0
 ENCODER_STEPS, GENERATOR_STEPS, CHARACTERS, PER_DIGIT = 3000, 1500, 36_000, 150

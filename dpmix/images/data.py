@@ -47,9 +47,8 @@ def _load_digits() -> Splits:
     labels = raw.target.astype(np.int64)
     train, test = stratified_split(labels, "digits")
     whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"), flip=False)
-    return Splits(
-        whole.subset(train), whole.subset(test), _digest(name="digits", images=images, labels=labels, test=test)
-    )
+    digest = _digest(name="digits", images=images, labels=labels, test=test)
+    return Splits(whole.subset(train), whole.subset(test), digest)
 
 
 NAMES = ("digits", *KNOWN, "folder:PATH")
@@ -91,11 +90,8 @@ def _report(name: str, copies: Copies, odd: dict[str, list[int]], called: Callab
             f"training image ({some}); the guarantee covers each copy alone"
             f"{', and test accuracy is too high' * bool(copies.test)}; not for release"
         ]
-    told += [
-        f"{len(odd[what]):,} images ({', '.join(map(called, odd[what][:3]))}) {said}"
-        for what, said in ODDITIES.items()
-        if odd.get(what)
-    ]
+    for what in (what for what in ODDITIES if odd.get(what)):
+        told += [f"{len(odd[what]):,} images ({', '.join(map(called, odd[what][:3]))}) {ODDITIES[what]}"]
     for line in told:
         warnings.warn(f"dataset={name!r}: {line}", stacklevel=4)
 
@@ -112,11 +108,9 @@ def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing
     known, place = KNOWN[name], where(name, root)
     if not download and not place.is_dir():
         plain = f" (or put train/CLASS/IMAGE and test/CLASS/IMAGE into {root / known.plain})" if known.plain else ""
-        raise FileNotFoundError(
-            f"dataset={name!r}: {known.title} is not on disk; get it from {known.page} and unpack it to "
-            f"{root / known.folder}{plain}, or pass download=True; "
-            "works now: papermill notebooks/table3.ipynb -p dataset digits"
-        )
+        get = f"get it from {known.page} and unpack it to {root / known.folder}{plain}, or pass download=True"
+        works = "works now: papermill notebooks/table3.ipynb -p dataset digits"
+        raise FileNotFoundError(f"dataset={name!r}: {known.title} is not on disk; {get}; {works}")
     # Older ones write wherever the names in an archive point to, and torchvision lets them.
     said = "this Python does not check names in archives; take 3.11.4 or later, or unpack the archive by hand"
     require(not download or hasattr(tarfile, "data_filter"), "download", True, said)
@@ -195,10 +189,8 @@ def find_public(name: str, root: PathLike = ROOT) -> Path:
         one_of("dataset", name, NAMES)
     base = synthetic_folder(name, root)
     if name != "digits" and not base.is_dir():
-        raise FileNotFoundError(
-            f"dataset={name!r}: no synthetic images in {base}/CLASS/; make them with dpmix.images.synthesis.generate, "
-            "or choose a method without them (k_diff=0)"
-        )
+        remedy = "make them with dpmix.images.synthesis.generate, or choose a method without them (k_diff=0)"
+        raise FileNotFoundError(f"dataset={name!r}: no synthetic images in {base}/CLASS/; {remedy}")
     return base
 
 
@@ -246,16 +238,20 @@ def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, wh
     require(not missing, "dataset", name, f"{len(missing)} classes have no synthetic images in {where}: {told}")
 
 
+def public_file(name: str, folder: Path = PUBLIC) -> Path:
+    """Path of a shipped stand-in after comparing its sha256 with the one in its sidecar JSON."""
+    path, sidecar = folder / name, (folder / name).with_suffix(".json")
+    remedy = "restore it with `git checkout data/public` or rebuild it with notebooks/public_standins"
+    for needed in (path, sidecar):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed.name}: missing from {folder}; {remedy}")
+    found, recorded = hashlib.sha256(path.read_bytes()).hexdigest(), json.loads(sidecar.read_text())["sha256"]
+    require(found == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
+    return path
+
+
 def _synthetic_digits() -> ImageSet:
-    path = PUBLIC / "synthetic_digits.npz"
-    if not path.is_file() or not path.with_suffix(".json").is_file():
-        raise FileNotFoundError(
-            f"{path} or its .json is missing: run notebooks/public_standins, or restore it from git"
-        )
-    wanted = json.loads(path.with_suffix(".json").read_text())["sha256"]
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    remedy = f"the record beside it says {wanted[:12]}; restore it from git, or run notebooks/public_standins"
-    require(found == wanted, str(path), f"sha256 {found[:12]}", remedy)
+    path = public_file("synthetic_digits.npz", PUBLIC)
     with np.load(path, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     public = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"), flip=False)

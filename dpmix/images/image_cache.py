@@ -85,9 +85,8 @@ def _inside(base: Path, files: Sequence[Path]) -> None:
     real = base.resolve()
     doubtful = [*{f.parent for f in files}, *(f for f in files if f.is_symlink())]
     strays = [str(f) for f in doubtful if not f.resolve().is_relative_to(real)]
-    require(
-        not strays, "dataset", str(base), f"{len(strays)} paths leave this folder, such as {strays[:1]}; remove them"
-    )
+    said = f"{len(strays)} paths leave this folder, such as {strays[:1]}; remove them"
+    require(not strays, "dataset", str(base), said)
 
 
 def printable(name: str | Path) -> str:
@@ -210,15 +209,10 @@ def _write(
     for i, (_, _, done, _) in enumerate(told):
         for what in done:
             odd.setdefault(what, []).append(i)
-    shape = (len(files), depth, height, width)
-    record = {
-        "listing": listing,
-        "shape": shape,
-        "pixels": _checksum(entry.with_suffix(".u8")),
-        "content": hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest(),
-        "copies": duplicates([h for _, h, *_ in told], train),
-        "odd": odd,
-    }
+    record = {"listing": listing, "shape": (len(files), depth, height, width), "odd": odd}
+    record["copies"] = duplicates([h for _, h, *_ in told], train)
+    record["pixels"] = _checksum(entry.with_suffix(".u8"))
+    record["content"] = hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest()
     whole_files.write_json(entry.with_suffix(".json"), record)
 
 

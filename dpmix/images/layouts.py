@@ -29,10 +29,8 @@ def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) 
     quota = counts * test_total / len(labels)
     take = np.floor(quota).astype(int)
     take[np.argsort(take - quota, kind="stable")[: test_total - take.sum()]] += 1
-    test = [
-        generator(SPLIT_SEED, "split", name, c).permutation(np.flatnonzero(labels == c))[: take[c]]
-        for c in range(len(counts))
-    ]
+    draws = [generator(SPLIT_SEED, "split", name, c) for c in range(len(counts))]
+    test = [draw.permutation(np.flatnonzero(labels == c))[: take[c]] for c, draw in enumerate(draws)]
     chosen = np.sort(np.concatenate(test))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
@@ -185,10 +183,8 @@ def _levels(base: Path, name: str, found: Found) -> None:
     deeper = f"are the classes its folders ({', '.join(shared[:3])})? Put them directly into {base}"
     only = f"one class alone, {found.classes[:1]}; {deeper if shared else 'a classifier needs two'}"
     require(len(found.classes) != 1, "dataset", name, only)
-    told = (
-        f"every class folder ({', '.join(found.classes[:3])}) holds the same folders; {deeper.replace('its', 'those')}"
-    )
-    require(len(shared) < 2, "dataset", name, told)
+    some, deeper = ", ".join(found.classes[:3]), deeper.replace("its", "those")
+    require(len(shared) < 2, "dataset", name, f"every class folder ({some}) holds the same folders; {deeper}")
 
 
 def _left_out(name: str, left_out: Counter[str]) -> None:

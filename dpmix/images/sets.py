@@ -22,16 +22,13 @@ class ImageSet:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        for name, array, dtype, dims in (
-            ("images", self.images, torch.uint8, 4),
-            ("labels", self.labels, torch.int64, 1),
-        ):
+        for name, dtype, dims in (("images", torch.uint8, 4), ("labels", torch.int64, 1)):
+            array = getattr(self, name)
             good = array.dtype == dtype and array.ndim == dims
             require(good, name, f"{array.dtype} {list(array.shape)}", f"must be {dtype} with {dims} dimensions")
-        require(min(self.images.shape[1:]) > 0, "images", list(self.images.shape), "must hold at least one pixel each")
-        require(
-            len(self.images) == len(self.labels), "labels", len(self.labels), f"must match {len(self.images)} images"
-        )
+        n, shape = len(self.images), list(self.images.shape)
+        require(min(shape[1:]) > 0, "images", shape, "must hold at least one pixel each")
+        require(n == len(self.labels), "labels", len(self.labels), f"must match {n} images")
         require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", self.class_names, "must differ")
         if len(self.labels):
             low, high = int(self.labels.min()), int(self.labels.max())

@@ -86,24 +86,18 @@ def generate(
     pipe = pipe if dtype is None else pipe.to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     asked = dict(n_per_class=n_per_class, seed=seed, guidance_scale=guidance_scale, steps=steps, batch_size=batch_size)
-    manifest: dict[str, Any] = {
-        "pipeline": pipeline if isinstance(pipeline, str) else type(pipe).__name__,
-        "revision": revision,
-        "prompt": prompt,
-        "prompts": {name: prompt.format(words(name)) for name in class_names},
-        "size": {k: v for k, v in dict(height=height, width=width).items() if v is not None},
-        **asked,
-        **_made_with(pipe, device),
-    }
+    manifest: dict[str, Any] = {"pipeline": pipeline if isinstance(pipeline, str) else type(pipe).__name__}
+    manifest |= {"revision": revision, "prompt": prompt}
+    manifest["prompts"] = {name: prompt.format(words(name)) for name in class_names}
+    manifest["size"] = {k: v for k, v in dict(height=height, width=width).items() if v is not None}
+    manifest |= asked | _made_with(pipe, device)
     again = _claim(folder, manifest)
     wanted = [(c, i) for c in class_names for i in range(n_per_class)]
     for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
         _make(pipe, wanted[first : first + batch_size], folder, manifest, again)
     if again:
-        told = (
-            f"{len(again)} images were blackened by the safety checker or not finite, and drawn again with another key"
-        )
-        warnings.warn(f"{told}, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
+        told = f"{len(again)} images were blackened by the safety checker or not finite, and drawn again with another"
+        warnings.warn(f"{told} key, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
     return folder
 
 
@@ -133,21 +127,15 @@ def _draw(pipe: Any, places: list[tuple[str, int]], manifest: dict, attempt: int
     """What comes of one call, without the images that are blackened, not finite or of one colour."""
     more = [attempt] if attempt else []
     seeds = [int(generator(manifest["seed"], "image", name, i, *more).integers(2**63)) for name, i in places]
-    made = pipe(
-        [manifest["prompts"][name] for name, _ in places],
-        num_inference_steps=manifest["steps"],
-        guidance_scale=manifest["guidance_scale"],
-        generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
-        output_type="np",
-        **manifest["size"],
-    )
+    draws, prompts = [torch.Generator("cpu").manual_seed(s) for s in seeds], manifest["prompts"]
+    how = dict(num_inference_steps=manifest["steps"], guidance_scale=manifest["guidance_scale"], **manifest["size"])
+    made = pipe([prompts[name] for name, _ in places], generator=draws, output_type="np", **how)
     flags = getattr(made, "nsfw_content_detected", None) or [False] * len(places)
-    good = [np.isfinite(x).all() and np.ptp(x) > 0 and not bad for x, bad in zip(made.images, flags, strict=True)]
-    pictures = (
-        Image.fromarray((x * 255).round().astype(np.uint8)) for x, ok in zip(made.images, good, strict=True) if ok
-    )
-    kept = (place for place, ok in zip(places, good, strict=True) if ok)
-    return dict(zip(kept, pictures, strict=True))
+    return {
+        place: Image.fromarray((x * 255).round().astype(np.uint8))
+        for place, x, bad in zip(places, made.images, flags, strict=True)
+        if np.isfinite(x).all() and np.ptp(x) > 0 and not bad
+    }
 
 
 def _json(manifest: dict) -> bytes:
@@ -158,15 +146,13 @@ def _pipeline(pipeline: Any, revision: str | None) -> Any:
     if not isinstance(pipeline, (str, Path)):
         require(callable(pipeline), "pipeline", type(pipeline).__name__, "must be a pipeline of diffusers, or its name")
         return pipeline
+    how: dict[str, Any] = dict(revision=revision, use_safetensors=True, local_files_only=True)
     try:
-        return DiffusionPipeline.from_pretrained(
-            str(pipeline), revision=revision, use_safetensors=True, local_files_only=True
-        )
+        return DiffusionPipeline.from_pretrained(str(pipeline), **how)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"pipeline={str(pipeline)!r}: no text-to-image pipeline with safetensors weights on disk under that name; "
-            f"fetch it (`hf download {pipeline}`) or give the folder of one"
-        ) from error
+        said = "no text-to-image pipeline with safetensors weights on disk under that name"
+        remedy = f"fetch it (`hf download {pipeline}`) or give the folder of one"
+        raise FileNotFoundError(f"pipeline={str(pipeline)!r}: {said}; {remedy}") from error
 
 
 def _fingerprint(pipe: Any) -> str:
@@ -208,8 +194,7 @@ def _claim(folder: Path, manifest: dict) -> dict[str, int]:
         require(not other, "folder", str(folder), f"holds images of another run ({said}); choose another folder")
         return found.get("drawn_again", {})
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp")) if folder.is_dir() else []
-    require(
-        not strangers, "folder", str(folder), f"must be empty or hold a manifest.json, has {', '.join(strangers[:3])}"
-    )
+    said = f"must be empty or hold a manifest.json, has {', '.join(strangers[:3])}"
+    require(not strangers, "folder", str(folder), said)
     files.write(path, _json(manifest))
     return {}

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from dpmix.core import files
 from dpmix.core.checks import one_of, positive, require, whole
 from dpmix.core.independence import check_no_mixing
+from dpmix.images.data import public_file
 from dpmix.models.engine import Compiled, Frozen, choose
 from dpmix.models.tiny import NAMES as TINY
 from dpmix.models.tiny import build
-from dpmix.models.weights import existing, fill, of_package, on_disk, public_file
+from dpmix.models.weights import existing, fill, of_package, on_disk
 
 LITE = ("efficientnet-lite0", "efficientnet-lite2")
 ENCODERS = (*TINY, *LITE, "open_clip:ViT-B-16/laion2b_s34b_b88k", "open_clip:convnext_base_w/laion2b_s13b_b82k")

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import json
 import pickle
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpmix.core.checks import require
-from dpmix.images.data import PROJECT, PUBLIC
+from dpmix.images.data import PROJECT
 
 WEIGHTS = PROJECT / "data" / "weights"  # ignored by git; where large weights are looked for
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -109,15 +108,3 @@ def _compare(path: Path, said: str) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if not found.startswith(wanted):
             raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
-
-
-def public_file(name: str, folder: Path = PUBLIC) -> Path:
-    """Path of a shipped stand-in after comparing its sha256 with the one in its sidecar JSON."""
-    path, sidecar = folder / name, (folder / name).with_suffix(".json")
-    remedy = "restore it with `git checkout data/public` or rebuild it with notebooks/public_standins"
-    for needed in (path, sidecar):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{needed.name}: missing from {folder}; {remedy}")
-    found, recorded = hashlib.sha256(path.read_bytes()).hexdigest(), json.loads(sidecar.read_text())["sha256"]
-    require(found == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
-    return path

@@ -14,7 +14,6 @@ from dpmix.demo import generator as demo_generator
 from dpmix.demo import glyphs, pretraining, standins
 from dpmix.images import data, overlap
 from dpmix.models import tiny as tiny_encoders
-from dpmix.models import weights
 
 
 def naming(encoder: models.Encoder) -> float:
@@ -100,15 +99,15 @@ def test_all_of_it_is_small():
 def test_a_damaged_or_missing_file_is_one_line(tmp_path, name):
     for file in (name, f"{name.rpartition('.')[0]}.json"):
         shutil.copy(data.PUBLIC / file, tmp_path)
-    assert weights.public_file(name, tmp_path) == tmp_path / name
+    assert data.public_file(name, tmp_path) == tmp_path / name
     content = bytearray((tmp_path / name).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"sha256 is not the recorded.*git checkout data/public.*public_standins$"):
-        weights.public_file(name, tmp_path)
+        data.public_file(name, tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}: missing from .*public_standins$"):
-        weights.public_file(name, tmp_path)
+        data.public_file(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", standins.TINY)

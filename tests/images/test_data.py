@@ -805,13 +805,13 @@ def synthetic(tmp_path, monkeypatch):
 
 
 def test_synthetic_digits_absent_altered_incomplete_or_pickled(synthetic, tmp_path):
-    with pytest.raises(FileNotFoundError, match="run notebooks/public_standins"):
+    with pytest.raises(FileNotFoundError, match="rebuild it with notebooks/public_standins"):
         data.public_images("digits")
     images = np.zeros((20, 1, 8, 8), np.uint8)
     path = synthetic(images=images, labels=np.arange(20) % 10)
     assert len(data.public_images("digits")) == 20
     flip_byte(path)
-    with pytest.raises(ValueError, match="the record beside it says"):
+    with pytest.raises(ValueError, match="its sha256 is not the recorded"):
         data.public_images("digits")
     synthetic(images=images, labels=np.arange(20) % 7)
     with pytest.raises(ValueError, match=r"3 classes have no synthetic images in .*: 7, 8, 9"):
