@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion.grids import LABELS, STANDS_FOR
+from dpmix.companion.grids import LABELS, STANDS_FOR, parts
 from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags
@@ -20,10 +20,8 @@ from dpmix.runs.spec import ComputeFlags
 
 def label(name: Any) -> str:
     """How a key is printed; "self-aug+jitter" and "self-aug@0.05" are put together."""
-    name, _, c = str(name).partition("@")
-    base, _, extra = name.partition("+")
-    said = f"{LABELS.get(base, base)} + {LABELS.get(extra, extra)}" if extra else LABELS.get(base, base)
-    return f"{said}, C = {c}" if c else said
+    base, extra, c = parts(str(name))
+    return LABELS.get(base, base) + (f" + {LABELS.get(extra, extra)}" if extra else "") + (f", C = {c}" if c else "")
 
 
 def entry(column: str, value: Any) -> str:

@@ -127,11 +127,15 @@ def test_absent_inception_says_what_to_fetch_and_where_to_put_it(tmp_path, monke
 def test_a_damaged_or_foreign_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "WEIGHTS", tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / fid.FILE)
-    with pytest.raises(ValueError, match="its sha256 does not begin with 6726825d; fetch it again"):
+    with pytest.raises(ValueError, match="its sha256 is not the recorded 6726825d; fetch"):
         fid.inception()
     (tmp_path / "garbage.pth").write_bytes(b"no tensors")
-    for name in (fid.FILE, "garbage.pth"):
-        with pytest.raises(ValueError, match="not the weights of pytorch-fid's Inception-v3"):
+    (tmp_path / fid.FILE).rename(tmp_path / "foreign.pth")
+    for name, why in (
+        ("foreign.pth", "not the weights of pytorch-fid's Inception-v3"),
+        ("garbage.pth", "refused, damaged"),
+    ):
+        with pytest.raises(ValueError, match=f"weights=.*{name}.*: {why}"):
             fid.inception(tmp_path / name)
 
 
