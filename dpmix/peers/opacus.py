@@ -165,7 +165,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
         if not module.training:
             return None
         shapes = [tuple(x.shape) for x in inputs]
-        good = len(shapes) == 1 and len(shapes[0]) > 2 and shapes[0][1] == views
+        good = len(shapes) == 1 and len(shapes[0]) > 1 and shapes[0][1] == views
         checks.require(good, "input", shapes, f"in training must be one tensor [b, K={views}, ...], by position")
         return (inputs[0].flatten(0, 1),)
 

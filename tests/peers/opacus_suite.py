@@ -8,6 +8,7 @@ that holds for Opacus must then hold to rounding. In this process alone `make_pr
 
 import os
 
+from hypothesis import settings
 from opacus import PrivacyEngine
 from opacus.tests import randomness_test
 from torch import nn
@@ -32,6 +33,8 @@ def with_views(self, *, module: nn.Module, **options):
 
 
 def pytest_configure(config):
+    settings.register_profile("few", max_examples=int(os.environ.get("DPMIX_EXAMPLES", "100")))
+    settings.load_profile("few")
     PrivacyEngine.make_private = with_views
     randomness_test.DPOptimizer = ViewAveraging
 

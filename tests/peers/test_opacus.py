@@ -248,6 +248,52 @@ def test_a_logical_batch_in_pieces_takes_the_step_of_the_whole():
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
 
 
+def test_a_logical_batch_of_4096_in_pieces_of_500_takes_the_step_of_the_whole():
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (4096, 1, 2, 2), generator=draw, dtype=torch.uint8), torch.arange(4096) % 2
+    data = peer.ViewSet(TensorDataset(images, labels), views.Recipe(k_base=2, k_self=1), num_classes=2, seed=0)
+
+    def stepped_in(pieces):
+        torch.manual_seed(0)
+        model, engine = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double(), PrivacyEngine(accountant="rdp")
+        hooked, optimizer, loader = engine.make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=100.0), poisson_sampling=False,
+            data_loader=DataLoader(data, batch_size=4096), noise_multiplier=0.3, max_grad_norm=0.3,
+            noise_generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        optimizer, before = peer.average_views(hooked, optimizer, 3), [p.detach().clone() for p in model.parameters()]
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=pieces, optimizer=optimizer) as physical:
+            sizes = []
+            for x, y in physical:
+                optimizer.zero_grad()
+                F.cross_entropy(hooked(x.double()), y.double().flatten(0, 1)).backward()
+                optimizer.step()
+                sizes.append(len(x))
+        assert len(engine.accountant.history) == 1 and engine.accountant.history[0][2] == 1
+        return sizes, [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+
+    (whole, want), (pieces, got) = stepped_in(4096), stepped_in(500)
+    assert whole == [4096] and sum(pieces) == 4096 and len(pieces) == 9 and max(pieces) <= 500
+    for g, w in zip(got, want, strict=True):
+        assert w.abs().max() > 0.01
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+
+
+def test_an_example_may_be_a_single_number():
+    """Tokens: views [b, K], of a network that takes [b]."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, CLASSES)).double()
+
+    tokens, targets = torch.arange(20).reshape(5, 4) % 7, batch()[1]
+    clip_norm = clip_that_bites(network(), tokens, targets)
+    want, _ = oracle(network(), tokens, targets, clip_norm)
+    got, _ = stepped(network(), tokens, targets, clip_norm)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
 def test_accumulated_batches_average_their_own_views():
     images, targets = batch(b=6)
     want, _ = oracle(network("conv"), images, targets, 0.05)
