@@ -9,6 +9,7 @@ import html
 import io
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,6 @@ from matplotlib.patches import Circle
 from opacus.accountants import PRVAccountant, RDPAccountant
 from PIL import Image, ImageOps
 from scipy import stats
-from scipy.optimize import brentq, newton
 from torch import Tensor
 
 from dpmix import audit, models
@@ -153,37 +153,44 @@ def spent(sigma: float, delta: float, q: float, steps: int, accountant: str, nei
     """`accounting.epsilon_spent` by the same libraries in milliseconds: an upper bound too, at most 3 % above it."""
     with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
-        rdp, prv, orders = RDPAccountant(), PRVAccountant(), accounting.RDP_ORDERS
-        rdp.history = prv.history = [(sigma, q, steps)]
-        rough, best = rdp.get_privacy_spent(delta=delta, alphas=orders[::8])
-        if accountant == "rdp":  # one minimum over the orders, so it lies beside the best of every eighth
-            near = orders[max(0, orders.index(best) - 7) : orders.index(best) + 8]
-            return float(rdp.get_epsilon(delta, alphas=near))
+        if accountant == "rdp":
+            rdp, orders = RDPAccountant(), accounting.RDP_ORDERS
+            rdp.history = [(sigma, q, steps)]
+            by = lru_cache(lambda i: rdp.get_epsilon(delta, alphas=[orders[i]]))
+            # Over the orders it falls and then rises: bisection finds the least.
+            return max(0.0, by(bisect_left(range(len(orders) - 1), True, key=lambda i: not by(i) > by(i + 1))))
+        rough = spent(sigma, delta, q, steps, "rdp")
         if accountant == "prv":
-            return float(prv.get_epsilon(delta, eps_error=max(0.003, float(rough) / 150)))
-        pld = PLDAccountant(accounting.NEIGHBOURS[neighbours], max(1e-4, (0.003 * float(rough) / steps) ** 0.5))
+            prv = PRVAccountant()
+            prv.history = [(sigma, q, steps)]
+            return float(prv.get_epsilon(delta, eps_error=max(0.003, rough / 150)))
+        pld = PLDAccountant(accounting.NEIGHBOURS[neighbours], max(1e-4, (0.003 * rough / steps) ** 0.5))
         event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma))
         return float(pld.compose(event, steps).get_epsilon(delta))
 
 
 def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
     """`accounting.noise_multiplier` to 1 %, by `spent`. ValueError for an epsilon that is out of reach."""
-    (low, high), (least, most) = accounting.EPSILON_RANGE, accounting.SIGMA_RANGE
-    checks.require(low <= epsilon <= high, "epsilon", epsilon, f"must lie between {low:g} and {high:g}")
+    (least, most), (left, right) = accounting.EPSILON_RANGE, np.log(accounting.SIGMA_RANGE)
+    checks.require(least <= epsilon <= most, "epsilon", epsilon, f"must lie between {least:g} and {most:g}")
 
-    def excess(x: float, by: str) -> float:
-        return math.log(max(spent(math.exp(x), delta, q, steps, by), 1e-12) / epsilon)
+    def excess(x: float, by: str) -> float:  # nearly a line, where it is not cut
+        return math.log(min(max(spent(math.exp(x), delta, q, steps, by) / epsilon, 0.05), 400.0))
 
-    x = math.log(least)
-    if excess(x, "rdp") > 0:
+    # A guess from the central limit; then secants, by each accountant from where the one before ended, at last bisection.
+    mu = (2 * (math.log(1 / delta) + epsilon)) ** 0.5 - (2 * math.log(1 / delta)) ** 0.5
+    x, order = min(max(-0.5 * math.log(math.log1p(mu * mu / (q * q * steps))), left), right), ("rdp", "pld", "prv")
+    for by in order[: order.index(accountant) + 1]:
+        low, high, y, slope, within = left, right, excess(x, by), -1.3, 1e-4 if by == "rdp" else 5e-3
+        for tries in range(30):
+            low, high = (x, high) if y > 0 else (low, x)
+            to = min(max(x - y / slope, low), high) if tries < 6 else (low + high) / 2
+            if abs(y) < within or to == x:
+                break
+            at = excess(to, by)
+            slope, x, y = min((at - y) / (to - x), -0.5), to, at
         out = f"out of reach at q={q:.3g}, T={steps}, delta={delta:g}; take fewer steps, a smaller batch or a larger epsilon"
-        checks.require(excess(math.log(most), "rdp") <= 0, "epsilon", epsilon, out)
-        x = brentq(excess, x, math.log(most), args=("rdp",), xtol=1e-3)
-    if accountant != "rdp" and (at := excess(x, accountant)) < -1e-2:  # secants from there
-        x = newton(excess, x, args=(accountant,), x1=x + at / 2, tol=5e-3, disp=False)
-        checks.require(
-            abs(excess(x, accountant)) < 1e-2, "accountant", accountant, "found no noise multiplier; try rdp"
-        )
+        checks.require(abs(y) < 1e-2 or x == left, "epsilon", epsilon, out)
     return math.exp(x)
 
 

@@ -72,6 +72,22 @@ def test_budgets_are_those_of_the_accountants(accountant, q, steps, epsilon):
     )
 
 
+@pytest.mark.parametrize("sigma", [0.11, 0.5, 1.8, 40.0, 2_000.0])
+def test_the_order_that_bisection_finds_is_the_best_of_all(sigma):
+    for q, steps, delta in ((1e-4, 1, 1e-3), (0.02, 350, 1e-5), (0.3, 3_000, 1e-8), (1.0, 50, 1e-5)):
+        of_all = accounting.epsilon_spent(noise_multiplier=sigma, delta=delta, sample_rate=q, steps=steps)
+        assert explore.spent(sigma, delta, q, steps, "rdp") == pytest.approx(of_all, rel=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 50.0])
+def test_a_noise_multiplier_is_where_the_budget_is_just_spent(epsilon):
+    for q, steps in ((1 / 800, 7_812), (0.0009, 40), (0.08, 2_442), (1.0, 200)):
+        for delta in (1e-3, 1e-8):
+            sigma = explore.calibrated(epsilon, delta, q, steps, "rdp")
+            spent = explore.spent(sigma, delta, q, steps, "rdp")
+            assert spent == pytest.approx(epsilon, rel=2e-3) or (sigma == pytest.approx(0.2) and spent < epsilon)
+
+
 def said_of(shown: str) -> dict[str, str]:
     rows = re.findall(r"<th [^>]*row_heading[^>]*>([^<]+)</th>\s*<td[^>]*>([^<]+)</td>", shown)
     return {name.strip(): value.strip() for name, value in rows}
