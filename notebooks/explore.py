@@ -30,11 +30,22 @@ seed = 0
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 import ipywidgets as w
-from IPython.display import display
+from IPython.display import HTML, display
 
 from dpmix.companion import explore, paper, report
 from dpmix.core import accounting, transforms, views
 from dpmix.images import data
+
+# ipywidgets names the row of a slider but not its handle, which screen readers read out: the row's label and value for it.
+NAMES = """<script>{
+  const name = handle => {
+    const row = handle.closest(".widget-inline-hbox");
+    handle.setAttribute("aria-label", row.querySelector(".widget-label").innerText);
+    handle.setAttribute("aria-valuetext", row.querySelector(".widget-readout").innerText);
+  };
+  new MutationObserver(() => document.querySelectorAll(".noUi-handle").forEach(name))
+    .observe(document.body, {childList: true, subtree: true});
+}</script>"""
 
 
 def live(picture, controls, *others):
@@ -75,6 +86,9 @@ def number(name, low, high, value):
 
 def log(name, low, high, value):
     return w.FloatLogSlider(min=low, max=high, step=0.1, value=value, description=name, readout_format=".2f")
+
+
+display(HTML(NAMES))
 
 
 # %% [markdown]

@@ -57,10 +57,21 @@ from IPython.display import HTML, Javascript, display
 display(HTML("<p>| a | b |</p><p>as {cite:p}`key` has it</p>"), ipywidgets.IntSlider())
 display(Javascript("console.error('planted')"))
 raise ValueError("planted")"""
-FAULTS = ("raw pipes", "raw role", "without a name", "console: planted", "cell: ValueError: planted")
+FAULTS = (
+    "raw pipes",
+    "raw role",
+    "widget-slider",
+    'handle "',
+    "console: planted",
+    "cell: ValueError: planted",
+)
 NAMELESS = """
 [...document.querySelectorAll(".jp-OutputArea .widget-inline-hbox:not(.widget-html)")]
   .filter(e => !e.querySelector(".widget-label")?.innerText.trim()).map(e => e.className)
+  .concat([...document.querySelectorAll(".jp-OutputArea .noUi-handle")].filter(e => {
+    const read = e.closest(".widget-inline-hbox").querySelector(".widget-readout").innerText;
+    return !e.ariaLabel?.trim() || e.ariaValueText != read;
+  }).map(e => `handle "${e.ariaLabel}" at "${e.ariaValueText}"`))
 """
 
 
@@ -73,7 +84,7 @@ def jupyterlab(folder: Path) -> Iterator[tuple[str, str]]:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(setting))
     homes = {name: str(folder / place) for name, place in HOMES.items()}
-    token, log, end = secrets.token_hex(16), folder / "log", time.monotonic() + 60
+    token, log, end = secrets.token_hex(16), folder / "log", time.monotonic() + PATIENCE
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={token}",
                f"--ServerApp.root_dir={folder / 'notebooks'}"]  # fmt: skip
     with log.open("w") as out:
@@ -178,7 +189,7 @@ def opened(page: Page, home: str, token: str, name: str) -> list[str]:
     if name != AS_IT_IS:
         notebook.run()
         wrong += notebook.raw() + notebook.nameless()
-    wrong += explorer_problems(notebook) if name == "explore" else []
+    wrong += [*explorer_problems(notebook), *notebook.nameless()] if name == "explore" else []
     return list(dict.fromkeys(wrong + notebook.wrong))
 
 
