@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Figure 1: the method in pictures
 #
-# Figure 1 of the paper {cite:p}`bao2023dpmix` draws the method as a diagram. This page shows the same with real pixels: one private example, and every view
+# Figure 1 of the paper {cite:p}`Bao-2023` draws the method as a diagram. This page shows the same with real pixels: one private example, and every view
 # that stands for it in one step of training. Each view gives a gradient; the gradients are averaged, the average is clipped, noise is added to the sum over the
 # batch ({doc}`/views`, {doc}`/sensitivity`). What you see is exactly what a run with this seed trains on.
 

@@ -14,7 +14,7 @@
 # # Figure 2: gradients before clipping and noise
 #
 # Why does mixup help? The paper looks at the gradient that each parameter of the head receives, averaged over examples, before it is clipped and before noise is
-# added. Its histogram is narrower for DP-MixSelf and DP-MixDiff {cite:p}`bao2023dpmix` than for Self-Aug {cite:p}`de2022unlocking`, at every stage of training.
+# added. Its histogram is narrower for DP-MixSelf and DP-MixDiff {cite:p}`Bao-2023` than for Self-Aug {cite:p}`De-2022`, at every stage of training.
 # The paper reads that as more stable training and faster convergence.
 #
 # ```{warning}

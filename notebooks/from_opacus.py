@@ -13,9 +13,9 @@
 # %% [markdown]
 # # From Opacus
 #
-# Opacus {cite:p}`yousefpour2021opacus` clips the gradient of each row of a batch. Augmentation multiplicity {cite:p}`de2022unlocking` wants the gradients of an example's $K$ views averaged
+# Opacus {cite:p}`Yousefpour-2021` clips the gradient of each row of a batch. Augmentation multiplicity {cite:p}`De-2022` wants the gradients of an example's $K$ views averaged
 # *before* the clip, which Opacus' users have asked for since 2022 ([issue 455](https://github.com/meta-pytorch/opacus/issues/455)). With `dpmix.peers.opacus` an existing script needs three
-# lines more, for Self-Aug and for DP-MixSelf and DP-MixDiff {cite:p}`bao2023dpmix` alike. Hooks, clipping, noise, Poisson sampling and accountants stay Opacus'.
+# lines more, for Self-Aug and for DP-MixSelf and DP-MixDiff {cite:p}`Bao-2023` alike. Hooks, clipping, noise, Poisson sampling and accountants stay Opacus'.
 
 # %% tags=["parameters"]
 epochs = 6
@@ -154,7 +154,8 @@ pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 # | the model in training | takes $[b, K, \ldots]$, refuses anything else; in evaluation as before |
 # | `grad_sample_mode="ghost"` | refused by name: norms of rows are taken before views can be averaged. A head on features can do without us, see below |
 #
-# With $K = 1$ a run is that of Opacus bit for bit, and the tests that Opacus' package brings for its optimizers, gradient accumulation and loaders hold with three views an example.
+# With $K = 1$ a run is that of Opacus bit for bit. Opacus' package brings tests of its own, which `tests/peers/opacus_suite.py` runs with three views an example: of the 59 of gradient accumulation,
+# loaders and sampling 56 pass, as without views; the other three need `torchcsprng`.
 #
 # ## Which batch size was that?
 #

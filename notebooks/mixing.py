@@ -13,7 +13,7 @@
 # %% [markdown]
 # # What does the mixing do?
 #
-# DP-MixSelf adds 18 mixtures to 16 views, and DP-MixDiff {cite:p}`bao2023dpmix` two synthetic images besides. A gain could come from the mere number of views, from mixing pixels, from how far
+# DP-MixSelf adds 18 mixtures to 16 views, and DP-MixDiff {cite:p}`Bao-2023` two synthetic images besides. A gain could come from the mere number of views, from mixing pixels, from how far
 # the mixtures lie from their members (λ is drawn from a Beta distribution that favours the ends), or from the public images as such. The paper does not take these apart. This page does, on the same
 # draws: in each row one thing has changed.
 
@@ -29,7 +29,7 @@ value = "accuracy"  # what is compared
 # %% [markdown]
 # - **34 views**: as many as DP-MixSelf has, all of them augmentations.
 # - **α = 1** and **λ = ½**: mixtures of any share, or of equal halves, in place of the paper's faint ones.
-# - **CutMix** {cite:p}`yun2019cutmix`: a rectangle of one member is pasted into the other.
+# - **CutMix** {cite:p}`Yun-2019`: a rectangle of one member is pasted into the other.
 # - **D as views, unmixed**: 16 views and the two synthetic images, each with its own label, and no mixture.
 #
 # ## Accuracy

@@ -14,7 +14,7 @@
 # # The public stand-ins
 #
 # DP-Mix rests on two things that were trained on public data alone: an encoder, whose features make private training cheap, and a text-to-image model,
-# whose pictures DP-MixDiff mixes into the private ones (Section 4 of the paper {cite:p}`bao2023dpmix`). The privacy guarantee covers neither, and need not: what has
+# whose pictures DP-MixDiff mixes into the private ones (Section 4 of the paper {cite:p}`Bao-2023`). The privacy guarantee covers neither, and need not: what has
 # never seen a private image cannot tell of one.
 #
 # At demo scale the private images are handwritten digits, and the public world is made of **characters printed in the fonts that matplotlib carries**. From these
@@ -103,8 +103,8 @@ plt.show()
 #
 # ## A generator
 #
-# The diffusion model {cite:p}`ho2020denoising` learns to remove noise from rendered digits, told which digit it is. It stands in for the text-to-image model of the paper: the class label
-# is its prompt. Samples are drawn with DDIM {cite:p}`song2021denoising`.
+# The diffusion model {cite:p}`Ho-2020` learns to remove noise from rendered digits, told which digit it is. It stands in for the text-to-image model of the paper: the class label
+# is its prompt. Samples are drawn with DDIM {cite:p}`Song-2021`.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three falling loss curves, of tiny-vit, tiny-convnext and the generator"}}
 curves = {name.removesuffix(".safetensors"): record["loss"] for name, record in records.items() if record["loss"]}

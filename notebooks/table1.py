@@ -13,12 +13,12 @@
 # %% [markdown]
 # # Table 1: microbatches cost more than mixup can win back
 #
-# Mixup needs two examples {cite:p}`zhang2018mixup`. The obvious place for it in DP-SGD is a microbatch of two, clipped as one. {doc}`/microbatches` shows
+# Mixup needs two examples {cite:p}`Zhang-2018`. The obvious place for it in DP-SGD is a microbatch of two, clipped as one. {doc}`/microbatches` shows
 # the price: one example can turn the clipped average of its pair round, so the sum moves by $2C$ and the noise is doubled. Table 1 of the paper
-# {cite:p}`bao2023dpmix` trains a WRN-16-4 on CIFAR-10 from scratch, with microbatches of one and of two, and finds that mixup in pairs loses far more than
+# {cite:p}`Bao-2023` trains a WRN-16-4 on CIFAR-10 from scratch, with microbatches of one and of two, and finds that mixup in pairs loses far more than
 # it gains. This page repeats that on your machine, every row with noise for its own sensitivity:
 #
-# - **DP-SGD** and **Self-Aug** {cite:p}`de2022unlocking`: every example clipped alone;
+# - **DP-SGD** and **Self-Aug** {cite:p}`De-2022`: every example clipped alone;
 # - **DP-SGD in pairs** and **Self-Aug in pairs**: the average gradient of a fixed pair is clipped;
 # - **pairs with their mixture**: the mixup of the two joins them; **mixtures of pairs alone**: it takes their place.
 

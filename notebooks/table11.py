@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Table 11: the comparison in JAX
 #
-# A result that holds in one program only may be a property of the program. The paper therefore repeats Self-Aug {cite:p}`de2022unlocking` against
-# DP-MixSelf {cite:p}`bao2023dpmix` in the JAX code of Self-Aug's authors, training WRN-16-4 on CIFAR-10 five times, and reports medians: DP-MixSelf stays ahead.
+# A result that holds in one program only may be a property of the program. The paper therefore repeats Self-Aug {cite:p}`De-2022` against
+# DP-MixSelf {cite:p}`Bao-2023` in the JAX code of Self-Aug's authors, training WRN-16-4 on CIFAR-10 five times, and reports medians: DP-MixSelf stays ahead.
 #
 # This page repeats the comparison with what that code has become, the released package `jax-privacy`. Clipping, noise and the noise multiplier are the
 # package's; nothing of them is ours. In the demo the network is a linear head on a frozen encoder instead of a WRN-16-4, so what is checked is the

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Table 12: Pure-DP-MixDiff, and what it means
 #
-# Pure-DP-MixDiff is DP-MixDiff {cite:p}`bao2023dpmix` with $K_\text{base} = 0$. The pool that its mixtures are drawn from then holds public images only. The paper runs it on CIFAR-100 to show
-# what the base views are good for, and finds it *above* Self-Aug {cite:p}`de2022unlocking` and below DP-MixSelf and DP-MixDiff.
+# Pure-DP-MixDiff is DP-MixDiff {cite:p}`Bao-2023` with $K_\text{base} = 0$. The pool that its mixtures are drawn from then holds public images only. The paper runs it on CIFAR-100 to show
+# what the base views are good for, and finds it *above* Self-Aug {cite:p}`De-2022` and below DP-MixSelf and DP-MixDiff.
 #
 # Stop for a moment at what that is. **No private pixel and no private label enters any view.** Of the private
 # data only the number of examples matters: it says how many positions there are that may join a step, and each position has random draws of its own. A model trained in this way knows

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Table 2: training from scratch
 #
-# Every weight of a network is trained on private images, from a random start. Table 2 of the paper {cite:p}`bao2023dpmix` compares **Self-Aug** {cite:p}`de2022unlocking`, which averages the gradient of an example over
+# Every weight of a network is trained on private images, from a random start. Table 2 of the paper {cite:p}`Bao-2023` compares **Self-Aug** {cite:p}`De-2022`, which averages the gradient of an example over
 # 16 augmented views before it is clipped, with **DP-MixSelf**, which adds mixtures of those views. There are no synthetic images here: the other methods would have seen less data.
 #
 # What the paper claims: DP-MixSelf is ahead on all three data sets and for every ε. The margins are between a few tenths of a point and almost two points.

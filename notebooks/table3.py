@@ -14,9 +14,9 @@
 # # Table 3: fine-tuning with differential privacy
 #
 # The encoder is frozen; only a linear layer on top of it is trained on private images. Table 3 of the paper compares four
-# ways to do that: **Mixed Ghost Clipping** {cite:p}`bu2022scalable` without augmentation, **Self-Aug**
-# {cite:p}`de2022unlocking` with 16 augmented views of each example, and the paper's own **DP-MixSelf** (mixtures of
-# those views) and **DP-MixDiff** (mixtures that also draw on synthetic images) {cite:p}`bao2023dpmix`.
+# ways to do that: **Mixed Ghost Clipping** {cite:p}`Bu-2022` without augmentation, **Self-Aug**
+# {cite:p}`De-2022` with 16 augmented views of each example, and the paper's own **DP-MixSelf** (mixtures of
+# those views) and **DP-MixDiff** (mixtures that also draw on synthetic images) {cite:p}`Bao-2023`.
 #
 # What the paper claims: DP-MixSelf is ahead of Self-Aug in nearly every cell, DP-MixDiff is far ahead on data sets with many classes and little data
 # and behind DP-MixSelf on CIFAR-10 and EuroSAT.
@@ -124,7 +124,7 @@ report.chosen_rates(chosen, grids.many(learning_rates, preset.learning_rates))
 # %% [markdown]
 # ## Privacy
 #
-# The noise multiplier σ is calibrated by Opacus' RDP accountant, as in the paper {cite:p}`yousefpour2021opacus`. The other two accountants bound the same runs more tightly: the same noise
+# The noise multiplier σ is calibrated by Opacus' RDP accountant, as in the paper {cite:p}`Yousefpour-2021`. The other two accountants bound the same runs more tightly: the same noise
 # has cost less than was asked for. A column is a budget.
 
 # %% tags=["hide-input"]

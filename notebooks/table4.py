@@ -14,9 +14,9 @@
 # # Table 4: other transformations
 #
 # DP-MixSelf mixes views of *one* example and keeps its label. So it could be seen as one more transformation of a single image, and the paper asks: would another
-# one do as well? Table 4 adds six well-known ones (those of SimCLR {cite:p}`chen2020simple`, among them cutout {cite:p}`devries2017cutout`) to the crop and flip of Self-Aug
-# {cite:p}`de2022unlocking`, and all of them together, one drawn at random for each view. There are 16 views of each example in every row but the last: DP-MixSelf
-# {cite:p}`bao2023dpmix` has 18 mixtures on top.
+# one do as well? Table 4 adds six well-known ones (those of SimCLR {cite:p}`Chen-2020`, among them cutout {cite:p}`DeVries-2017`) to the crop and flip of Self-Aug
+# {cite:p}`De-2022`, and all of them together, one drawn at random for each view. There are 16 views of each example in every row but the last: DP-MixSelf
+# {cite:p}`Bao-2023` has 18 mixtures on top.
 #
 # What the paper claims: none of them reaches DP-MixSelf. A few help a little, others hurt, and the Sobel filter, which replaces an image by its edges, ruins the
 # training.
@@ -101,7 +101,7 @@ verdicts.page(found, pairs)
 
 # %% [markdown]
 # A word on fairness: DP-MixSelf averages 34 views and the other rows 16. The paper's Table 5 answers that more views of the same kind do not help Self-Aug
-# ({cite:t}`de2022unlocking` say so too).
+# ({cite:t}`De-2022` say so too).
 #
 # ## Strengths
 #

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Table 5: more augmentations instead of mixtures?
 #
-# DP-MixSelf averages over more views than Self-Aug {cite:p}`de2022unlocking`. Is it the number of views that helps? Table 5 of the paper {cite:p}`bao2023dpmix` gives Self-Aug 16, 24, 32 and 36 views and DP-MixSelf 16 views and 16 mixtures, for a network
+# DP-MixSelf averages over more views than Self-Aug {cite:p}`De-2022`. Is it the number of views that helps? Table 5 of the paper {cite:p}`Bao-2023` gives Self-Aug 16, 24, 32 and 36 views and DP-MixSelf 16 views and 16 mixtures, for a network
 # trained from scratch and for a linear layer on a frozen encoder, at ε = 8.
 #
 # What the paper claims: more self-augmentations bring nothing, mixtures do.

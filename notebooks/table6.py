@@ -17,8 +17,8 @@
 # DP-MixDiff against the plain alternative: train on the synthetic images first, with ordinary SGD and no noise (they are public), then fine-tune on the private images
 # with DP-SGD. On Caltech-256 the paper finds that this is about ten points worse.
 #
-# The paper does not say which views the private part takes after pretraining. Here are two answers, **Self-Aug** {cite:p}`de2022unlocking` and **DP-MixSelf**
-# {cite:p}`bao2023dpmix`. Beside them stand the same two methods without pretraining, which shows what pretraining itself does, and the pretrained head as it is, **without a
+# The paper does not say which views the private part takes after pretraining. Here are two answers, **Self-Aug** {cite:p}`De-2022` and **DP-MixSelf**
+# {cite:p}`Bao-2023`. Beside them stand the same two methods without pretraining, which shows what pretraining itself does, and the pretrained head as it is, **without a
 # single private image**: where that line is close to the others, the private training has done little.
 
 # %% tags=["hide-input"]

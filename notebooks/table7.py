@@ -14,7 +14,7 @@
 # # Table 7: how far are the views from the data?
 #
 # A method trains on its views, not on the images. Table 7 of the paper asks how far the two are apart, by the Fréchet Inception Distance
-# {cite:p}`heusel2017gans`: fit a Gaussian to the features of each set, and take the distance of the two Gaussians,
+# {cite:p}`Heusel-2017`: fit a Gaussian to the features of each set, and take the distance of the two Gaussians,
 #
 # $$\lVert \mu_1 - \mu_2 \rVert^2 + \operatorname{Tr}\bigl(\Sigma_1 + \Sigma_2 - 2\,(\Sigma_1 \Sigma_2)^{1/2}\bigr) .$$
 #

@@ -14,7 +14,7 @@
 # # Table 8: how far are the synthetic images from the data?
 #
 # DP-MixDiff mixes private images with synthetic ones. Table 8 of the paper measures the gap between the two domains, by the Fréchet distance
-# {cite:p}`heusel2017gans` of the training images to the images of the text-to-image model, and sets it beside that to the test images, which come from
+# {cite:p}`Heusel-2017` of the training images to the images of the text-to-image model, and sets it beside that to the test images, which come from
 # the same source as the training images. It does so under two networks, Inception-v3 and ViT-B-16, so that the finding does not hang on one.
 
 # %% tags=["hide-input"]

@@ -14,7 +14,7 @@
 # # Table 9: how many of each
 #
 # A method is three numbers ({doc}`/views`): $K_\text{base}$ augmentations of the example, $K_\text{self}$ mixtures and $K_\text{diff}$ public images. Table 9 of the
-# paper {cite:p}`bao2023dpmix` varies all three on Caltech-256. Its 27 runs are one pass here ({doc}`/one_pass`): smaller numbers take the first views of
+# paper {cite:p}`Bao-2023` varies all three on Caltech-256. Its 27 runs are one pass here ({doc}`/one_pass`): smaller numbers take the first views of
 # larger ones.
 #
 # What the paper claims: two or four public images, and no more mixtures than augmentations, are good choices overall. It settles on (16, 18, 2), and on 24 public

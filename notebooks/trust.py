@@ -104,10 +104,10 @@ table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off th
 #
 # ## What can an attacker make of one step?
 #
-# Now with noise. A *gradient canary* {cite:p}`nasr2023tight` is the example that the attacker would like to detect. The attacker knows everything that the proof gives away, that is
+# Now with noise. A *gradient canary* {cite:p}`Nasr-2023` is the example that the attacker would like to detect. The attacker knows everything that the proof gives away, that is
 # all other examples, the weights and the draws of the views, and sees one noisy sum; it takes off what it knows and projects the rest on the direction in which the canary pulls. From
 # {glue:text}`trust_releases` releases with the canary and as many without come two lower bounds on $\varepsilon$ at 95 % confidence. Clopper-Pearson counts errors and
-# supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`dong2022gaussian`, which is how the mechanism is made, and gets much
+# supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`Dong-2022`, which is how the mechanism is made, and gets much
 # more out of the same counts. The claim is the $\varepsilon$ of the Gaussian mechanism that the step says it is. **A lower bound above the claim is a bug**, at that confidence.
 
 # %% [markdown]
@@ -225,7 +225,7 @@ pd.DataFrame(levels, index=["measured / claimed", "lowest to expect", "highest t
 #
 # ## What can be seen of a whole run?
 #
-# The audits above look into a step. A *one-run* audit {cite:p}`steinke2023one` sees the finished model only and needs a single training run: many canaries, each in or out by a fair coin, and a
+# The audits above look into a step. A *one-run* audit {cite:p}`Steinke-2023` sees the finished model only and needs a single training run: many canaries, each in or out by a fair coin, and a
 # guess about each from the final weights. Here every canary turns on a feature of its own, so that their gradients are orthogonal and none hides another. The heads below are trained in one pass on
 # the same data with the same coins; one has the noise it should have, the others have noise that is too small by the factor of a mistake.
 
@@ -354,7 +354,7 @@ figure
 #
 # In *file order* the attacker knows the batch of the example. Each epoch is then one Gaussian mechanism in which the example takes part for certain; nothing is amplified, and the
 # composition over the epochs is simple. With *one shuffle* at the start the attacker does not know the batch, but it can average each batch over the epochs and look for the one that stands out; when all other gradients are zero, the
-# error rates of this attack have a closed form, and give a lower bound. A new shuffle in every epoch is better than that, and still not what the accountant analysed {cite:p}`chua2024private`.
+# error rates of this attack have a closed form, and give a lower bound. A new shuffle in every epoch is better than that, and still not what the accountant analysed {cite:p}`Chua-2024`.
 
 # %% tags=["hide-input"]
 worse = (grid["shuffle"] > claims).sum()

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # What reproduced
 #
-# The paper {cite:p}`bao2023dpmix` makes some three dozen claims that an experiment can decide. Here is each of them, in our own words, with the effect that the paper printed, the effect
+# The paper {cite:p}`Bao-2023` makes some three dozen claims that an experiment can decide. Here is each of them, in our own words, with the effect that the paper printed, the effect
 # that was measured on real data with this code, and a verdict. Nothing on this page is typed in: it is computed from the runs that came with the repository
 # (`data/results/laptop/`, each with its commit, machine, seeds and digest of the data) and from `data/paper/`.
 

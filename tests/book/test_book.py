@@ -72,6 +72,12 @@ def test_every_citation_is_in_the_bibliography(page):
     assert {key.strip() for keys in cited for key in keys.split(",")} - known == set()
 
 
+def test_a_citation_reads_as_author_and_year():
+    """JupyterLab has no bibliography and shows the key itself."""
+    for key, entry in re.findall(r"^@\w+\{([^,]+),(.*?)^\}", (BOOK / "references.bib").read_text(), re.M | re.S):
+        assert re.fullmatch(r"[A-Z][A-Za-z]+-\d{4}", key) and key[-4:] == re.search(r"year\s*= \{(\d+)\}", entry)[1]
+
+
 def test_citations_are_found():
     assert any("{cite:" in p.read_text() for p in CHAPTERS)
 

@@ -42,7 +42,7 @@ def test_a_site_without_faults_has_none(site):
         ('<script src="gone.js"></script>', "dead link: gone.js"),
         ('<a href="/part/b.html">root</a>', "link from the root of the host: /part/b.html"),
         ('<a href="../outside.html">outside</a>', "dead link: ../outside.html"),
-        ("<p>as {cite:p}<code>abadi2016deep</code> has it</p>", "raw role: {cite:p}"),
+        ("<p>as {cite:p}<code>Abadi-2016</code> has it</p>", "raw role: {cite:p}"),
         ("<p>see {doc}`/views`</p>", "raw role: {doc}"),
         ("<p>is {glue:text}<code>accuracy</code> percent</p>", "raw role: {glue:text}"),
         ("<p>| method | accuracy |<br>|---|---|</p>", "raw pipes of a table: | method | accuracy |"),
