@@ -139,19 +139,10 @@ def train(
     view_weights = torch.stack([rows[h.recipe] for h in heads]).to(device, torch.float32)
     each = [(h.clip_norm, h.learning_rate / expected_batch, h.momentum) for h in heads]
     clip_norms, rates, momenta = (torch.tensor(v, device=device) for v in zip(*each, strict=True))
-    weights = torch.zeros(len(heads), source.num_classes, source.dim, device=device)
-    biases = torch.zeros(len(heads), source.num_classes, device=device)
-    if initial is not None:
-        weights, biases = weights + initial[0].to(device), biases + initial[1].to(device)
     run = (source.name, source.num_classes, expected_batch, sample_rate, steps, identity)
-    names = ("encoder", "num_classes", "expected_batch", "sample_rate", "steps")
-    told: dict[str, Any] = dict(zip(names, run, strict=False)) | {"n": source.n}
-    told["heads"] = f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})"
-    told["seed (digest)"] = files.digest(repr(("dpmix checkpoint", seed)))[:16]
-    told |= {"identity (digest)": files.digest(identity)[:16], **(spec or {})}
+    told = _belongs_to(run, heads, {"n": source.n}, seed) | (spec or {})
     streams = [files.digest(repr((run, head))) for head in heads]
-    moving = (torch.zeros_like(weights), torch.zeros_like(biases)) if any(momenta) else None
-    state = _State(weights, biases, moving)
+    state = _start(source, heads, initial)
     if checkpoint is not None:
         state = _load(checkpoint, told, state)
     saved = time.monotonic()
@@ -198,6 +189,24 @@ def train(
         bar.close()
     went: dict[str, Any] = dict(views=state.views, seconds=_clocks(state, source), dropped=state.dropped)
     return Bank(weights=state.weights.cpu(), biases=state.biases.cpu(), **went)
+
+
+def _belongs_to(run: tuple, heads: Sequence[Head], more: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What a checkpoint is compared by."""
+    names = ("encoder", "num_classes", "expected_batch", "sample_rate", "steps", "identity (digest)")
+    about = dict(zip(names, (*run[:-1], files.digest(run[-1])[:16]), strict=True)) | more
+    about["heads"] = f"{len(heads)} (digest {files.digest(repr(tuple(heads)))[:16]})"
+    return about | {"seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16]}
+
+
+def _start(source: Source, heads: Sequence[Head], initial: tuple[Tensor, Tensor] | None) -> _State:
+    """Zeros, or `initial` in every head; momentum where a head has some."""
+    weights = torch.zeros(len(heads), source.num_classes, source.dim, device=source.device)
+    biases = torch.zeros(len(heads), source.num_classes, device=source.device)
+    if initial is not None:
+        weights, biases = weights + initial[0].to(source.device), biases + initial[1].to(source.device)
+    moves = any(head.momentum for head in heads)
+    return _State(weights, biases, (torch.zeros_like(weights), torch.zeros_like(biases)) if moves else None)
 
 
 def _seed(seed: rng.Seed, checkpoint: Path | None) -> int:
