@@ -171,7 +171,7 @@ def spent(sigma: float, delta: float, q: float, steps: int, accountant: str, nei
 
 def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
     """`accounting.noise_multiplier` to 1 %, by `spent`. ValueError for an epsilon that is out of reach."""
-    (least, most), (left, right) = accounting.EPSILON_RANGE, np.log(accounting.SIGMA_RANGE)
+    (least, most), (left, right) = accounting.EPSILON_RANGE, map(math.log, accounting.SIGMA_RANGE)
     checks.require(least <= epsilon <= most, "epsilon", epsilon, f"must lie between {least:g} and {most:g}")
 
     def excess(x: float, by: str) -> float:  # nearly a line, where it is not cut
