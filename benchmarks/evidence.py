@@ -24,13 +24,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import dpmix
 from dpmix.companion import diagnostics, evidence, grids, grids_fid, networks
 from dpmix.companion.grids import Cell
 from dpmix.companion.report import label
 from dpmix.core import files, views
 from dpmix.images import data
-from dpmix.runs import experiments, passes
+from dpmix.runs import passes
+from dpmix.runs.result import Result, choose_learning_rate, frame
+from dpmix.runs.run import look_up
 from dpmix.runs.spec import ComputeFlags
+from dpmix.runs.store import Store
 
 BY = ("model", "method", "epsilon")
 
@@ -198,9 +202,9 @@ def described(
     }  # fmt: skip
 
 
-def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[experiments.Result]]:
-    results = experiments.run_all([c.spec for c in cells], compute=compute)
-    return grids.labelled(cells, experiments.frame(results)), results
+def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[Result]]:
+    results = dpmix.run_all([c.spec for c in cells], compute=compute)
+    return grids.labelled(cells, frame(results)), results
 
 
 def write(path: Path, runs: pd.DataFrame, about: dict[str, Any]) -> None:
@@ -221,7 +225,7 @@ def packed(right: np.ndarray) -> str:
 
 
 def export(
-    name: str, runs: pd.DataFrame, results: Sequence[experiments.Result], final: pd.DataFrame, compute: ComputeFlags
+    name: str, runs: pd.DataFrame, results: Sequence[Result], final: pd.DataFrame, compute: ComputeFlags
 ) -> Path:
     """Write what there is of a set: all runs, and which test images those in `final` got right."""
     scored = (
@@ -247,13 +251,13 @@ def export(
 def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool) -> None:
     wanted, start = SETS[name], time.time()
     count = seeds or wanted.seeds
-    store = experiments.Store()
-    frames, results = [], list[experiments.Result]()
+    store = Store()
+    frames, results = [], list[Result]()
     for stage in ("search", "refit") if wanted.refit else ("search",):
         for some in [range(count)] if compute.workers > 1 else [[seed] for seed in range(count)]:
             cells = wanted.cells(some)
             if stage == "refit":
-                best = experiments.choose_learning_rate(pd.concat(frames).query("not refit"), wanted.by)
+                best = choose_learning_rate(pd.concat(frames).query("not refit"), wanted.by)
                 rate = best.drop_duplicates(list(wanted.by)).set_index(list(wanted.by))["learning_rate"]
                 mine = [
                     c
@@ -263,7 +267,7 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
                 ]
                 cells = [Cell(c.labels, replace(c.spec, validation=0.0)) for c in mine]
             if only_export:
-                there = experiments.look_up([c.spec for c in cells], store=store)
+                there = look_up([c.spec for c in cells], store=store)
                 cells = [c for c, r in zip(cells, there, strict=True) if r is not None]
             if not cells:
                 continue

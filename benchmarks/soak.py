@@ -26,10 +26,12 @@ import numpy as np
 import psutil
 import torch
 
+import dpmix
 from dpmix.core import views
-from dpmix.runs import experiments
+from dpmix.runs.result import Result
 from dpmix.runs.run import ask
 from dpmix.runs.spec import ComputeFlags, RunSpec
+from dpmix.runs.store import Store
 
 HEADS = 10  # runs that share a pass
 
@@ -49,7 +51,7 @@ def child(store: Path, count: int) -> None:
     """What is killed. Damaged files are warned about; here a warning stops the run, and the soak with it."""
     warnings.filterwarnings("error", message=".*(checksum|cannot be read|damaged).*")
     compute = ComputeFlags(progress=False, workers=2, checkpoint_seconds=0.05)
-    experiments.run_all(runs(count), compute=compute, store=experiments.Store(store))
+    dpmix.run_all(runs(count), compute=compute, store=Store(store))
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -122,7 +124,7 @@ def undisturbed(store: Path, count: int) -> dict:
     specs = runs(count)
     compute = ComputeFlags(progress=False, workers=1)
     for first in range(0, count, HEADS):
-        experiments.run_all(specs[first : first + HEADS], compute=compute, store=experiments.Store(store))
+        dpmix.run_all(specs[first : first + HEADS], compute=compute, store=Store(store))
         memory.append(here.memory_info().rss / 2**20)
     settled = memory[len(memory) // 5 :]
     gained = float(np.polyfit(range(len(settled)), settled, 1)[0]) if len(settled) > 2 else float("nan")
@@ -134,8 +136,8 @@ def undisturbed(store: Path, count: int) -> dict:
 
 def compare(disturbed_store: Path, calm_store: Path, count: int) -> dict:
     """How many results are present and equal; what lies about besides results, weights and locks."""
-    one, other = experiments.Store(disturbed_store), experiments.Store(calm_store)
-    asked = [f.name for f in fields(experiments.Result) if f.name not in ("key", "timing", "provenance")]
+    one, other = Store(disturbed_store), Store(calm_store)
+    asked = [f.name for f in fields(Result) if f.name not in ("key", "timing", "provenance")]
     pairs = zip(*(ask(runs(count), ComputeFlags(), store) for store in (one, other)), strict=True)
     present = equal = equal_weights = 0
     largest = 0.0

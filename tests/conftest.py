@@ -18,7 +18,7 @@ from dpmix.models.encoders import Encoder
 # A shell ignores Ctrl-C for what it starts in the background; the tests that send it, and what they start, must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before dpmix.runs.experiments is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
+# Before dpmix.runs.store is imported: no test, and no notebook that a test runs, reads or writes the user's own store.
 os.environ["DPMIX_STORE"] = tempfile.mkdtemp(prefix="dpmix-tests-")
 atexit.register(shutil.rmtree, os.environ["DPMIX_STORE"], ignore_errors=True)
 

@@ -170,7 +170,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def told(about: dict[str, Any]) -> dict[str, str]:
-    """`date`, `device` and `versions` of a provenance, as `experiments.frame` has them."""
+    """`date`, `device` and `versions` of a provenance, as `runs.result.frame` has them."""
     commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
     v = about["versions"]
     return {k: about[k] for k in ("date", "device")} | {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}"}

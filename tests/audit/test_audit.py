@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import dpmix
 from dpmix import audit, models
 from dpmix.core import accounting, clipping, heads, microbatch, network, rng, views
 from dpmix.images import data
-from dpmix.runs import experiments
 from dpmix.runs import material as materials
 from dpmix.runs.material import validation_split
-from dpmix.runs.result import NonPrivateDiagnostics
+from dpmix.runs.result import NonPrivateDiagnostics, Result
 from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
+from dpmix.runs.store import Store
 
 CLASSES, SHAPE = 3, (1, 4, 4)
 RECIPE = views.Recipe(k_base=4, transform="crop")
@@ -429,7 +430,7 @@ def tiny_spec(**changes) -> RunSpec:
     return RunSpec(**{**about, **changes})
 
 
-def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[experiments.Result, list[str], str]:
+def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[Result, list[str], str]:
     """The result of a run on the digits without one of them, the names of its files (keyed digests as such), and what it
     printed."""
     whole = data.load("digits")
@@ -441,7 +442,7 @@ def run_without(monkeypatch, tmp_path, capfd, place: int | None) -> tuple[experi
     folder = tmp_path / str(place)
     capfd.readouterr()
     compute = ComputeFlags(cache=str(tmp_path / "cache"))
-    result = experiments.run(tiny_spec(), compute=compute, store=experiments.Store(folder))
+    result = dpmix.run(tiny_spec(), compute=compute, store=Store(folder))
     out, err = capfd.readouterr()
     shown = re.sub(r":[^:|]*\|[^|]*\|[^\r\n]*?\]", ":", out + err)  # how far and how fast a bar has come is not asked
     names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
@@ -497,12 +498,12 @@ def test_an_encoder_normalises_by_constants():
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
-    store = experiments.Store(folder / "store")
+    store = Store(folder / "store")
     with pytest.MonkeyPatch.context() as patch:  # drawn, but the same each time
         patch.setattr(rng, "fresh_seed", lambda: 0x9E3779B97F4A7C15F39CC0605CEDC834)
         compute = ComputeFlags(progress=False, dtype="float32", encoder_engine="torch")  # as the tests evaluate
-        result = experiments.run(tiny_spec(seed=None), compute=compute, store=store)
-    experiments.release(result, folder / "out", store=store)
+        result = dpmix.run(tiny_spec(seed=None), compute=compute, store=store)
+    dpmix.release(result, folder / "out", store=store)
     return result, folder / "out", store
 
 
@@ -548,10 +549,10 @@ def test_a_release_withholds_the_seed_and_all_diagnostics(released):
 
 
 def test_a_run_without_noise_is_not_released(tmp_path):
-    store = experiments.Store(tmp_path / "store")
-    result = experiments.run(tiny_spec(epsilon=None, seed=None), compute=ComputeFlags(progress=False), store=store)
+    store = Store(tmp_path / "store")
+    result = dpmix.run(tiny_spec(epsilon=None, seed=None), compute=ComputeFlags(progress=False), store=store)
     with pytest.raises(ValueError, match="no guarantee"):
-        experiments.release(result, tmp_path / "out", store=store)
+        dpmix.release(result, tmp_path / "out", store=store)
     assert not (tmp_path / "out").exists()
 
 
@@ -567,10 +568,10 @@ def test_a_seed_that_can_be_guessed_gives_the_noise_away(tmp_path):
         for guess in range(12)
     ]  # fmt: skip
     assert int(np.argmin(left)) == 7 and sorted(left)[1] > 5 * left[7]
-    store = experiments.Store(tmp_path / "store")
-    result = experiments.run(tiny_spec(seed=7), compute=ComputeFlags(progress=False), store=store)
+    store = Store(tmp_path / "store")
+    result = dpmix.run(tiny_spec(seed=7), compute=ComputeFlags(progress=False), store=store)
     with pytest.raises(ValueError, match="seed: was given, and whoever knows or guesses it can subtract the noise"):
-        experiments.release(result, tmp_path / "out", store=store)
+        dpmix.release(result, tmp_path / "out", store=store)
 
 
 def test_the_names_of_the_contract():

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import dpmix
 from dpmix.core import accounting, clipping, views
 from dpmix.peers import jax as jax_peer
-from dpmix.runs import experiments
 from dpmix.runs.spec import ComputeFlags, RunSpec
+from dpmix.runs.store import Store
 
 QUIET = ComputeFlags(progress=False, device="cpu")
 TINY = RunSpec(recipe=views.Recipe(k_base=2, k_self=2), epsilon=8.0, learning_rate=2.0, batch_size=300, epochs=1.0)
@@ -63,8 +64,8 @@ def test_the_accountants_of_both_agree_and_theirs_keeps_the_budget():
 
 def test_without_noise_both_train_the_same_head(tmp_path):
     specs = [replace(TINY, epsilon=None), replace(TINY, epsilon=None, recipe=views.Recipe(k_base=2), clip_norm=0.2)]
-    stores = experiments.Store(tmp_path / "torch"), experiments.Store(tmp_path / "jax")
-    ours = experiments.run_all(specs, compute=QUIET, store=stores[0])
+    stores = Store(tmp_path / "torch"), Store(tmp_path / "jax")
+    ours = dpmix.run_all(specs, compute=QUIET, store=stores[0])
     theirs = jax_peer.run_all(specs, compute=QUIET, store=stores[1])
     for a, b in zip(ours, theirs, strict=True):
         wanted, got = stores[0].tensors(a)["weight"], stores[1].tensors(b)["weight"]
@@ -77,7 +78,7 @@ def test_the_noise_has_the_deviation_of_sigma_and_differs_between_heads(tmp_path
     """One step from zero: noisy minus noiseless weights over eta / B are N(0, (sigma C)^2). Flake rate below 1e-6."""
     once = replace(TINY, batch_size=1150, clip_norm=0.5)
     specs = [replace(once, epsilon=e, learning_rate=lr) for e, lr in ((None, 2.0), (8.0, 2.0), (1.0, 2.0), (1.0, 4.0))]
-    store = experiments.Store(tmp_path)
+    store = Store(tmp_path)
     found = jax_peer.run_all(specs, compute=QUIET, store=store)
     assert {r.steps for r in found} == {1}
     plain = store.tensors(found[0])["weight"] / 2.0
@@ -90,7 +91,7 @@ def test_the_noise_has_the_deviation_of_sigma_and_differs_between_heads(tmp_path
 
 
 def test_results_are_found_again_with_their_versions(tmp_path, monkeypatch):
-    store = experiments.Store(tmp_path)
+    store = Store(tmp_path)
     first = jax_peer.run_all([TINY, TINY], compute=QUIET, store=store)
     assert first[0] == first[1] and {"jax", "jax-privacy"} <= set(first[0].provenance["versions"])
     monkeypatch.setattr(jax_peer, "_compute", lambda *_: pytest.fail("computed again"))

@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dpmix import ComputeFlags, RunSpec, run, run_all
 from dpmix.core import accounting, heads, views
 from dpmix.images import data
-from dpmix.runs import experiments, identity, material, passes, result, spec, workers
-from dpmix.runs.experiments import ComputeFlags, Result, RunSpec, Store, choose_learning_rate, run, run_all
+from dpmix.runs import identity, material, passes, result, spec, workers
 from dpmix.runs.identity import Contents, Identity, code_digest
+from dpmix.runs.result import Result, choose_learning_rate, frame
+from dpmix.runs.store import STORE, Store
 
 TINY = views.Recipe(k_base=2, transform="crop")
 SPEC = RunSpec(recipe=TINY, epsilon=8.0, learning_rate=4.0, epochs=2.0, batch_size=256, delta=1e-5)
@@ -31,7 +33,7 @@ COMPUTE = ComputeFlags(progress=False, workers=1)
 @pytest.fixture(scope="module")
 def shared():
     """One store for the tests that only read what two runs of one pass left there."""
-    store = Store(Path(experiments.STORE) / "shared")
+    store = Store(Path(STORE) / "shared")
     return store, run_all([SPEC, replace(SPEC, learning_rate=1.0)], compute=COMPUTE, store=store)
 
 
@@ -516,13 +518,13 @@ def test_choosing_without_a_validation_split_is_refused():
 
 def test_frame_has_a_row_a_run(shared):
     _, results = shared
-    frame = experiments.frame(results)
-    assert len(frame) == 2
-    row = frame.iloc[0]
+    table = frame(results)
+    assert len(table) == 2
+    row = table.iloc[0]
     assert row["accuracy"] == 100 * results[0].test_accuracy and row["k_base"] == 2 and row["epsilon"] == 8
     assert row["sigma"] == results[0].noise_multiplier and row["T"] == results[0].steps and row["N"] == 1150
     assert row["epsilon_prv"] == results[0].epsilon["prv"] and "torch" in row["versions"]
-    assert {f.name for f in fields(RunSpec)} <= set(frame.columns)
+    assert {f.name for f in fields(RunSpec)} <= set(table.columns)
 
 
 # What runs of one seed must not share.

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpmix import models
+import dpmix
+from dpmix import ComputeFlags, RunSpec, models, run, run_all
 from dpmix.core import accounting, files, heads, network, transforms, views
 from dpmix.models.wide_resnet import wide_resnet
-from dpmix.runs import experiments
-from dpmix.runs.experiments import ComputeFlags, RunSpec, Store, run, run_all
+from dpmix.runs.result import Result
+from dpmix.runs.store import Store
 
 PROGRAM = r"""
 import json, os, random, signal, sys, time, traceback, warnings
@@ -30,13 +31,15 @@ from pathlib import Path
 
 import torch
 
+import dpmix
 from dpmix.core import files, heads, views
-from dpmix.runs import experiments, spec
+from dpmix.runs import spec
+from dpmix.runs.store import Store
 
 RECIPE = views.Recipe(k_base=2, k_self=1, transform="crop")
-SPECS = [experiments.RunSpec(recipe=RECIPE, epsilon=8.0, learning_rate=rate, epochs=4.0, batch_size=128, population=1150)
+SPECS = [dpmix.RunSpec(recipe=RECIPE, epsilon=8.0, learning_rate=rate, epochs=4.0, batch_size=128, population=1150)
          for rate in (1.0, 2.0, 4.0, 8.0)]
-COMPUTE = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
+COMPUTE = dpmix.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
 BASE = Path(sys.argv[1])
 
 
@@ -63,7 +66,7 @@ def start(folder, specs=SPECS, compute=COMPUTE):
             return state
 
         heads.train, heads._load = train, went_on
-        experiments.run_all(specs, compute=compute, store=experiments.Store(BASE / folder))
+        dpmix.run_all(specs, compute=compute, store=Store(BASE / folder))
         status = 0
     except KeyboardInterrupt:
         status = 130
@@ -144,7 +147,7 @@ def stored(folder: Path) -> dict[str, tuple[dict, dict]]:
     found = {}
     for path in folder.glob("*.json"):
         content = files.read_json(path)
-        result = experiments.Result.from_json(content)
+        result = Result.from_json(content)
         assert result.key == path.stem
         about = {k: v for k, v in content.items() if k not in ("key", "timing", "provenance")}
         found[json.dumps(content["spec"], sort_keys=True)] = about, Store(folder).tensors(result)
@@ -218,7 +221,7 @@ def begin(folder):
         os.dup2(write, 2)
         os.close(read)
         try:
-            experiments.run_all(SPECS, compute=COMPUTE, store=experiments.Store(BASE / folder))
+            dpmix.run_all(SPECS, compute=COMPUTE, store=Store(BASE / folder))
             os._exit(0)
         except KeyboardInterrupt:
             os._exit(130)
@@ -299,9 +302,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import dpmix
 from dpmix.core import files, views
 from dpmix.images import data
-from dpmix.runs import experiments
+from dpmix.runs.store import Store
 
 BASE, disk = Path(sys.argv[1]), Path(sys.argv[1]) / "disk"
 disk.mkdir()
@@ -360,11 +364,11 @@ for part in ("train", "test"):
             pixels = np.random.default_rng([ord(c), i, part == "test"]).integers(0, 256, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(photos / part / c / f"{i}.png")
 
-store = experiments.Store(disk / "runs")
-spec = experiments.RunSpec(recipe=views.Recipe(k_base=1, transform="none"), epsilon=None, learning_rate=4.0, epochs=0.5,
+store = Store(disk / "runs")
+spec = dpmix.RunSpec(recipe=views.Recipe(k_base=1, transform="none"), epsilon=None, learning_rate=4.0, epochs=0.5,
                            batch_size=256)
-compute = experiments.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
-run = lambda rate: experiments.run(replace(spec, learning_rate=rate), compute=compute, store=store)
+compute = dpmix.ComputeFlags(progress=False, workers=1, checkpoint_seconds=0.0, device="cpu", encoder_engine="torch")
+run = lambda rate: dpmix.run(replace(spec, learning_rate=rate), compute=compute, store=store)
 decode = lambda: data.load(f"folder:{photos}", cache=disk / "cache")
 
 first = run(4.0)
@@ -502,7 +506,7 @@ def test_damaged_weights_of_a_result_are_refused_and_can_be_made_anew(damage, tm
     with pytest.raises(ValueError, match=r"weights='.*': damaged .* then remove the JSON beside it too and run again"):
         store.tensors(first)
     with pytest.raises(ValueError, match="damaged"):
-        experiments.release(replace(first, noise_multiplier=1.0, seed_drawn=True), tmp_path / "out",
+        dpmix.release(replace(first, noise_multiplier=1.0, seed_drawn=True), tmp_path / "out",
                             store=store)  # fmt: skip
     assert not (tmp_path / "out").exists() and not (tmp_path / "sprung").exists()
     for part in (path, tmp_path / f"{first.key}.json"):

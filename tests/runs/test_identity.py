@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dpmix import ComputeFlags, RunSpec, release, run, run_all
 from dpmix.core import files, heads, network, rng, views
 from dpmix.images import layouts
 from dpmix.models import encoders
 from dpmix.runs import identity as identities
-from dpmix.runs.experiments import ComputeFlags, RunSpec, Store, release, run, run_all
 from dpmix.runs.identity import Contents, Identity, pass_of
+from dpmix.runs.store import Store
 
 TINY = views.Recipe(k_base=1, transform="crop")
 SECRET = 2**100 + 987_654_321

@@ -21,9 +21,10 @@ from tqdm import tqdm
 import dpmix
 from dpmix.core import files, rng, views
 from dpmix.images import image_cache
-from dpmix.runs import experiments, material
-from dpmix.runs.result import NonPrivateDiagnostics
+from dpmix.runs import material
+from dpmix.runs.result import NonPrivateDiagnostics, Result
 from dpmix.runs.spec import ComputeFlags, RunSpec, mechanism
+from dpmix.runs.store import Store
 
 SOURCE = Path(dpmix.__file__).parent
 
@@ -49,19 +50,19 @@ def spec_of(folder: Path, **changes) -> RunSpec:
     return RunSpec(**{**about, **changes})
 
 
-def released(spec: RunSpec, base: Path, capfd, seed: int = 2**70 + 1) -> tuple[experiments.Result, Path, list[str]]:
+def released(spec: RunSpec, base: Path, capfd, seed: int = 2**70 + 1) -> tuple[Result, Path, list[str]]:
     """A run and its release in folders of their own; and every line and warning on the way. The seed is drawn, by a die
     that always shows the same."""
     for cached in (material._load, material._load_public):
         cached.cache_clear()
     capfd.readouterr()
-    store = experiments.Store(base / "store")
+    store = Store(base / "store")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with pytest.MonkeyPatch.context() as die:
             die.setattr(rng, "fresh_seed", lambda: seed)
-            result = experiments.run(spec, compute=ComputeFlags(cache=str(base / "cache"), workers=1), store=store)
-        out = experiments.release(result, base / "release", store=store)
+            result = dpmix.run(spec, compute=ComputeFlags(cache=str(base / "cache"), workers=1), store=store)
+        out = dpmix.release(result, base / "release", store=store)
     said = "".join(capfd.readouterr()).replace("\r", "\n").splitlines()
     # How far and how fast a bar has come is a matter of time; what is left is its name and its total.
     lines = {re.sub(r":\s+\d+%\|[^|]*\|(?: *\d+/(\d+))?.*", r": of \1", line) for line in said if line}
@@ -146,9 +147,9 @@ def test_diagnostics_never_enter_a_release(folder, tmp_path, capfd):
         result, diagnostics=NonPrivateDiagnostics(**values), test_accuracy=0.5772156649,
         timing={"seconds": 0.6931471805, "views": 79_123_456, "views_per_second": 12_345.678912345, "heads": 1},
     )  # fmt: skip
-    store = experiments.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     store.put(marked, store.tensors(result))  # a card is written for what the store has
-    out = experiments.release(marked, tmp_path / "marked", store=store)
+    out = dpmix.release(marked, tmp_path / "marked", store=store)
     everything = content(out)
     hidden = {**values, "test_accuracy": marked.test_accuracy, **marked.timing, "seed": result.spec.seed}
     hidden |= {"key": result.key, **{name: result.provenance[name] for name in ("splits", "date")}}
@@ -169,8 +170,8 @@ def test_a_second_release_leaves_nothing_of_the_first(folder, tmp_path, capfd):
     """Weights are written in place of the old ones. The one before was once kept beside them, a second model to pay for."""
     result, out, _ = released(spec_of(folder), tmp_path / "a", capfd)
     other, second, _ = released(spec_of(folder), tmp_path / "b", capfd, seed=2**70 + 2)
-    store = experiments.Store(tmp_path / "b" / "store")
-    experiments.release(other, out, store=store)
+    store = Store(tmp_path / "b" / "store")
+    dpmix.release(other, out, store=store)
     # Not byte by byte: safetensors writes its metadata in any order.
     now, then = (files.load_tensors(place / "model.safetensors") for place in (out, second))
     assert now[1] == then[1] and all(torch.equal(now[0][name], t) for name, t in then[0].items())
@@ -231,11 +232,11 @@ def test_a_call_that_unpickles_is_seen(wrong):
 
 
 def test_a_key_that_leads_out_of_the_store_is_refused(tmp_path):
-    store = experiments.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     for name in ("../a", "a/b", "..", "", "/a", "a\\b", "a.b"):
         with pytest.raises(ValueError, match=r"key=.*must be letters, digits"):
             store.get(name)
-    fake = object.__new__(experiments.Result)
+    fake = object.__new__(Result)
     object.__setattr__(fake, "key", "../outside")
     files.save_tensors(tmp_path / "outside.safetensors", {"weight": torch.zeros(1)}, {"result": "../outside"})
     for use in (store.tensors, lambda r: store.put(r, {})):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpmix import ComputeFlags, RunSpec, release, run, run_all
 from dpmix.core import accounting, files, heads, views
 from dpmix.models import encoders
-from dpmix.runs.experiments import ComputeFlags, RunSpec, Store, release, run, run_all
 from dpmix.runs.passes import LIBRARIES
 from dpmix.runs.spec import no_meaningful_guarantee
+from dpmix.runs.store import Store
 
 TINY = views.Recipe(k_base=2, transform="crop")
 SPEC = RunSpec(recipe=TINY, epsilon=8.0, learning_rate=4.0, epochs=0.5, batch_size=256, seed=None)

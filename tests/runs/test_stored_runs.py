@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dpmix
 from dpmix.core import files, heads, views
 from dpmix.models import encoders, stored
-from dpmix.runs import experiments, passes
+from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags, RunSpec
+from dpmix.runs.store import Store
 
 RECIPE = views.Recipe(k_base=3, k_self=2)
 SPEC = RunSpec(recipe=RECIPE, epsilon=4.0, learning_rate=2.0, redraw=False, epochs=1.0, batch_size=256, seed=3)
@@ -37,20 +39,20 @@ def seen(monkeypatch):
 
 def test_a_second_run_encodes_nothing_and_a_longer_list_only_what_is_missing(tmp_path, compute, seen):
     """Other budget, rate, batch size, epochs, momentum or clip norm; fewer views; one method more; other seeds."""
-    store = experiments.Store(tmp_path / "store")
-    first = experiments.run(SPEC, compute=compute, store=store)
+    store = Store(tmp_path / "store")
+    first = dpmix.run(SPEC, compute=compute, store=store)
     made = sum(seen)
     assert made == 1437 * (5 + 1) + 360, "views, the images as they are for validation, and the test images"
     others = [dict(epsilon=1.0, learning_rate=1.0, clip_norm=0.5), dict(batch_size=128), dict(epochs=2.0, momentum=0.5),
               dict(recipe=views.Recipe(k_base=2)), dict(validation=0.1)]  # fmt: skip
     for change in others:
-        assert experiments.run(replace(SPEC, **change), compute=compute, store=store).key != first.key
+        assert dpmix.run(replace(SPEC, **change), compute=compute, store=store).key != first.key
         assert sum(seen) == made, change
-    experiments.run(replace(SPEC, recipe=replace(RECIPE, k_diff=1)), compute=compute, store=store)
+    dpmix.run(replace(SPEC, recipe=replace(RECIPE, k_diff=1)), compute=compute, store=store)
     assert sum(seen) - made == 1437 * (1 + 2), "a public image and two mixtures of another pool"
     for change, encoded in ((dict(seed=9), 5), (dict(seed=None), 5), (dict(seed=None, epsilon=1.0), 0)):
         made = sum(seen)
-        experiments.run(replace(SPEC, **change), compute=compute, store=store)
+        dpmix.run(replace(SPEC, **change), compute=compute, store=store)
         assert sum(seen) - made == 1437 * encoded, (
             "views follow a given seed; those of a drawn one are there the next time"
         )
@@ -60,7 +62,7 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
     from dpmix.core.sources import FreshViews
 
     specs = [replace(SPEC, epsilon=e) for e in (2.0, None)]
-    one = experiments.run_all(specs, compute=compute, store=experiments.Store(tmp_path / "one"))
+    one = dpmix.run_all(specs, compute=compute, store=Store(tmp_path / "one"))
 
     def fresh(spec, recipes, material, compute, scaling, once):
         train = material.train
@@ -68,7 +70,7 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
                           seed=once, ids=material.ids, redraw=False)  # fmt: skip
 
     monkeypatch.setattr(passes, "source_of", fresh)
-    two = experiments.run_all(specs, compute=compute, store=experiments.Store(tmp_path / "two"))
+    two = dpmix.run_all(specs, compute=compute, store=Store(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):  # each store has names of its own, in an order of its own
         ((mine, _),) = (files.load_tensors(path) for path in (tmp_path / "one").rglob(f"{a.key}.safetensors"))
         ((theirs, _),) = (files.load_tensors(path) for path in (tmp_path / "two").rglob(f"{b.key}.safetensors"))
@@ -79,10 +81,8 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
 def test_scaled_features_train_and_the_head_takes_features_as_they_are(tmp_path, compute):
     """The released head must work without the constants; and scaling does something."""
     spec = replace(SPEC, epsilon=None, feature_scaling="public", epochs=5.0)
-    scaled = experiments.run(spec, compute=compute, store=experiments.Store(tmp_path / "store"))
-    plain = experiments.run(
-        replace(spec, feature_scaling="none"), compute=compute, store=experiments.Store(tmp_path / "store")
-    )
+    scaled = dpmix.run(spec, compute=compute, store=Store(tmp_path / "store"))
+    plain = dpmix.run(replace(spec, feature_scaling="none"), compute=compute, store=Store(tmp_path / "store"))
     assert scaled.test_accuracy > 0.7 and scaled.test_accuracy != plain.test_accuracy
 
 
@@ -110,7 +110,7 @@ def test_no_room_is_told_before_any_work(tmp_path, compute, seen, monkeypatch):
 
     monkeypatch.setattr(stored.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(OSError, match=r"cache=.* need 0\.00.* GB more and 1e-08 GB are free"):
-        experiments.run(SPEC, compute=compute, store=experiments.Store(tmp_path / "store"))
+        dpmix.run(SPEC, compute=compute, store=Store(tmp_path / "store"))
     assert not seen
     with pytest.raises(ValueError, match=r"redraw=False: .*network from scratch"):
         replace(SPEC, model="wrn-10-1")
