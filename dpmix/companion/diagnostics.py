@@ -56,7 +56,7 @@ def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> l
     row = dict(zip(union.recipes, union.weights, strict=True))
     view_weights = torch.stack([row[h.recipe] for h in bank]).to(compute.where(), torch.float32)
     unclipped = torch.full((len(bank),), torch.inf, device=compute.where())
-    sums = torch.zeros(stages, len(bank), material.train.num_classes * (_encoder(material).dim + 1))
+    sums = torch.zeros(stages, len(bank), material.train.whole.num_classes * (_encoder(material).dim + 1))
     counts = torch.zeros(stages)
 
     def observe(step: int, features: Tensor, targets: Tensor, weights: Tensor, biases: Tensor) -> None:

@@ -170,23 +170,25 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
     for one in group:
         spec = one.identity.spec
         m, asked = (
-            mechanism(replace(spec, epsilon=None), material.n),
+            mechanism(replace(spec, epsilon=None), len(material.pool)),
             dict(delta=spec.delta, batch_size=spec.batch_size),
         )
         if spec.epsilon is not None:
             sigma = noise_multiplier(epsilon=spec.epsilon, population=m.population, steps=m.steps, **asked)
             m = m._replace(noise_multiplier=sigma)
-        tasks.append(passes.Task(**one._asdict(), mechanism=m, epsilon=epsilons(spec, m)))
+        tasks.append(passes.Task(*one, m, epsilons(spec, m)))
     bank, data, seed = passes.heads_of(tasks, material), material.train, passes.training_seed(spec)
     assert material.encoder is not None
-    of = dict[str, Any](num_classes=data.num_classes, public=material.public, ids=material.ids, device=compute.where())
+    of = dict[str, Any](
+        num_classes=data.whole.num_classes, public=material.public, ids=data.rows, device=compute.where()
+    )
     recipes = [head.recipe for head in bank]
     source = sources.FreshViews(material.encoder, data.images, data.labels, recipes, seed=seed, **of)
     how = dict[str, Any](
         expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
     )
     trained = train(source, bank, seed=seed, physical_batch=passes.physical_batch(compute), **how)
-    return passes.told(tasks, trained, material, compute, time.perf_counter() - start)
+    return passes.evaluated(tasks, trained, material, compute, time.perf_counter() - start)
 
 
 def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -67,6 +67,9 @@ def code_digest() -> str:
     return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*sources, *shipped]))
 
 
+_once = functools.lru_cache(maxsize=64)  # an object's own answers: `self` is part of the question
+
+
 class Contents:
     """Digests of what the names in a spec stand for, as it is now: look once a call.
 
@@ -75,7 +78,6 @@ class Contents:
 
     def __init__(self, compute: ComputeFlags, memory: Path) -> None:
         self.root, self.memory = Path(compute.root).expanduser(), memory
-        self._seen: dict[tuple[str | None, ...], str] = {}
 
     def identity(self, spec: RunSpec) -> Identity:
         """The one place where an identity is made. Raises as `data.find`, `data.find_public` and `models.encoder` where
@@ -88,71 +90,56 @@ class Contents:
             code=code_digest(),
         )
 
+    @_once
     def private(self, dataset: str) -> str:
         """Digest of the images and labels of a data set, and of their split."""
-        return self._once(self._private, dataset)
-
-    def public(self, dataset: str) -> str:
-        """Digest of the synthetic images that go with it; "" for those that are part of the code."""
-        return self._once(self._public, dataset)
-
-    def encoder(self, model: str, weights: str | None) -> str:
-        """sha256 of the file of an encoder's weights, or "random"."""
-        return self._once(self._encoder, model, weights)
-
-    def _once(self, look: Callable[..., str], *about: str | None) -> str:
-        asked = look.__name__, *about
-        if asked not in self._seen:
-            self._seen[asked] = look(*about)
-        return self._seen[asked]
-
-    def _private(self, dataset: str) -> str:
         if dataset == "digits":
             return files.digest("digits", metadata.version("scikit-learn"))
-        place = "" if dataset.startswith("folder:") else layouts.where(dataset, self.root).name
-        if place.startswith("cifar-"):  # the published batches: opening them takes seconds
-            folder = layouts.where(dataset, self.root)
+        folder = None if dataset.startswith("folder:") else layouts.where(dataset, self.root)
+        if folder is not None and folder.name.startswith("cifar-"):  # the published batches: opening them takes seconds
             return self._digest(dataset, folder, sorted(folder.glob("*")))
         found = data.find(dataset, self.root)
         assert isinstance(found, layouts.Listing)
         facts = json.dumps([found.labels.tolist(), found.train, found.class_names])
         return self._digest(dataset, found.base, found.files, facts)
 
-    def _public(self, dataset: str) -> str:
+    @_once
+    def public(self, dataset: str) -> str:
+        """Digest of the synthetic images that go with it; "" for those that are part of the code."""
         base = data.find_public(dataset, self.root)
         return "" if dataset == "digits" else self._digest("synthetic", base, layouts.scan(base).files)
 
-    def _encoder(self, model: str, weights: str | None) -> str:
+    @_once
+    def encoder(self, model: str, weights: str | None) -> str:
+        """sha256 of the file of an encoder's weights, or "random"."""
         path = encoders.weights_of(model, weights)
         if isinstance(path, str):
             return path
-        return self._remember(f"weights {path.name}", path.parent, [path], lambda: sha256(path))
+        return self._remember(f"weights {path.name}", path.parent, [path], "", lambda names: sha256(path))
 
     def _digest(self, what: str, base: Path, found: Sequence[Path], facts: str = "") -> str:
         """Over names, contents and `facts`."""
-        names = [os.fsencode(p.relative_to(base)) for p in found]
 
-        def read() -> str:
+        def read(names: list[bytes]) -> str:
             with ThreadPoolExecutor() as pool:
-                return files.digest(facts, *_flat(names, pool.map(sha256, found)))
+                return files.digest(facts, *names, *pool.map(sha256, found))
 
-        return self._remember(what, base, found, read, facts)
+        return self._remember(what, base, found, facts, read)
 
-    def _remember(self, what: str, base: Path, found: Sequence[Path], read: Callable[[], str], facts: str = "") -> str:
-        """What `read` gives, taken once for as long as the files keep their names, sizes and times."""
-        states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (p.stat() for p in found))
-        state = files.digest(facts, *_flat((os.fsencode(p.relative_to(base)) for p in found), states))
+    def _remember(
+        self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[[list[bytes]], str]
+    ) -> str:
+        """What `read` makes of the names, once for as long as the files keep their names, sizes and times."""
+        names = [os.fsencode(path.relative_to(base)) for path in found]
+        states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (path.stat() for path in found))
+        state = files.digest(facts, *names, *states)
         record = self.memory / "contents" / f"{files.digest(what, os.fsencode(base.resolve()))[:32]}.json"
         known = files.read_json(record) or {}
         if known.get("state") != state:
-            known = {"state": state, "content": read()}
+            known = {"state": state, "content": read(names)}
             with contextlib.suppress(OSError):  # a store that cannot be written can still be read
                 files.write_json(record, known, private=True)
         return known["content"]
-
-
-def _flat(names: Iterable[bytes], values: Iterable[str]) -> list[bytes | str]:
-    return [part for pair in zip(names, values, strict=True) for part in pair]
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,6 @@
 """What the runs of a pass share: images, looked up row by row where they lie, and the encoder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,13 +44,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images of a set, with their labels."""
+    """Some of the images of a set, with their labels. `rows` are their places in it, and their ids for keyed randomness."""
 
     whole: data.ImageSet
     rows: Int64[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def at(self, places: Int64[Tensor, " m"]) -> "Part":
+        return Part(self.whole, self.rows[places])
 
     @property
     def images(self) -> Rows:
@@ -60,33 +63,17 @@ class Part:
     def labels(self) -> Int64[Tensor, " n"]:
         return self.whole.labels[self.rows]
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.whole.class_names
-
-    @property
-    def num_classes(self) -> int:
-        return self.whole.num_classes
-
-    @property
-    def flip(self) -> bool:
-        return self.whole.flip
-
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What the runs of a pass share. `n` counts the private examples, validation included, which are `pool`; `kept` and
-    `held_out` are the places in it of those that are trained on and of the others, `ids` their places in the whole set.
-    `digest` is that of the splits."""
+    """What the runs of a pass share. `pool` holds the private examples, validation included; `kept` and `held_out` are the
+    places in it of those that are trained on, which are `train`, and of the others. `digest` is that of the splits."""
 
-    n: int
-    ids: Int64[Tensor, " n"]
     pool: Part
     kept: Int64[Tensor, " n"]
     held_out: Int64[Tensor, " v"]
-    train: data.ImageSet | Part
-    validation: data.ImageSet | Part
-    test: data.ImageSet | Part
+    train: Part
+    test: Part
     public: data.ImageSet | Part | None
     synthetic: data.ImageSet | None
     encoder: models.Encoder | None
@@ -114,7 +101,7 @@ def _load(dataset: str, root: str, image_size: int | None, cached: str, private:
 
 @lru_cache(maxsize=2)
 def _load_public(
-    dataset: str, root: str, image_size: int | None, cached: str, private: str, public: str
+    public: str, dataset: str, root: str, image_size: int | None, cached: str, private: str
 ) -> data.ImageSet:
     """The synthetic images, once it is known that none is a copy of a private one."""
     splits = _load(dataset, root, image_size, cached, private)
@@ -127,14 +114,9 @@ def _load_public(
 
 @lru_cache(maxsize=1)
 def _load_encoder(
-    model: str,
-    weights: str | None,
-    image_size: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    engine: str,
-    content: str,
+    where: tuple[torch.device, torch.dtype, str], model: str, weights: str | None, image_size: int | None, content: str
 ) -> models.Encoder:
+    device, dtype, engine = where
     return models.encoder(model, weights, image_size=image_size).to(device, dtype, engine=engine)
 
 
@@ -143,33 +125,28 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
 
     Images stay where they lie: a memory map for those that were files.
     """
-    spec = group[0].spec
-    encoder = None
-    image_size = spec.image_size
+    spec, private = group[0].spec, group[0].private
+    encoder, image_size = None, spec.image_size
     if not spec.from_scratch:
-        asked = spec.model, spec.weights, spec.image_size
-        encoder = _load_encoder(*asked, compute.where(), compute.precision(), compute.encoder_engine, group[0].encoder)
+        where = compute.where(), compute.precision(), compute.encoder_engine
+        encoder = _load_encoder(where, spec.model, spec.weights, spec.image_size, group[0].encoder)
         # Of a folder too: a size that one image can change would be a constant taken from private data.
         scaled = spec.dataset in SCALED or spec.dataset.startswith("folder:")
         image_size = encoder.image_size if scaled else None
-    source = spec.dataset, compute.root, image_size, compute.cache, group[0].private
+    source = spec.dataset, compute.root, image_size, compute.cache, private
     splits = _load(*source)
     if encoder is not None:
         channels = int(splits.train.images.shape[1])
-        takes = " or ".join(map(str, encoder.channels))
-        fits = (
-            f"{spec.model} takes images of {takes} channel(s) and {spec.dataset} has {channels}; choose another model"
-        )
-        checks.require(channels in encoder.channels, "model", spec.model, fits)
+        takes = f"{spec.model} takes images of {' or '.join(map(str, encoder.channels))} channel(s)"
+        remedy = f"{takes} and {spec.dataset} has {channels}; choose another model"
+        checks.require(channels in encoder.channels, "model", spec.model, remedy)
     users = [i.public for i in group if i.spec.uses_synthetic]
-    synthetic = _load_public(*source, users[0]) if users else None
-    half = dict(zip(("half-1", "half-2"), _halves(len(splits.train), spec.seed or 0), strict=True))
-    pool = splits.train
-    if spec.train_on == "synthetic":
-        assert synthetic is not None
-        pool = synthetic
-    ids = half.get(spec.train_on, torch.arange(len(pool)))
-    kept, held_out = validation_split(len(ids), spec.validation, spec.seed or 0)
+    synthetic = _load_public(users[0], *source) if users else None
+    half = _halves(len(splits.train), spec.seed or 0)
+    pool: data.ImageSet | None = synthetic if spec.train_on == "synthetic" else splits.train
+    assert pool is not None
+    everyone = Part(pool, half.get(spec.train_on, torch.arange(len(pool))))
+    kept, held_out = validation_split(len(everyone), spec.validation, spec.seed or 0)
     checks.require(len(kept) > 0, "dataset", spec.dataset, "has no training examples after the validation split")
     public: data.ImageSet | Part | None = synthetic
     if spec.public == "half-2":
@@ -177,17 +154,16 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
     elif spec.public == "synthetic-half" and synthetic is not None:  # Table 10: D as large as S1
         order = rng.generator(spec.seed or 0, "public").permutation(len(synthetic))
         public = Part(synthetic, _sorted(order[: len(half["half-1"])]))
-    return Material(
-        n=len(ids), ids=ids[kept], pool=Part(pool, ids), kept=kept, held_out=held_out,
-        train=Part(pool, ids[kept]), validation=Part(pool, ids[held_out]),
-        test=Part(splits.test, torch.arange(len(splits.test))),
-        public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest,
-    )  # fmt: skip
+    parts: dict[str, Any] = dict(
+        pool=everyone, train=everyone.at(kept), test=Part(splits.test, torch.arange(len(splits.test)))
+    )
+    about: dict[str, Any] = dict(public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest)
+    return Material(kept=kept, held_out=held_out, **parts, **about)
 
 
-def _halves(n: int, seed: int) -> Iterable[Int64[Tensor, " half"]]:
+def _halves(n: int, seed: int) -> dict[str, Int64[Tensor, " half"]]:
     order = rng.generator(seed, "halves").permutation(n)
-    return _sorted(order[0::2]), _sorted(order[1::2])
+    return {"half-1": _sorted(order[0::2]), "half-2": _sorted(order[1::2])}
 
 
 def _sorted(places: np.ndarray) -> Int64[Tensor, " n"]:

@@ -1,7 +1,6 @@
 """What was released, used by anybody: the folder alone gives class names and probabilities for images."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from dpmix.images import decoding, layouts
 from dpmix.models import encoders
 from dpmix.models.wide_resnet import wide_resnet
 from dpmix.runs.identity import sha256
+from dpmix.runs.release import card_digest
 
 AT_A_TIME = 256
 Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image]
@@ -46,17 +46,16 @@ def predict(
     does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent.
     """
     folder = Path(release).expanduser()
-    card = read_card(folder)
-    tensors = _head(folder, card)
+    card, listed = read_card(folder), _listed(images)
     classes, (channels, height, width) = tuple(card["class_names"]), card["images"]
-    where = device_of(device)
-    score = _scorer(card, tensors, weights, where)
-    scores, sources = [torch.zeros(0, len(classes))], list[str]()
-    for names, batch in _batches(images, channels, height, width):
-        scores.append(score(batch).softmax(1).cpu())
-        sources += names
+    score = _scorer(card, _tensors(folder, card), weights, device_of(device))
+    scores = [torch.zeros(0, len(classes))]
+    for first in range(0, len(listed), AT_A_TIME):
+        pixels = [_pixels(x, height, width, channels) for x in listed[first : first + AT_A_TIME]]
+        scores.append(score(torch.from_numpy(np.stack(pixels))).softmax(1).cpu())
     probabilities = torch.cat(scores).numpy()
     chosen = [classes[c] for c in probabilities.argmax(1)]
+    sources = [str(x if isinstance(x, (str, Path)) else i) for i, x in enumerate(listed)]
     return Prediction(chosen, probabilities, classes, sources)
 
 
@@ -71,50 +70,50 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _head(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    belongs = {"card": files.digest(json.dumps(card, sort_keys=True))}
-    found = files.load_tensors(folder / "model.safetensors", belongs, name="release")
+def _tensors(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
+    found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
     if found is None:
         raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
     return found[0]
 
 
-def _scorer(card: dict[str, Any], tensors: dict[str, Tensor], weights: str | Path | None, device: torch.device) -> Any:
+def _scorer(
+    card: dict[str, Any], tensors: dict[str, Tensor], weights: str | Path | None, device: torch.device
+) -> Callable[[UInt8[Tensor, "b C H W"]], Float[Tensor, "b classes"]]:
     """From images to scores of the classes."""
-    about, spec, many = card["encoder"], card["spec"], len(card["class_names"])
+    about, spec = card["encoder"], card["spec"]
     if about is None:
         depth, width = map(int, spec["model"].split("-")[1:])
-        network = wide_resnet(depth, width, many, channels=card["images"][0])
+        network = wide_resnet(depth, width, len(card["class_names"]), channels=card["images"][0])
         network.load_state_dict(tensors)
         network = network.eval().to(device)
         return lambda images: torch.no_grad()(network)(transforms.as_float(images.to(device)))
-    model = about["name"]
-    if weights is not None and model.startswith("open_clip:"):
+    model, file = about["name"], None if weights is None else str(Path(weights).expanduser())
+    if file is not None and model.startswith("open_clip:"):
         model = model.partition("/")[0]
-    weights = None if weights is None else str(Path(weights).expanduser())
-    path = encoders.weights_of(model, weights)
+    path = encoders.weights_of(model, file)
     found = None if isinstance(path, str) else sha256(path)
-    said = f"is not the encoder of this release, {about['file']} with sha256 {str(about['sha256'])[:12]}"
-    checks.require(found == about["sha256"], "weights", f"{path} (sha256 {str(found)[:12]})", said)
-    encoder = encoders.encoder(model, weights, image_size=spec["image_size"]).to(device, engine="auto")
-    weight, bias = tensors["weight"].cpu(), tensors["bias"].cpu()
-    return lambda images: heads.encode(encoder, images, device).cpu().float() @ weight.T.float() + bias.float()
+    wanted = f"is not the encoder of this release, {about['file']} with sha256 {str(about['sha256'])[:12]}"
+    checks.require(found == about["sha256"], "weights", f"{path} (sha256 {str(found)[:12]})", wanted)
+    encoder = encoders.encoder(model, file, image_size=spec["image_size"]).to(device, engine="auto")
+    weight, bias = tensors["weight"].cpu().float(), tensors["bias"].cpu().float()
+    return lambda images: heads.encode(encoder, images, device).cpu().float() @ weight.T + bias
 
 
-def _batches(
-    images: Images, channels: int, height: int, width: int
-) -> Iterator[tuple[list[str], UInt8[Tensor, "b C H W"]]]:
+def _listed(images: Images) -> Sequence[str | Path | Image.Image]:
+    """Files or pictures; of a folder, its image files, with all that is in it."""
     if isinstance(images, (np.ndarray, Tensor)):
-        images = _pictures(torch.as_tensor(images))
-    elif isinstance(images, (str, Path)):
-        images = files_below(Path(images).expanduser())
-    elif isinstance(images, Image.Image):
-        images = [images]
-    for first in range(0, len(images), AT_A_TIME):
-        some = images[first : first + AT_A_TIME]
-        names = [str(x) if isinstance(x, (str, Path)) else str(first + i) for i, x in enumerate(some)]
-        pixels = [_pixels(x, height, width, channels) for x in some]
-        yield names, torch.from_numpy(np.stack(pixels))
+        return _pictures(torch.as_tensor(images))
+    if not isinstance(images, (str, Path)):
+        return [images] if isinstance(images, Image.Image) else images
+    path = Path(images).expanduser()
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in layouts.SUFFIXES and p.is_file())
+    found = [p for p in found if not any(map(layouts.hidden, p.relative_to(path).parts))]
+    allowed = f"holds no images; taken are {' '.join(layouts.SUFFIXES)}"
+    checks.require(bool(found), "images", str(path), allowed)
+    return found
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
@@ -122,8 +121,8 @@ def _pictures(images: Tensor) -> list[Image.Image]:
     good = images.dtype == torch.uint8 and images.ndim == 4 and (last or images.shape[1] in (1, 3))
     shape = f"{images.dtype} {list(images.shape)}"
     checks.require(good, "images", shape, "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels")
-    arrays = (images if last else images.permute(0, 2, 3, 1)).cpu().numpy()
-    return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else np.ascontiguousarray(x)) for x in arrays]
+    arrays = np.ascontiguousarray((images if last else images.permute(0, 2, 3, 1)).cpu().numpy())
+    return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x) for x in arrays]
 
 
 def _pixels(image: Any, height: int, width: int, channels: int) -> np.ndarray:
@@ -136,14 +135,3 @@ def _pixels(image: Any, height: int, width: int, channels: int) -> np.ndarray:
         raise FileNotFoundError(f"images={str(image)!r}: no such file or folder") from None
     except Exception as error:  # Pillow raises many kinds
         raise ValueError(f"images={str(image)!r}: cannot be decoded ({decoding.reason(error)})") from error
-
-
-def files_below(path: Path) -> list[Path]:
-    """The image files in a folder, with all that is in it; of a file itself."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in layouts.SUFFIXES and p.is_file())
-    found = [p for p in found if not any(map(layouts.hidden, p.relative_to(path).parts))]
-    said = f"holds no images; taken are {' '.join(layouts.SUFFIXES)}"
-    checks.require(bool(found), "images", str(path), said)
-    return found

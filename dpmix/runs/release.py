@@ -21,32 +21,38 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     (whoever gave it, or guesses it, can subtract the noise), or with private images in the place of public ones. A budget
     that protects nobody is released, and the card says so in plain words.
     """
-    path, store = Path(path), store or Store()
-    spec = result.spec
-    said = "a run without noise carries no guarantee and is not released"
-    checks.require(result.noise_multiplier > 0, "result.noise_multiplier", 0, said)
-    said = "mixes in the other half of the private images unprotected: an experiment (Table 10), not to be released"
-    checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, said)
-    tensors, kept = store.tensors(result), store.get(result.key)
-    if not (kept or result).seed_drawn:
+    path, store, spec = Path(path), store or Store(), result.spec
+    allowed = "a run without noise carries no guarantee and is not released"
+    checks.require(result.noise_multiplier > 0, "result.noise_multiplier", 0, allowed)
+    allowed = "mixes in the other half of the private images unprotected: an experiment (Table 10), not to be released"
+    checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, allowed)
+    tensors, stored = store.tensors(result), store.get(result.key)
+    if not (stored or result).seed_drawn:
         why = "was given, and whoever knows or guesses it can subtract the noise"
         raise ValueError(f"seed: {why}; train what is to be published with seed=None")
-    same = kept is not None and not files.differences(*(json.loads(json.dumps(r.to_json())) for r in (kept, result)))
-    said = "the store has another result under this key now; give the store that it came from, or run again"
-    checks.require(same, "result", result.key, said)
+    same = stored is not None and len({json.dumps(r.to_json(), sort_keys=True) for r in (stored, result)}) == 1
+    allowed = "the store has another result under this key now; give the store that it came from, or run again"
+    checks.require(same, "result", result.key, allowed)
     card = privacy_card(result, store)
     # Not result.key: it is a digest over the images too.
-    files.save_tensors(path / "model.safetensors", tensors, {"card": files.digest(json.dumps(card, sort_keys=True))})
+    files.save_tensors(path / "model.safetensors", tensors, {"card": card_digest(card)})
     files.write_json(path / "privacy_card.json", card)
     return path
 
 
+def card_digest(card: dict[str, Any]) -> str:
+    """What ties weights to their card."""
+    return files.digest(json.dumps(card, sort_keys=True))
+
+
 def privacy_card(result: Result, store: Store) -> dict[str, Any]:
     """What a stranger needs to judge and to use the weights, and nothing that tells of the images or of their owner."""
-    spec = result.spec
-    pairs = spec.microbatch > 1
-    unit = f"microbatch of {spec.microbatch} in a fixed partition of public size" if pairs else "example"
-    sensitivity = microbatch.sensitivity(spec.microbatch)
+    spec, made_of = result.spec, result.provenance
+    unit, adjacency = "example", "add or remove one example (replacing one example: twice the sensitivity)"
+    if spec.microbatch > 1:
+        unit = f"microbatch of {spec.microbatch} in a fixed partition of public size"
+        adjacency = "one place of the partition is vacated or filled"
+    sensitivity = microbatch.sensitivity(spec.microbatch) * spec.clip_norm
     return {
         "guarantee": {
             "epsilon": {name: value for name, value in result.epsilon.items() if value is not None},
@@ -54,15 +60,13 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
             "calibrated_by": spec.accountant,
         },
         "in_plain_words": _plain_words(result),
-        "adjacency": "one place of the partition is vacated or filled"
-        if pairs
-        else "add or remove one example (replacing one example: twice the sensitivity)",
+        "adjacency": adjacency,
         "sampling": f"Poisson, every {unit} joins a step with probability {result.sample_rate:.6g}",
         "mechanism": {
             "noise_multiplier": result.noise_multiplier,
             "clip_norm": spec.clip_norm,
-            "sensitivity": sensitivity * spec.clip_norm,
-            "noise_standard_deviation": result.noise_multiplier * sensitivity * spec.clip_norm,
+            "sensitivity": sensitivity,
+            "noise_standard_deviation": result.noise_multiplier * sensitivity,
             "sample_rate": result.sample_rate,
             "steps": result.steps,
             "divisor": result.divisor,
@@ -71,47 +75,42 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
         "not_accounted_for": _not_accounted_for(result, store),
         "withheld": list(WITHHELD),
         "spec": _public_spec(spec),
-        "encoder": result.provenance["encoder"],
-        "images": result.provenance["images"],
-        "class_names": result.provenance.get("classes"),
-        "versions": result.provenance["versions"],
+        "class_names": made_of.get("classes"),
+        **{name: made_of[name] for name in ("encoder", "images", "versions")},
     }
 
 
 def _plain_words(result: Result) -> list[str]:
     """What the guarantee says; where it says nothing that matters, that first."""
-    spent = result.epsilon[result.spec.accountant]
+    spent, delta = result.epsilon[result.spec.accountant], result.spec.delta
     assert spent is not None
-    hollow = [f"NO MEANINGFUL GUARANTEE. {said}" for said in no_meaningful_guarantee(
-        spent, result.spec.delta, result.population)]  # fmt: skip
+    hollow = no_meaningful_guarantee(spent, delta, result.population)
     meant = (
         f"Whatever is concluded from this model about one training example is at most e^{spent:.3g} times as likely as it "
-        f"would be from a model trained without that example, but for a chance of {result.spec.delta:g}."
+        f"would be from a model trained without that example, but for a chance of {delta:g}."
     )
-    return [*hollow, meant]
+    return [*(f"NO MEANINGFUL GUARANTEE. {why}" for why in hollow), meant]
 
 
 def _not_accounted_for(result: Result, store: Store) -> list[str]:
-    others = [r for r in store.all() if r.key != result.key and _same_images(r, result)]
+    def private(one: Result) -> str | None:
+        return one.provenance.get("contents", {}).get("private")
+
+    def same_images(other: Result) -> bool:
+        same = other.spec.dataset == result.spec.dataset or private(other) == private(result) is not None
+        return same and other.spec.train_on != "synthetic"
+
+    others = [r for r in store.all() if r.key != result.key and same_images(r)]
     compared = [r for r in others if r.diagnostics.validation_accuracy is not None]
-    found = [
+    counted = "the number of training examples, from which the sampling rate and the number of steps follow"
+    return [
         f"the choice of this run: the store has {len(others)} other runs on the same private data set, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",
         "the choice of the learning rate and of other settings on the validation split",
         "other models released from the same data: their budgets add up",
         "floating-point noise",
+        *([counted] if result.spec.population is None else []),
     ]
-    counted = "the number of training examples, from which the sampling rate and the number of steps follow"
-    return [*found, *([counted] if result.spec.population is None else [])]
-
-
-def _same_images(one: Result, other: Result) -> bool:
-    named = one.spec.dataset == other.spec.dataset
-    return (named or _private(one) == _private(other) is not None) and one.spec.train_on != "synthetic"
-
-
-def _private(result: Result) -> str | None:
-    return result.provenance.get("contents", {}).get("private")
 
 
 def _public_spec(spec: RunSpec) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 import io
 import json
-import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int64
+from scipy.stats import binomtest
 
 from dpmix.core import files
 
-SHOWN = 30
+SHOWN = 30  # errors of the text; the JSON has all
 
 
 def of(
@@ -20,86 +22,66 @@ def of(
     classes: tuple[str, ...],
     names: list[str],
 ) -> dict[str, Any]:
-    """Numbers for a test set; `names` are the images'."""
-    said, n = probabilities.argmax(1), len(labels)
-    right, sure = said == labels, probabilities.max(1)
-    confusion = np.zeros((len(classes), len(classes)), dtype=int)
-    np.add.at(confusion, (labels, said), 1)
+    """Numbers for a test set; `names` are the images'. The interval is Wilson's; calibration is over ten bins of confidence,
+    its error their absolute difference, weighted by images."""
+    n, many = len(labels), len(classes)
+    chosen, confidence = probabilities.argmax(1), probabilities.max(1)
+    right = chosen == labels
+    confusion = np.bincount(labels * many + chosen, minlength=many**2).reshape(many, many)
     counts = confusion.sum(1)
-    bins = np.minimum((sure * 10).astype(int), 9)
-    calibration = [
-        {"from": b / 10, "images": int((bins == b).sum()), "confidence": float(sure[bins == b].mean()),
-         "accuracy": float(right[bins == b].mean())}
-        for b in range(10) if (bins == b).any()
-    ]  # fmt: skip
-    wrong = sorted(np.flatnonzero(~right), key=lambda i: -sure[i])
+    binned = pd.DataFrame(
+        {"from": np.minimum(confidence * 10 // 1, 9) / 10, "confidence": confidence, "accuracy": right}
+    )
+    bins = binned.groupby("from", as_index=False).mean().assign(images=binned.groupby("from").size().to_numpy())
+    wrong = sorted(np.flatnonzero(~right), key=lambda i: -confidence[i])
+    each = zip(classes, counts.tolist(), (confusion.diagonal() / counts).tolist(), strict=True)
+    called = [(names[i], classes[labels[i]], classes[chosen[i]], float(confidence[i])) for i in wrong]
     return {
         "images": n,
         "accuracy": float(right.mean()),
-        "interval_95": list(interval(int(right.sum()), n)),
+        "interval_95": [float(x) for x in binomtest(int(right.sum()), n).proportion_ci(method="wilson")],
         "largest_class": float(counts.max() / n),
-        "by_class": {c: {"images": int(m), "accuracy": float(k / m)} for c, m, k in
-                     zip(classes, counts, confusion.diagonal(), strict=True)},
+        "by_class": {c: {"images": images, "accuracy": accuracy} for c, images, accuracy in each},
         "confusion": confusion.tolist(),
-        "calibration": calibration,
-        "calibration_error": sum(c["images"] / n * abs(c["confidence"] - c["accuracy"]) for c in calibration),
-        "errors": [{"image": names[i], "true": classes[labels[i]], "said": classes[said[i]],
-                    "probability": float(sure[i])} for i in wrong],
-    }  # fmt: skip
-
-
-def interval(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, p = 1.959964, hits / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        "calibration": bins.to_dict("records"),
+        "calibration_error": float((bins["images"] / n * (bins["confidence"] - bins["accuracy"]).abs()).sum()),
+        "errors": [dict(zip(("image", "true", "predicted", "probability"), error, strict=True)) for error in called],
+    }
 
 
 def text(seen: dict[str, Any], release: Path, private: Path) -> str:
     """For reading, as Markdown."""
     low, high = seen["interval_95"]
-    head = [
+    rows = [(c, f"{v['images']:,}", f"{100 * v['accuracy']:.1f}") for c, v in seen["by_class"].items()]
+    return (
         f"**{100 * seen['accuracy']:.1f} % of {seen['images']:,} test images** are classified correctly "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}; the largest class alone is {100 * seen['largest_class']:.1f}). "
-        f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.",
-        f"Released: `{release}`. Private, with seed, log and errors: `{private}`.",
-    ]
-    rows = [f"| {cell(c)} | {v['images']:,} | {100 * v['accuracy']:.1f} |" for c, v in seen["by_class"].items()]
-    return "\n\n".join([*head, "\n".join(["| class | test images | right (%) |", "|---|---|---|", *rows])])
+        f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.\n\n"
+        f"Released: `{release}`. Private, with seed, log and errors: `{private}`.\n\n"
+    ) + table(("class", "test images", "right (%)"), rows)
 
 
 def write(seen: dict[str, Any], private: Path, release: Path) -> None:
     """report.json, report.md and confusion.png, for their owner alone."""
-    rows = [
-        f"| {cell(e['image'])} | {cell(e['true'])} | {cell(e['said'])} | {e['probability']:.2f} |"
-        for e in seen["errors"][:SHOWN]
-    ]
-    errors = ["| the surest errors | true | said | probability |", "|---|---|---|---|", *rows]
-    whole = f"{text(seen, release, private)}\n\n![confusion](confusion.png)\n\n" + "\n".join(errors) + "\n"
+    rows = [(e["image"], e["true"], e["predicted"], f"{e['probability']:.2f}") for e in seen["errors"][:SHOWN]]
+    errors = table(("the surest errors", "true", "predicted", "probability"), rows)
+    whole = f"{text(seen, release, private)}\n\n![confusion](confusion.png)\n\n{errors}\n"
     files.write(private / "report.md", whole.encode(), private=True)
     files.write(private / "report.json", json.dumps(seen, indent=1).encode(), private=True)
-    files.write(private / "confusion.png", picture(seen), private=True)
+    files.write(private / "confusion.png", _picture(seen), private=True)
 
 
-def picture(seen: dict[str, Any]) -> bytes:
+def _picture(seen: dict[str, Any]) -> bytes:
     """The confusion matrix, a row a true class, in percent of it."""
     from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    classes = list(seen["by_class"])
-    counts = np.array(seen["confusion"])
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(12, 2.5 + 0.45 * len(classes))
+    counts, classes = np.array(seen["confusion"]), list(seen["by_class"])
+    side, out = min(12, 2.5 + 0.45 * len(classes)), io.BytesIO()
     figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("said")
-    axes.set_ylabel("true")
-    if len(classes) <= 20:
-        for (i, j), share in np.ndenumerate(shares):
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 50 else "black")
-    out = io.BytesIO()
+    shown = ConfusionMatrixDisplay(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), display_labels=classes)
+    how: dict[str, Any] = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation="vertical")
+    shown.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, **how)
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
@@ -115,9 +97,12 @@ def card_text(card: dict[str, Any]) -> str:
     rows |= {"encoder": ", ".join(f"{k} {v}" for k, v in encoder.items() if v is not None)}
     rows |= {"images": " × ".join(map(str, card["images"])), "classes": ", ".join(card["class_names"])}
     rows |= {k.replace("_", " "): "; ".join(card[k]) for k in ("not_accounted_for", "withheld")}
-    return "\n".join(["| privacy card | |", "|---|---|", *(f"| {k} | {cell(v)} |" for k, v in rows.items())])
+    return table(("privacy card", ""), rows.items())
 
 
-def cell(value: str) -> str:
-    """Text that stays inside a cell of a Markdown table."""
-    return value.replace("|", "\\|").replace("\n", " ")
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; text stays inside its cell."""
+    lines = (
+        [value.replace("|", "\\|").replace("\n", " ") for value in row] for row in (head, ["---"] * len(head), *rows)
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

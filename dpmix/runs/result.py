@@ -23,11 +23,9 @@ class NonPrivateDiagnostics:
     owners_note: str = ""
 
     def __post_init__(self) -> None:
-        if self.dropped_gradients:
-            why = "look for images or an encoder with numbers that are not finite, or for a learning rate that is too high"
-            object.__setattr__(
-                self, "owners_note", f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
-            )
+        why = "look for images or an encoder with numbers that are not finite, or for a learning rate that is too high"
+        note = f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
+        object.__setattr__(self, "owners_note", note if self.dropped_gradients else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +65,26 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
 
     A seed that the software drew is not shown.
     """
-    rows = []
-    for r in results:
-        row = asdict(r.spec)
-        recipe = row.pop("recipe")
-        row |= {"seed": "drawn"} if r.seed_drawn else {}
-        row |= {"recipe": r.spec.recipe, **recipe, "key": r.key, "accuracy": 100 * r.test_accuracy}
-        held_out = r.diagnostics.validation_accuracy
-        row |= {"validation_accuracy": float("nan") if held_out is None else 100 * held_out}
-        row |= {"sigma": r.noise_multiplier, "q": r.sample_rate, "T": r.steps, "N": r.population}
-        row |= {f"epsilon_{name}": value for name, value in r.epsilon.items()}
-        row |= {"seconds": r.timing["seconds"], "views_per_second": r.timing["views_per_second"]}
-        about, v = r.provenance, r.provenance["versions"]
-        commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-        row |= {"date": about["date"], "device": about["device"]}
-        row |= {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}, opacus {v['opacus']}"}
-        rows.append(row)
-    return pd.DataFrame(rows)
+
+    def row(r: Result) -> dict[str, Any]:
+        spec, about, held_out = asdict(r.spec), r.provenance, r.diagnostics.validation_accuracy
+        recipe, v, commit = spec.pop("recipe"), about["versions"], about["commit"]
+        at = f" at {commit[:9]}{' with changes' if about['dirty'] else ''}" if commit else ""
+        return {
+            **spec,
+            **({"seed": "drawn"} if r.seed_drawn else {}),
+            "recipe": r.spec.recipe,
+            **recipe,
+            **dict(key=r.key, accuracy=100 * r.test_accuracy),
+            "validation_accuracy": float("nan") if held_out is None else 100 * held_out,
+            **dict(sigma=r.noise_multiplier, q=r.sample_rate, T=r.steps, N=r.population),
+            **{f"epsilon_{name}": value for name, value in r.epsilon.items()},
+            **{name: r.timing[name] for name in ("seconds", "views_per_second")},
+            **{name: about[name] for name in ("date", "device")},
+            "versions": f"dpmix {v['dpmix']}{at}, torch {v['torch']}, opacus {v['opacus']}",
+        }
+
+    return pd.DataFrame(map(row, results))
 
 
 def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -93,8 +94,8 @@ def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     by = list(by)
     scored = runs["validation_accuracy"].notna().all()
-    said = "is missing for some runs, so there is nothing to choose by; give RunSpec a validation share above 0"
-    checks.require(bool(scored), "validation_accuracy", None, said)
+    remedy = "is missing for some runs, so there is nothing to choose by; give RunSpec a validation share above 0"
+    checks.require(bool(scored), "validation_accuracy", None, remedy)
     # Not by merging: an epsilon that is None in every row has another dtype before than after.
     means = runs.groupby([*by, "learning_rate"], dropna=False)["validation_accuracy"].transform("mean")
     keys = [runs[name] for name in by]

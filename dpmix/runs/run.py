@@ -47,7 +47,9 @@ def run_all(
     """
     compute, store = compute or ComputeFlags(), store or Store()
     rank, world = processes(compute.where())
-    _refuse_heads_of_many_processes(specs, world)
+    frozen = next((spec.model for spec in specs if world > 1 and not spec.from_scratch), None)
+    refused = "heads on a frozen encoder are one process's work; leave out torchrun"
+    checks.require(frozen is None, "model", frozen, refused)
     asked = from_first(ask(specs, compute, store) if rank == 0 else None, world)
     groups = from_first(missing(asked, store) if rank == 0 else None, world)
     planned = [plan(group, compute) for group in groups]
@@ -57,7 +59,10 @@ def run_all(
     else:
         for group in planned:
             compute_pass(group, compute, store, rank, world)
-    results = from_first([_must(store.get(a.name), a.name) for a in asked] if rank == 0 else None, world)
+    results = from_first([store.get(one.name) for one in asked] if rank == 0 else None, world)
+    gone = [one.name for one, result in zip(asked, results, strict=True) if result is None]
+    if gone:
+        raise RuntimeError(f"result {gone[0]}: it is gone from the store since it was computed; run again")
     if rank == 0:
         for one in asked:
             if one.seed_drawn:
@@ -70,21 +75,13 @@ def look_up(
 ) -> list[Result | None]:
     """What the store has of each spec; None where it has nothing, or where what lies behind the spec is not on disk."""
     compute, store = compute or ComputeFlags(), store or Store()
-    contents = Contents(compute, store.folder)
-
-    def stored(spec: RunSpec) -> Result | None:
+    contents, found = Contents(compute, store.folder), list[Result | None]()
+    for spec in specs:
         try:
-            return store.get(store.name_of(contents.identity(spec)))
+            found.append(store.get(store.name_of(contents.identity(spec))))
         except FileNotFoundError:
-            return None
-
-    return [stored(spec) for spec in specs]
-
-
-def _refuse_heads_of_many_processes(specs: Sequence[RunSpec], world: int) -> None:
-    frozen = next((s.model for s in specs if world > 1 and not s.from_scratch), None)
-    said = "heads on a frozen encoder are one process's work; leave out torchrun"
-    checks.require(frozen is None, "model", frozen, said)
+            found.append(None)
+    return found
 
 
 def ask(specs: Sequence[RunSpec], compute: ComputeFlags, store: Store) -> list[Asked]:
@@ -109,25 +106,20 @@ def missing(asked: Sequence[Asked], store: Store) -> list[list[Asked]]:
 
 def plan(group: Sequence[Asked], compute: ComputeFlags) -> list[Task]:
     """A pass whose every run was checked: its data, its encoder, its mechanism, and what a privacy card will need."""
-    n = material.prepare([one.identity for one in group], compute).n
+    n = len(material.prepare([one.identity for one in group], compute).pool)
     passes.environment()
-    planned = []
-    for one in group:
-        m = mechanism(one.identity.spec, n)
-        spent = epsilons(one.identity.spec, m)
-        planned.append(Task(**one._asdict(), mechanism=m, epsilon=spent))
-    return planned
+    mechanisms = [mechanism(one.identity.spec, n) for one in group]
+    return [Task(*one, m, epsilons(one.identity.spec, m)) for one, m in zip(group, mechanisms, strict=True)]
 
 
 def compute_pass(group: Sequence[Task], compute: ComputeFlags, store: Store, rank: int = 0, world: int = 1) -> None:
     """Train what the store still lacks of one pass, and store it."""
-    spec = group[0].spec
+    train = passes.compute_network if group[0].spec.from_scratch else passes.compute_heads
     with store.lock(store.name("pass", group[0].identity.shared.run)) if rank == 0 else nullcontext():
         left, checkpoint = from_first(_left(group, store) if rank == 0 else None, world)
         if left:
             shared = material.prepare([task.identity for task in left], compute)
-            compute_kind = passes.compute_network if spec.from_scratch else passes.compute_heads
-            done = list(compute_kind(left, shared, compute, checkpoint))
+            done = list(train(left, shared, compute, checkpoint))
             if rank == 0:
                 _refuse_changed(left, compute, store)
                 for result, tensors in done:
@@ -146,14 +138,7 @@ def _left(group: Sequence[Task], store: Store) -> tuple[list[Task], Path]:
 
 def _refuse_changed(group: Sequence[Task], compute: ComputeFlags, store: Store) -> None:
     """Nothing is stored under the name of images that were others while they were trained on."""
-    contents = Contents(compute, store.folder)
+    contents, remedy = Contents(compute, store.folder), "changed while it was computed; run again"
     for task in group:
         same = contents.identity(task.spec) == task.identity
-        said = "its images or its encoder's file changed while it was computed; run again"
-        checks.require(same, "dataset", task.spec.dataset, said)
-
-
-def _must(result: Result | None, name: str) -> Result:
-    if result is None:
-        raise RuntimeError(f"result {name}: it is gone from the store since it was computed; run again")
-    return result
+        checks.require(same, "dataset", task.spec.dataset, f"its images or its encoder's file {remedy}")

@@ -23,6 +23,7 @@ OPTIONS = {
     "public": ("synthetic", "synthetic-half", "half-2"),
     "feature_scaling": ("none", "public"),
 }
+SHARES = {"validation": "must be a share in [0, 1)", "momentum": "must lie in [0, 1)"}
 # What a run of the other kind would leave unread.
 FOR_HEADS = ("weights", "pretrain_epochs", "redraw", "feature_scaling")
 FOR_NETWORKS = ("weight_decay", "ema_decay", "microbatch", "microbatch_mix")
@@ -86,8 +87,8 @@ class RunSpec:
             checks.one_of("dataset", self.dataset, data.NAMES)
         if self.from_scratch:
             depth, width = self.network
-            said = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
-            checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, said)
+            allowed = "must be wrn-DEPTH-WIDTH with a depth of 6 n + 4 (10, 16, 22, ...) and a width of at least 1"
+            checks.require(depth >= 10 and depth % 6 == 4 and width >= 1, "model", self.model, allowed)
         elif not self.model.startswith(("open_clip:", "timm:")):
             checks.one_of("model", self.model, (*encoders.ENCODERS, "timm:NAME", "wrn-16-4"))
         self._check_combinations()
@@ -113,27 +114,25 @@ class RunSpec:
         numbers = ("learning_rate", "clip_norm", "epochs")
         for name in numbers:
             checks.positive(name, getattr(self, name))
-        shares = ("validation", "pretrain_epochs", "momentum", "weight_decay", "ema_decay")
-        checks.floats(self, "epsilon", *numbers, *shares)
-        checks.require(0 <= self.validation < 1, "validation", self.validation, "must be a share in [0, 1)")
-        checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
+        checks.floats(self, "epsilon", *numbers, *SHARES, "pretrain_epochs", "weight_decay", "ema_decay")
+        for name, allowed in SHARES.items():
+            checks.require(0 <= getattr(self, name) < 1, name, getattr(self, name), allowed)
         for name in ("pretrain_epochs", "weight_decay"):
             checks.require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         decay = self.ema_decay
         checks.require(decay is None or 0 < decay < 1, "ema_decay", decay, "must lie in (0, 1), or be None")
 
     def _check_combinations(self) -> None:
-        said = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
-        checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, said)
+        why = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
+        checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, why)
         microbatch.check_mix(self.microbatch, self.microbatch_mix)
-        said = "the partition is one of the whole training set; take train_on='all'"
-        halved = self.train_on.startswith("half")
-        checks.require(self.microbatch == 1 or not halved, "microbatch", self.microbatch, said)
+        why = "the partition is one of the whole training set; take train_on='all'"
+        checks.require(self.microbatch == 1 or self.train_on[:4] != "half", "microbatch", self.microbatch, why)
         unread = FOR_HEADS if self.from_scratch else FOR_NETWORKS
         kind = "a network from scratch" if self.from_scratch else "a linear head on a frozen encoder"
         for f in fields(self):
-            value, said = getattr(self, f.name), f"means nothing for {kind}, {self.model!r}; leave it out"
-            checks.require(f.name not in unread or value == f.default, f.name, value, said)
+            value, why = getattr(self, f.name), f"means nothing for {kind}, {self.model!r}; leave it out"
+            checks.require(f.name not in unread or value == f.default, f.name, value, why)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "RunSpec":
@@ -184,12 +183,11 @@ class ComputeFlags:
         for name in ("workers", "physical_batch"):
             if getattr(self, name) is not None:
                 checks.whole(name, getattr(self, name), 1)
-        checks.one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        checks.one_of("engine", self.engine, ENGINES)
-        checks.one_of("encoder_engine", self.encoder_engine, ENCODER_ENGINES)
-        seconds, said = self.checkpoint_seconds, "must not be negative"
-        checks.require(seconds >= 0, "checkpoint_seconds", seconds, said)
-        named = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        known = {"dtype": ("auto", "float32", "bfloat16"), "engine": ENGINES, "encoder_engine": ENCODER_ENGINES}
+        for name, options in known.items():
+            checks.one_of(name, getattr(self, name), options)
+        seconds, named = self.checkpoint_seconds, re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        checks.require(seconds >= 0, "checkpoint_seconds", seconds, "must not be negative")
         checks.require(named is not None, "device", self.device, "must be 'auto', 'cpu' or 'cuda'")
 
     def where(self) -> torch.device:
@@ -213,18 +211,15 @@ class Mechanism(NamedTuple):
 
 def no_meaningful_guarantee(epsilon: float, delta: float, population: int) -> list[str]:
     """Why (epsilon, delta) would protect nobody among `population` examples, in plain words; empty where it may."""
-    found = []
-    if delta >= 1 / population:
-        found.append(
-            f"delta={delta:g}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish one example "
-            "outright and is no meaningful one"
-        )
-    if epsilon > MEANINGFUL:
-        found.append(
-            f"epsilon={epsilon:.3g}: is above {MEANINGFUL:g}; one example may make a model e^{epsilon:.3g} times as likely, "
-            "which is no meaningful guarantee"
-        )
-    return found
+    hollow = (
+        f"delta={delta:g}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish one example "
+        "outright and is no meaningful one"
+    )
+    loose = (
+        f"epsilon={epsilon:.3g}: is above {MEANINGFUL:g}; one example may make a model e^{epsilon:.3g} times as likely, "
+        "which is no meaningful guarantee"
+    )
+    return [why for why, holds in ((hollow, delta >= 1 / population), (loose, epsilon > MEANINGFUL)) if holds]
 
 
 def mechanism(spec: RunSpec, n: int) -> Mechanism:
@@ -240,11 +235,10 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
     q = spec.batch_size / population
     if spec.epsilon is None:
         return Mechanism(population, q, steps, 0.0)
-    sigma = accounting.noise_multiplier(
-        epsilon=spec.epsilon, delta=spec.delta, sample_rate=q, steps=steps, accountant=spec.accountant
-    )
-    for said in no_meaningful_guarantee(spec.epsilon, spec.delta, population):
-        warnings.warn(said, stacklevel=2)
+    asked: dict[str, Any] = dict(epsilon=spec.epsilon, delta=spec.delta, sample_rate=q, steps=steps)
+    sigma = accounting.noise_multiplier(**asked, accountant=spec.accountant)
+    for why in no_meaningful_guarantee(spec.epsilon, spec.delta, population):
+        warnings.warn(why, stacklevel=2)
     return Mechanism(population, q, steps, sigma)
 
 
@@ -255,12 +249,11 @@ def epsilons(spec: RunSpec, m: Mechanism) -> dict[str, float | None]:
     cannot say.
     """
     found: dict[str, float | None] = dict.fromkeys(accounting.ACCOUNTANTS)
+    asked: dict[str, Any] = dict(m._asdict(), delta=spec.delta)
+    del asked["population"]
     for name in accounting.ACCOUNTANTS if m.noise_multiplier else ():
         try:
-            found[name] = accounting.epsilon_spent(
-                noise_multiplier=m.noise_multiplier, delta=spec.delta, sample_rate=m.sample_rate, steps=m.steps,
-                accountant=name,
-            )  # fmt: skip
+            found[name] = accounting.epsilon_spent(**asked, accountant=name)
         except (ValueError, ArithmeticError) as error:
             if name == spec.accountant:
                 raise ValueError(f"accountant={name!r}: has no epsilon at delta={spec.delta:g} ({error})") from error

@@ -58,9 +58,9 @@ class Store:
         path = self._place(name, "json")
         content = files.read_json(path)
         if content is not None and content.get("key") != name:
-            said = f"{path}: holds the result {content.get('key')!r}; it is left out and made anew"
-            warnings.warn(said, stacklevel=2)
-            return None
+            misplaced = f"{path}: holds the result {content.get('key')!r}; it is left out and made anew"
+            warnings.warn(misplaced, stacklevel=2)
+            content = None
         return None if content is None else Result.from_json(content)
 
     def all(self) -> list[Result]:

@@ -13,12 +13,12 @@ from dpmix.core import checks, files
 from dpmix.images import data
 from dpmix.images.image_cache import printable
 from dpmix.runs import report
-from dpmix.runs.identity import Contents
-from dpmix.runs.own import Own, Plan, plan
-from dpmix.runs.predict import predict
+from dpmix.runs.identity import Contents, Identity
+from dpmix.runs.predict import predict, read_card
 from dpmix.runs.release import release
 from dpmix.runs.result import Result, choose_learning_rate, frame
 from dpmix.runs.run import run, run_all
+from dpmix.runs.settings import Plan, plan
 from dpmix.runs.spec import RunSpec, mechanism
 from dpmix.runs.store import Store
 
@@ -55,23 +55,24 @@ class Trained:
 def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     """Train on a folder of images once, with (epsilon, delta)-differential privacy for each image, and release the model.
 
-    `settings` are the fields of `Own`: `out`, `delta`, `method`, `model`, `learning_rate` and so on; each has a recommended
+    `settings` are the fields of `Settings`: `out`, `delta`, `method`, `model`, `learning_rate` and so on; each has a recommended
     value. The release appears in `out` whole or not at all; everything private lies in `private` beside it, for its owner
     alone (0700). What was interrupted goes on when the same call is made again.
 
     Raises ValueError and FileNotFoundError, in one line and before any work, for what cannot be.
     """
-    p = plan(Own.of(folder, epsilon, **settings))
-    said = "is there already; name another folder (a second model of the same images is a second release)"
-    checks.require(not p.out.exists(), "out", str(p.out), said)
+    p = plan(folder, epsilon, **settings)
+    remedy = "is there already; name another folder (a second model of the same images is a second release)"
+    checks.require(not p.out.exists(), "out", str(p.out), remedy)
     mechanism(p.spec, p.listing.train)
-    store = Store(p.private / "runs")
+    store, partial = Store(p.private / "runs"), p.report / "release.partial"
     with _logged(p) as log:
         log.info(f"training on {p.listing.train} images of {p.spec.dataset}")
         spec = _with_rate(p, store, log)
         result = _finished(spec, p, store) or run(spec, compute=p.compute, store=store)
         log.info(f"trained in {result.timing['seconds']:.0f} s")
-        partial = _written(result, p, store)
+        shutil.rmtree(partial, ignore_errors=True)
+        _explain(release(result, partial, store=store))
         seen = _report(partial, p, result)
         partial.rename(p.out)
         log.info(f"released to {p.out}; test accuracy {seen['accuracy']:.4f}")
@@ -96,41 +97,33 @@ def _finished(spec: RunSpec, p: Plan, store: Store) -> Result | None:
     """The result of a call that was cut off before it could release."""
     wanted = Contents(p.compute, store.folder).identity(spec)
     for found in store.all():
-        made_of = found.provenance["contents"]
-        same = replace(found.spec, seed=None) == spec and found.seed_drawn and found.provenance["code"] == wanted.code
-        if same and (made_of["private"], made_of["public"]) == (wanted.private, wanted.public):
+        about, seedless = found.provenance, replace(found.spec, seed=None)
+        if found.seed_drawn and Identity(spec=seedless, code=about["code"], **about["contents"]) == wanted:
             return found
     return None
 
 
-def _written(result: Result, p: Plan, store: Store) -> Path:
-    """The whole release, inside the private folder for now."""
-    partial = p.report / "release.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    release(result, partial, store=store)
-    card = files.read_json(partial / "privacy_card.json")
-    assert card is not None
-    about = card["encoder"]
+def _explain(folder: Path) -> None:
+    """Beside weights and card, what they are, for people."""
+    card = read_card(folder)
+    about, classes = card["encoder"], card["class_names"]
     encoder = f"{about['name']}, file {about['file']}, sha256 {about['sha256']}, {about['package'] or 'no package'}"
-    words = " ".join(card["in_plain_words"])
-    readme = README.format(classes=", ".join(card["class_names"]), words=words, encoder=encoder)
-    files.write(partial / "README.md", readme.encode())
-    files.write(partial / "class_names.json", (json.dumps(card["class_names"], indent=1) + "\n").encode())
-    return partial
+    readme = README.format(classes=", ".join(classes), words=" ".join(card["in_plain_words"]), encoder=encoder)
+    files.write(folder / "README.md", readme.encode())
+    files.write(folder / "class_names.json", (json.dumps(classes, indent=1) + "\n").encode())
 
 
 def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
     """What the test images say, asked as a stranger would ask: of the release, with the files."""
     listing = p.listing
-    tests = listing.files[listing.train :]
+    tests, labels = listing.files[listing.train :], listing.labels[listing.train :]
     found = predict(partial, tests, weights=p.spec.weights, device=str(p.compute.where()))
     names = [printable(f.relative_to(listing.base)) for f in tests]
-    seen = report.of(found.probabilities, listing.labels[listing.train :], listing.class_names, names)
+    seen = report.of(found.probabilities, labels, listing.class_names, names)
     off = abs(seen["accuracy"] - result.test_accuracy) * len(tests)
-    same = off < max(2.5, 0.005 * len(tests))  # another engine or precision rounds otherwise
-    said = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"
-    if not same:
-        raise RuntimeError(f"{said}; nothing was released, please report this")
+    if off >= max(2.5, 0.005 * len(tests)):  # another engine or precision rounds otherwise
+        both = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"
+        raise RuntimeError(f"{both}; nothing was released, please report this")
     report.write(seen, p.report, p.out)
     return seen
 

@@ -30,7 +30,8 @@ def count(compute: ComputeFlags, passes: int) -> int:
 
 
 def run(work: Callable[..., None], passes: Sequence[Any], compute: ComputeFlags, workers: int, *about: Any) -> None:
-    """`work(pass, compute, *about)` for every pass, in `workers` processes; waits for all of them.
+    """`work(pass, compute, *about)` for every pass, in `workers` processes; waits for all of them. Each has a process group
+    of its own: a terminal and Jupyter interrupt whole groups, and a second signal would cut the saving of a checkpoint short.
 
     An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised here
     as RuntimeError with its own words; the other passes are finished, by a new worker where one died.
@@ -40,16 +41,16 @@ def run(work: Callable[..., None], passes: Sequence[Any], compute: ComputeFlags,
     quiet = replace(compute, workers=1, progress=False)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
+    def following() -> Any:
+        with change:
+            return None if interrupted.is_set() else next(waiting, None)
+
     def lane() -> None:
         """Pass after pass, in a process of its own, until there are none or all are to stop."""
         pool = None
-        while True:
-            with change:
-                some = None if interrupted.is_set() else next(waiting, None)
-                if some is None:
-                    break
+        while (some := following()) is not None:
             try:
-                pool = pool or ProcessPoolExecutor(1, initializer=_begin, env=environment)
+                pool = pool or ProcessPoolExecutor(1, initializer=os.setpgrp, env=environment)
                 done = pool.submit(_work, work, code_digest(), some, quiet, *about)
                 busy.add(pool)
                 done.result()
@@ -85,12 +86,6 @@ def run(work: Callable[..., None], passes: Sequence[Any], compute: ComputeFlags,
             raise
     if errors:
         raise RuntimeError("; ".join(dict.fromkeys(errors)))
-
-
-def _begin() -> None:
-    """A process group of its own: a terminal and Jupyter interrupt whole groups, and a second signal would cut the saving
-    of a checkpoint short."""
-    os.setpgrp()
 
 
 def _work(work: Callable[..., None], code: str, *about: Any) -> None:

@@ -23,8 +23,8 @@ def small(monkeypatch, private: ImageSet, public: ImageSet, projection: models.E
     """The tests' own images and encoder behind every spec: 40 examples, 4 steps."""
     everyone = torch.arange(len(private))
     material = Material(
-        n=len(private), ids=everyone, pool=Part(private, everyone), kept=everyone, held_out=everyone[:0], train=private,
-        validation=private, test=private, public=public, synthetic=public, encoder=projection, digest="digest",
+        pool=Part(private, everyone), kept=everyone, held_out=everyone[:0], train=Part(private, everyone),
+        test=Part(private, everyone), public=public, synthetic=public, encoder=projection, digest="digest",
     )  # fmt: skip
     for user in (materials, diagnostics):
         monkeypatch.setattr(user, "prepare", lambda *_: material)
@@ -33,7 +33,7 @@ def small(monkeypatch, private: ImageSet, public: ImageSet, projection: models.E
 
 def replay(material: Material, spec: RunSpec, stages: int) -> torch.Tensor:
     """The slow oracle in float64: autograd on each example, at the weights of the run, no clipping."""
-    train, classes = material.train, material.train.num_classes
+    train, classes = material.train, material.train.whole.num_classes
     seen = []
     bank = [heads.Head(recipe=spec.recipe, learning_rate=1.0, clip_norm=spec.clip_norm, noise_multiplier=0.0)]
     heads.train_heads(

@@ -236,16 +236,17 @@ def test_training_validation_and_test_examples_are_disjoint(tmp_path):
     known = Contents(COMPUTE, tmp_path)
     found = material.prepare([known.identity(SPEC)], COMPUTE)
     splits = data.load("digits")
-    assert found.n == len(splits.train) == len(found.train) + len(found.validation)
-    assert torch.equal(found.train.images[torch.arange(len(found.ids))], splits.train.images[found.ids])
-    assert torch.equal(found.train.labels, splits.train.labels[found.ids])
-    held_out = found.validation.images.rows
-    assert torch.equal(torch.cat([found.ids, held_out]).sort().values, torch.arange(found.n))
+    pool, ids, held_out = found.pool, found.train.rows, found.pool.rows[found.held_out]
+    assert len(pool) == len(splits.train) == len(ids) + len(held_out) and len(held_out) > 0
+    assert torch.equal(found.train.images[torch.arange(len(ids))], splits.train.images[ids])
+    assert torch.equal(found.train.labels, splits.train.labels[ids])
+    assert torch.equal(torch.cat([ids, held_out]).sort().values, torch.arange(len(pool)))
     assert torch.equal(found.test.images[torch.arange(len(splits.test))], splits.test.images)
     assert found.public is None and found.digest == splits.digest
     one, two = (material.prepare([known.identity(replace(SPEC, train_on=h))], COMPUTE) for h in ("half-1", "half-2"))
-    everyone = torch.cat([one.ids, two.ids])
-    assert len(everyone.unique()) == len(everyone) and abs(one.n - two.n) <= 1 and one.n + two.n == found.n
+    everyone = torch.cat([one.train.rows, two.train.rows])
+    assert len(everyone.unique()) == len(everyone) and len(one.pool) + len(two.pool) == len(pool)
+    assert abs(len(one.pool) - len(two.pool)) <= 1
 
 
 # The store.

@@ -38,7 +38,7 @@ def test_images_are_read_where_they_lie_and_given_back(photos, tmp_path):
         assert torch.equal(part.images[:], images.images[part.rows])
         assert torch.equal(part.labels, images.labels[part.rows])
         assert part.images[torch.tensor([1, 0])].tolist() == images.images[part.rows[[1, 0]]].tolist()
-        assert part.images.shape == (len(part), 1, 16, 16) and part.class_names == ("a", "b")
+        assert part.images.shape == (len(part), 1, 16, 16) and part.whole.class_names == ("a", "b")
     for images in (whole.train.images, whole.test.images):
         forget(images)
     assert resident(tmp_path / "cache") == 0

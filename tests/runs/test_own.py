@@ -18,7 +18,7 @@ from dpmix.__main__ import main
 from dpmix.companion import paper
 from dpmix.core import accounting, rng, views
 from dpmix.images import data
-from dpmix.runs import own, report
+from dpmix.runs import report, settings
 from dpmix.runs import train as training
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_the_report_says_what_the_test_images_say(trained, photos):
     assert confusion.trace() == round(100 * seen["accuracy"]) and confusion.sum() == 100
     assert len(seen["errors"]) == 100 - confusion.trace()
     error = seen["errors"][0]
-    assert (photos / error["image"]).is_file() and error["image"].split("/")[1] == error["true"] != error["said"]
+    assert (photos / error["image"]).is_file() and error["image"].split("/")[1] == error["true"] != error["predicted"]
     text = (trained.private / "report.md").read_text()
     assert f"{100 * seen['accuracy']:.1f} % of 100 test images" in text and "95 % interval" in text
     assert Image.open(trained.private / "confusion.png").size[0] > 300
@@ -148,7 +148,7 @@ def test_the_learning_rate_is_searched_on_public_images_where_there_are_some(pho
         epochs=4
     )  # more images in a batch than public ones
     found = dpmix.train(base, 8, out=tmp_path / "out", delta=1e-4, **asked)
-    rates = own.plan(own.Own.of(base, 8, delta=1e-4, **asked)).rates
+    rates = settings.plan(base, 8, delta=1e-4, **asked).rates
     assert len(rates) == 5 and f"the best of {rates} on public images" in (found.private / "log.txt").read_text()
     card = json.loads((found.release / "privacy_card.json").read_text())["content"]
     assert card["spec"]["learning_rate"] in rates and card["spec"]["train_on"] == "all"
@@ -242,14 +242,13 @@ def test_check_counts_names_and_spends_nothing(photos, tmp_path, monkeypatch):
 
 
 def test_check_and_train_agree(photos):
-    asked = own.Own.of(photos, 8, delta=1e-4, **QUICK)
-    spec = own.plan(asked).spec
+    spec = settings.plan(photos, 8, delta=1e-4, **QUICK).spec
     assert spec.batch_size == 400 and spec.clip_norm == 1 and spec.redraw is False and spec.validation == 0
     checked = dpmix.check(photos, 8, delta=1e-4, **QUICK)
     assert checked.plan.spec == spec
-    assert own.plan(own.Own.of(photos, 8)).spec.delta == 1e-5
-    assert own.plan(own.Own.of(photos, 8)).spec.epochs == 200
-    assert own.plan(own.Own.of(photos, 8, batch_size=100)).spec.epochs == 50
+    assert settings.plan(photos, 8).spec.delta == 1e-5
+    assert settings.plan(photos, 8).spec.epochs == 200
+    assert settings.plan(photos, 8, batch_size=100).spec.epochs == 50
 
 
 # ----------------------------------------------------------------------------------------- what came in as text, and worse
@@ -270,7 +269,7 @@ def test_check_and_train_agree(photos):
     ],
 )
 def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, taken):
-    asked = own.Own.of(**(dict(folder="photos", epsilon=2.0) | {name: given}))
+    asked = settings.Settings.of(**(dict(folder="photos", epsilon=2.0) | {name: given}))
     assert getattr(asked, name) == taken and type(getattr(asked, name)) is type(taken)
 
 
@@ -329,14 +328,14 @@ def test_a_spec_takes_numpys_numbers_and_names_text():
 
 def test_a_method_is_its_recipe_and_its_clip_norm(photos):
     for method, recipe in views.METHODS.items():
-        spec = own.plan(own.Own.of(photos, 8, method=method)).spec
+        spec = settings.plan(photos, 8, method=method).spec
         assert spec.recipe == recipe
         assert spec.clip_norm == (paper.clip_norm(method) if method in paper.METHODS else 1.0)
-        still = own.plan(own.Own.of(photos, 8, method=method, mirror=False)).spec.recipe
+        still = settings.plan(photos, 8, method=method, mirror=False).spec.recipe
         assert still == recipe.for_data(False)
-    assert own.plan(own.Own.of(photos, 8, method="dp-sgd")).spec.recipe.transform == "none"
-    spec = own.plan(own.Own.of(photos, 8, method="mixed-ghost")).spec
-    plain = own.plan(own.Own.of(photos, 8)).spec
+    assert settings.plan(photos, 8, method="dp-sgd").spec.recipe.transform == "none"
+    spec = settings.plan(photos, 8, method="mixed-ghost").spec
+    plain = settings.plan(photos, 8).spec
     assert spec.learning_rate * spec.clip_norm == pytest.approx(plain.learning_rate)
     assert plain.learning_rate == pytest.approx(0.9 * (10 * 8) ** 0.5, rel=0.05)
 
@@ -347,23 +346,26 @@ def test_photographs_get_an_imagenet_encoder_and_a_home_is_a_home(photos, tmp_pa
         image = np.random.default_rng([i, ord(c), len(part)]).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(image).save(tmp_path / "colour" / part / c / f"{i}.png")
     monkeypatch.setenv("HOME", str(tmp_path))
-    p = own.plan(own.Own.of("~/colour", 2))
+    p = settings.plan("~/colour", 2)
     assert p.spec.model == "efficientnet-lite0" and p.out == tmp_path / "colour-release"
-    assert own.plan(own.Own.of(photos, 2)).spec.model == "tiny-convnext"
+    assert settings.plan(photos, 2).spec.model == "tiny-convnext"
 
 
 # -------------------------------------------------------------------------------------------------- report, command line
 
 
 def test_intervals_and_calibration_have_the_right_value():
-    assert report.interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson, without correction
-    assert report.interval(0, 10)[0] == 0 and report.interval(10, 10)[1] == pytest.approx(1)
+    for hits, interval in ((8, (0.4902, 0.9433)), (0, (0, 0.2775)), (10, (0.7225, 1))):  # Wilson, without correction
+        predicted, labels = np.eye(2)[[0, 1] * 5], np.array([0, 1] * 5)
+        labels[hits:] = 1 - labels[hits:]
+        seen = report.of(predicted, labels, ("a", "b"), list("abcdefghij"))
+        assert seen["interval_95"] == pytest.approx(interval, abs=1e-4) and seen["accuracy"] == hits / 10
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.35, 0.65], [0.7, 0.3]])
     seen = report.of(probabilities, np.array([0, 1, 1, 0]), ("a", "b"), list("wxyz"))
     assert seen["accuracy"] == 0.75 and seen["confusion"] == [[2, 0], [1, 1]] and seen["largest_class"] == 0.5
-    assert seen["errors"] == [{"image": "x", "true": "b", "said": "a", "probability": 0.8}]
+    assert seen["errors"] == [{"image": "x", "true": "b", "predicted": "a", "probability": 0.8}]
     assert seen["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.35 + 0.3) / 4)
-    assert report.cell("a|b\nc") == "a\\|b c"
+    assert report.table(("x", "y"), [("a|b\nc", "d")]) == "| x | y |\n| --- | --- |\n| a\\|b c | d |"
 
 
 def test_the_command_line(trained, photos, capsys, tmp_path):

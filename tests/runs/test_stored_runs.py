@@ -66,8 +66,8 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
 
     def fresh(spec, recipes, material, compute, scaling, once):
         train = material.train
-        return FreshViews(material.encoder, train.images, train.labels, recipes, num_classes=train.num_classes,
-                          seed=once, ids=material.ids, redraw=False)  # fmt: skip
+        return FreshViews(material.encoder, train.images, train.labels, recipes, num_classes=train.whole.num_classes,
+                          seed=once, ids=train.rows, redraw=False)  # fmt: skip
 
     monkeypatch.setattr(passes, "source_of", fresh)
     two = dpmix.run_all(specs, compute=compute, store=Store(tmp_path / "two"))

@@ -5,7 +5,7 @@ import math
 import numbers
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dpmix.core import checks, views
 from dpmix.core.transforms import as_float
@@ -22,9 +22,9 @@ SEARCHED = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the recommended rate, on public i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
-    """What a user says: the folder (train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE), epsilon, and what the rest shall
-    be where it is not what is recommended.
+class Settings:
+    """What a user asks for: the folder (train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE), epsilon, and what the rest
+    shall be where it is not what is recommended.
 
     `out` is the folder of the release, by default NAME-release beside `folder`. `mirror=False` where a mirrored image is
     another one (letters, left and right). Numbers may be text, as YAML and command lines make of 1e-6. `weights`,
@@ -50,39 +50,32 @@ class Own:
     device: str = "auto"
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        checks.one_of("method", self.method, views.METHODS)
-
     @classmethod
-    def of(cls, folder: Any, epsilon: Any, **settings: Any) -> "Own":
+    def of(cls, **given: Any) -> "Settings":
         """From what people give: text for numbers, a number for a folder that is called 2024."""
-        kinds = {f.name: str(f.type) for f in fields(cls)}
-        given = dict(folder=folder, epsilon=epsilon, **settings)
+        kinds = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}
         for name, value in given.items():
             checks.one_of("argument", name, kinds)
-            if value is not None or "None" not in kinds[name]:
-                given[name] = _taken(name, value, kinds[name])
+            if value is not None or len(kinds[name]) == 1:
+                given[name] = _as(kinds[name][0], name, value)
+        checks.one_of("method", given.get("method", METHOD), views.METHODS)
         return cls(**given)
 
 
-def _taken(name: str, value: Any, kind: str) -> Any:
-    if "float" in kind or "int" in kind:
-        return number(name, value, whole="int" in kind)
-    if "bool" in kind:
-        checks.require(isinstance(value, bool), name, value, "must be True or False")
+def _as(kind: type, name: str, value: Any) -> Any:
+    """The value as a finite float, as int, bool or text."""
+    if kind in (float, int):
+        with contextlib.suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value
+        checks.finite(name, value)
+        checks.require(kind is float or float(value).is_integer(), name, value, "must be a whole number")
+        return kind(value)
+    truth = isinstance(value, bool)
+    if kind is bool:
+        checks.require(truth, name, value, "must be True or False")
         return value
-    plain = isinstance(value, (str, Path, numbers.Integral)) and not isinstance(value, bool)
-    checks.require(plain, name, value, "must be text")
+    checks.require(isinstance(value, (str, Path, numbers.Integral)) and not truth, name, value, "must be text")
     return str(value)
-
-
-def number(name: str, value: Any, *, whole: bool = False) -> float:
-    """A finite number as float, or int with `whole`; text that says one is taken, as YAML and command lines give 1e-6."""
-    with contextlib.suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    checks.finite(name, value)
-    checks.require(not whole or float(value).is_integer(), name, value, "must be a whole number")
-    return int(value) if whole else float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,49 +98,45 @@ class Plan:
         return self.private / self.out.name
 
 
-def plan(own: Own) -> Plan:
-    """Look at the folder's names and at the encoder, not at a pixel, and fill in what was not said. Raises ValueError and
-    FileNotFoundError in one line, before any work."""
-    base = Path(own.folder).expanduser()
+def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
+    """Look at the folder's names and at the encoder, not at a pixel, and fill in what was not said; `settings` as in
+    `Settings`. Raises ValueError and FileNotFoundError in one line, before any work."""
+    asked = Settings.of(folder=folder, epsilon=epsilon, **settings)
+    base = Path(asked.folder).expanduser()
     listing = layouts.list_folder(base)
-    n, why = listing.train, {}
+    n, why = listing.train, dict[str, str]()
 
     def choose(name: str, recommended: Any, reason: str) -> Any:
-        given = getattr(own, name)
+        given = getattr(asked, name)
         why[name] = reason if given is None else "as you said"
         return recommended if given is None else given
 
     model = choose("model", *_model(listing.files))
-    weights = None if own.weights is None else str(Path(own.weights).expanduser())
-    encoder = encoders.encoder(model, weights, image_size=own.image_size)
-    c = choose("clip_norm", CLIP_NORMS.get(own.method, 1.0), f"that of {own.method}")
+    weights = None if asked.weights is None else str(Path(asked.weights).expanduser())
+    encoder = encoders.encoder(model, weights, image_size=asked.image_size)
+    clip_norm = choose("clip_norm", CLIP_NORMS.get(asked.method, 1.0), f"that of {asked.method}")
     batch = choose("batch_size", n, "every image at every step: the most signal for the noise")
     checks.require(batch <= n, "batch_size", batch, f"must be at most the {n:,} training images")
     epochs = choose("epochs", round(STEPS * batch / n, 9), f"{STEPS} steps")
     steps = epochs * n / max(batch, 1)
     checks.require(steps <= MOST_STEPS, "epochs", epochs, f"these are {steps:.3g} steps; at most {MOST_STEPS:,}")
     delta = choose("delta", min(1e-5, 10.0 ** math.floor(-2 - math.log10(n))), "at most 1 / (100 N)")
-    why["method"] = "no method was found to be better on a frozen encoder" if own.method == METHOD else "as you said"
+    why["method"] = "no method was found to be better on a frozen encoder" if asked.method == METHOD else "as you said"
     public = data.synthetic_folder(f"folder:{base}")
-    usual = recommended_rate(encoder, model, len(listing.class_names), own.epsilon) / c
-    rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and own.learning_rate is None else ()
-    reason = (
-        f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"
-    )
-    rate = choose("learning_rate", usual, reason)
-    spec = RunSpec(
-        dataset=f"folder:{base}", model=model, weights=weights, image_size=own.image_size, epsilon=own.epsilon,
-        delta=delta, recipe=views.METHODS[own.method].for_data(own.mirror), accountant=own.accountant, clip_norm=c,
-        learning_rate=rate, batch_size=batch, epochs=epochs, validation=0.0, redraw=False, seed=None,
-    )  # fmt: skip
-    out = Path(own.out).expanduser() if own.out else base.with_name(f"{base.resolve().name}-release")
+    usual = recommended_rate(encoder, model, len(listing.class_names), asked.epsilon) / clip_norm
+    rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and asked.learning_rate is None else ()
+    found = f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"
+    run: dict[str, Any] = dict(weights=weights, delta=delta, clip_norm=clip_norm, batch_size=batch, epochs=epochs)
+    run |= dict(image_size=asked.image_size, epsilon=asked.epsilon, accountant=asked.accountant)
+    run |= dict(learning_rate=choose("learning_rate", usual, found), validation=0.0, redraw=False, seed=None)
+    recipe = views.METHODS[asked.method].for_data(asked.mirror)
+    spec = RunSpec(dataset=f"folder:{base}", model=model, recipe=recipe, **run)
+    out = Path(asked.out).expanduser() if asked.out else base.with_name(f"{base.resolve().name}-release")
     private = out.parent / "private"
-    compute = ComputeFlags(
-        device=own.device, physical_batch=own.physical_batch, cache=str(private / "cache"), progress=own.progress
-    )
-    return Plan(
-        spec=spec, compute=compute, listing=listing, encoder=encoder, out=out, private=private, rates=rates, reasons=why
-    )
+    flags = {name: getattr(asked, name) for name in ("device", "physical_batch", "progress")}
+    compute = ComputeFlags(cache=str(private / "cache"), **flags)
+    where: dict[str, Any] = dict(listing=listing, encoder=encoder, out=out, private=private)
+    return Plan(spec=spec, compute=compute, rates=rates, reasons=why, **where)
 
 
 def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float) -> float:
@@ -164,7 +153,6 @@ def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilo
 def _model(files: list[Path]) -> tuple[str, str]:
     """The encoder for such images, by the headers of a few of them."""
     some = [h for h in map(decoding.header, files[:: max(1, len(files) // 100)]) if h]
-    small = bool(some) and all(h.grey and max(h.width, h.height) <= 32 for h in some)
-    if small:
+    if some and all(h.grey and max(h.width, h.height) <= 32 for h in some):
         return "tiny-convnext", "small and grey, as what it was made of"
     return "efficientnet-lite0", "ImageNet features that fit a CPU"
