@@ -101,7 +101,7 @@ def _load(dataset: str, root: str, image_size: int | None, cached: str, private:
 
 @lru_cache(maxsize=2)
 def _load_public(
-    public: str, dataset: str, root: str, image_size: int | None, cached: str, private: str
+    dataset: str, root: str, image_size: int | None, cached: str, private: str, public: str
 ) -> data.ImageSet:
     """The synthetic images, once it is known that none is a copy of a private one."""
     splits = _load(dataset, root, image_size, cached, private)
@@ -141,7 +141,7 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
         remedy = f"{takes} and {spec.dataset} has {channels}; choose another model"
         checks.require(channels in encoder.channels, "model", spec.model, remedy)
     users = [i.public for i in group if i.spec.uses_synthetic]
-    synthetic = _load_public(users[0], *source) if users else None
+    synthetic = _load_public(*source, users[0]) if users else None
     half = _halves(len(splits.train), spec.seed or 0)
     pool: data.ImageSet | None = synthetic if spec.train_on == "synthetic" else splits.train
     assert pool is not None
@@ -154,11 +154,9 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
     elif spec.public == "synthetic-half" and synthetic is not None:  # Table 10: D as large as S1
         order = rng.generator(spec.seed or 0, "public").permutation(len(synthetic))
         public = Part(synthetic, _sorted(order[: len(half["half-1"])]))
-    parts: dict[str, Any] = dict(
-        pool=everyone, train=everyone.at(kept), test=Part(splits.test, torch.arange(len(splits.test)))
-    )
+    test = Part(splits.test, torch.arange(len(splits.test)))
     about: dict[str, Any] = dict(public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest)
-    return Material(kept=kept, held_out=held_out, **parts, **about)
+    return Material(pool=everyone, kept=kept, held_out=held_out, train=everyone.at(kept), test=test, **about)
 
 
 def _halves(n: int, seed: int) -> dict[str, Int64[Tensor, " half"]]:
