@@ -162,7 +162,9 @@ Markdown(
 
 # %% tags=["hide-input"]
 measured = report.benchmark("gpu-network")
-rows = pd.DataFrame(measured["rows"]).rename(columns={"row": "gradient", "views_per_second": "views/s", "times_plain": "÷ plain SGD", "batch": "examples"})
+rows = pd.DataFrame(measured["rows"]).rename(
+    columns={"row": "gradient", "views_per_second": "views/s", "times_plain": "÷ plain SGD", "batch": "examples"}
+)
 rows[["examples", "gradient", "views/s", "÷ plain SGD"]].dropna().round({"views/s": 0, "÷ plain SGD": 2})
 
 # %% tags=["hide-input"]
