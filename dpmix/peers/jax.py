@@ -169,21 +169,13 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
     material, tasks, start = prepare([one.identity for one in group], compute), [], time.perf_counter()
     for one in group:
         spec = one.identity.spec
-        m, asked = (
-            mechanism(replace(spec, epsilon=None), len(material.pool)),
-            dict(delta=spec.delta, batch_size=spec.batch_size),
-        )
+        m = mechanism(replace(spec, epsilon=None), len(material.pool))
         if spec.epsilon is not None:
-            sigma = noise_multiplier(epsilon=spec.epsilon, population=m.population, steps=m.steps, **asked)
-            m = m._replace(noise_multiplier=sigma)
+            asked = dict[str, Any](epsilon=spec.epsilon, delta=spec.delta, batch_size=spec.batch_size)
+            m = m._replace(noise_multiplier=noise_multiplier(population=m.population, steps=m.steps, **asked))
         tasks.append(passes.Task(*one, m, epsilons(spec, m)))
-    bank, data, seed = passes.heads_of(tasks, material), material.train, passes.training_seed(spec)
-    assert material.encoder is not None
-    of = dict[str, Any](
-        num_classes=data.whole.num_classes, public=material.public, ids=data.rows, device=compute.where()
-    )
-    recipes = [head.recipe for head in bank]
-    source = sources.FreshViews(material.encoder, data.images, data.labels, recipes, seed=seed, **of)
+    bank, seed = passes.heads_of(tasks, material), passes.training_seed(spec)
+    source = passes.source_of(spec, [head.recipe for head in bank], material, compute)
     how = dict[str, Any](
         expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
     )
