@@ -250,8 +250,12 @@ def done(pid, read):
 
 
 def is_worker(process):
-    "And not what keeps book of their semaphores."
-    return any("loky" in word for word in process.cmdline()) and "resource_tracker" not in " ".join(process.cmdline())
+    "And not what keeps book of their semaphores, nor what has just ended and is not yet waited for."
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return "loky" in words and "resource_tracker" not in words
 
 
 # In a child too: a process that has run an engine with threads of its own must not fork any more.
