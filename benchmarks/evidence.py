@@ -186,7 +186,7 @@ def measure(name: str, seeds: int, compute: ComputeFlags) -> None:
     about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels")
     path = evidence.FOLDER / table / f"{dataset}.json"
     write(path, runs, about | {"dirty": made["dirty"]})
-    print(f"{name}: {len(runs)} rows, {60 * hours:.0f} min: {path}", flush=True)
+    print(f"{name}: rows: {len(runs)}, {60 * hours:.0f} min: {path}", flush=True)
 
 
 def described(
@@ -278,7 +278,7 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool)
             final = again if len(again) else evidence.choose(runs, wanted.by)
             path = export(name, runs, results, final, compute)
             print(
-                f"{name}: {stage}, seeds {list(some)}, {len(runs)} runs, {(time.time() - start) / 60:.0f} min: {path}",
+                f"{name}: {stage}, seeds {list(some)}, runs: {len(runs)}, {(time.time() - start) / 60:.0f} min: {path}",
                 flush=True,
             )
 
@@ -293,7 +293,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.list or not asked.names:
         for name, s in SETS.items():
-            print(f"{name}: {len(s.cells([0]))} heads a seed, {s.seeds} seeds{', refit' if s.refit else ''}. {s.note}")
+            print(
+                f"{name}: heads a seed: {len(s.cells([0]))}, seeds: {s.seeds}{', refit' if s.refit else ''}. {s.note}"
+            )
         print(*(f"{name}: no runs, figures; 5 seeds." for name in MEASURED), sep="\n")
         return
     names = [*SETS, *MEASURED] if asked.names == ["all"] else asked.names

@@ -40,7 +40,7 @@ def main() -> None:
         raise SystemExit(f"mosaics that are missing: {', '.join(missing)}")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(unpack, there[about["mosaic"]], about, asked.to) for about in index]
-        print(f"{sum(job.result() for job in jobs):,} images in {asked.to}")
+        print(f"images in {asked.to}: {sum(job.result() for job in jobs):,}")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def main() -> None:
     cache = asked.store.parent / "cache"
     splits = data.load(asked.dataset, asked.data, cache=cache)
     print(
-        f"{len(splits.train):,} training and {len(splits.test):,} test images, {until - time.monotonic():.0f} s left",
+        f"images: {len(splits.train):,} for training, {len(splits.test):,} for the test; {until - time.monotonic():.0f} s left",
         flush=True,
     )
     out: dict = {"about": {"date": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}, "results": []}
@@ -169,7 +169,7 @@ def main() -> None:
             asked.json.write_text(json.dumps(out, indent=1) + "\n")
             print(
                 f"{method}, K = {spec.recipe.views}, seed {seed}: test accuracy {100 * result.test_accuracy:.2f} % after "
-                f"{result.steps} steps ({p['epochs']:g} epochs), epsilon {json.dumps(result.epsilon)}, "
+                f"T = {result.steps} ({p['epochs']:g} epochs), epsilon {json.dumps(result.epsilon)}, "
                 f"sigma {result.noise_multiplier:.3f}, rate {spec.learning_rate:g}, {result.timing['seconds']:.0f} s, "
                 f"{result.timing['views_per_second']:,.0f} views/s, dropped {result.diagnostics.dropped_gradients}",
                 flush=True,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dpmix import models
 from dpmix.core import heads, views
+from dpmix.core.checks import counted
 from dpmix.core.clipping import clipped_head_sums
 from dpmix.images import data
 
@@ -107,7 +108,7 @@ def bank_pass(repeats: int) -> dict[str, float]:
                 progress=False,
             )  # fmt: skip
             times[count].append(time.perf_counter() - start)
-    return {f"{count} head{'s' * (count > 1)}": statistics.median(t) for count, t in times.items()}
+    return {counted(count, "head"): statistics.median(t) for count, t in times.items()}
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import torch
 
 import dpmix
 from dpmix.core import views
+from dpmix.core.checks import counted
 from dpmix.runs.result import Result
 from dpmix.runs.run import ask
 from dpmix.runs.spec import ComputeFlags, RunSpec
@@ -195,7 +196,11 @@ def main() -> None:
     }  # fmt: skip
     for part, content in report.items():
         for name, value in content.items():
-            said = f"{len(value)} values, last {value[-1]}" if isinstance(value, list) and len(value) > 4 else value
+            said = (
+                f"{counted(len(value), 'value')}, last {value[-1]}"
+                if isinstance(value, list) and len(value) > 4
+                else value
+            )
             print(f"{part:<12} {name:<42} {said}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -33,4 +33,4 @@ if __name__ == "__main__":
     parser.add_argument("npz", type=Path)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
-    print(f"{unpack(given.npz, given.folder):,} images in {given.folder}")
+    print(f"images in {given.folder}: {unpack(given.npz, given.folder):,}")

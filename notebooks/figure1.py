@@ -32,6 +32,7 @@ from myst_nb import glue
 
 from dpmix.companion import plots, report
 from dpmix.core import views
+from dpmix.core.checks import counted
 from dpmix.core.transforms import as_float
 from dpmix.images import data
 
@@ -87,9 +88,9 @@ def clearest(mixes, among):
 shown = clearest(self_mixes, range(len(self_mixes)))
 rows = [
     (f"One private example: {report.label(dataset)}, number {index}", as_float(images), [f"label {own}"]),
-    (f"Self-Aug: {columns} of its {base} augmentations", self_images[:columns], [own] * columns),
+    (f"Self-Aug: {columns} of {counted(base, 'augmentation')}", self_images[:columns], [own] * columns),
     (
-        f"DP-MixSelf: the {len(shown)} least faint of {len(self_mixes)} mixtures",
+        f"DP-MixSelf: the {len(shown)} least faint of {counted(len(self_mixes), 'mixture')}",
         self_images[[base + m for m in shown]],
         [f"λ = {self_mixes[m][2]:.2f}\n{name_of(self_targets[base + m])}" for m in shown],
     ),
@@ -101,10 +102,10 @@ if public is not None:
     crossed = [m for m, (a, b, _) in enumerate(diff_mixes) if (a < base) != (b < base)]
     shown = clearest(diff_mixes, crossed)
     captions = [name_of(t) for t in diff_targets[base:pool]]
-    rows.append((f"DP-MixDiff: {k_diff} public images, as they are", diff_images[base:pool], captions))
+    rows.append((f"DP-MixDiff: {counted(k_diff, 'public image')} without a change", diff_images[base:pool], captions))
     rows.append(
         (
-            f"DP-MixDiff: private with public, {len(crossed)} of {len(diff_mixes)} mixtures",
+            f"DP-MixDiff: private with public, {len(crossed)} of {counted(len(diff_mixes), 'mixture')}",
             diff_images[[pool + m for m in shown]],
             [f"λ = {diff_mixes[m][2]:.2f}\n{name_of(diff_targets[pool + m])}" for m in shown],
         )
@@ -128,9 +129,9 @@ plots.picture_rows(rows, columns)
 # %% tags=["hide-input"] mystnb={"image": {"alt": "All augmentations of the example, numbered, and all mixtures of DP-MixSelf, each with its two members and lambda"}}
 plots.picture_rows(
     [
-        (f"{base} augmentations, numbered", self_images[:base], [str(v + 1) for v in range(base)]),
+        (f"{counted(base, 'augmentation')}, numbered", self_images[:base], [str(v + 1) for v in range(base)]),
         (
-            f"{len(self_mixes)} mixtures: λ of one, 1 − λ of the other",
+            f"{counted(len(self_mixes), 'mixture')}: λ of one, 1 − λ of the other",
             self_images[base:],
             [f"{a + 1} with {b + 1}\nλ = {share:.2f}" for a, b, share in self_mixes],
         ),
@@ -146,14 +147,14 @@ plots.picture_rows(
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The public images and all mixtures of DP-MixDiff, each with its two members and lambda"}}
 if public is None:
-    shown = f"No synthetic images of {dataset} are on disk, so there is nothing to show here."
+    shown = f"Nothing to show here: synthetic images are not on disk ({dataset})."
 else:
     letters = [str(v + 1) for v in range(base)] + [f"P{v + 1}" for v in range(k_diff)]
     shown = plots.picture_rows(
         [
             ("The same augmentations, 1 to 16, and the public images", diff_images[base:pool], letters[base:]),
             (
-                f"{len(diff_mixes)} mixtures",
+                counted(len(diff_mixes), "mixture"),
                 diff_images[pool:],
                 [f"{letters[a]} with {letters[b]}\nλ = {share:.2f}" for a, b, share in diff_mixes],
             ),

@@ -38,6 +38,7 @@ from myst_nb import glue
 from dpmix import audit, models
 from dpmix.companion import report
 from dpmix.core import accounting
+from dpmix.core.checks import counted
 from dpmix.images import data
 
 sys.path.insert(0, str(data.PROJECT / "tests"))  # the step that is audited below lives with the tests
@@ -46,7 +47,7 @@ from peers import opacus_steps
 # What Opacus and PyTorch say at every start: the generator is not a cryptographic one, pixels need no gradient.
 warnings.filterwarnings("ignore", message="Secure RNG|Full backward hook|Optimal order", category=UserWarning)
 digits = data.load("digits")
-report.made_note(f"Digits, σ = {noise:g}, {epochs} epochs of Poisson batches of {batch_size} expected")
+report.made_note(f"Digits, σ = {noise:g}, {counted(epochs, 'epoch')} of Poisson batches of {batch_size} expected")
 
 # %% [markdown]
 # ## A plain Opacus script
@@ -226,8 +227,8 @@ audited.assign(**{"claim refuted": exceeds}).style.format("{:.2f}", subset=list(
 measured = report.benchmark("in_opacus")
 about = measured["about"]
 times = pd.DataFrame(measured["rows"]).set_index("row")
-glue("from_opacus_model", f"{about['batch']} examples × {about['views']} views of {about['side']} pixels, "
-     f"{about['parameters']:,} parameters, {about['threads']} thread, opacus {about['versions']['opacus']}", display=False)  # fmt: skip
+glue("from_opacus_model", f"{counted(about['batch'], 'example')} × {counted(about['views'], 'view')} of {about['side']} pixels, "
+     f"{about['parameters']:,} parameters, {counted(about['threads'], 'thread')}, opacus {about['versions']['opacus']}", display=False)  # fmt: skip
 glue("from_opacus_rounds", about["rounds"], display=False)
 shown = times[["times_average_views", "rows_mib"]].set_axis(
     ["time of a step, × average_views", "gradients held (MiB)"], axis=1

@@ -43,6 +43,7 @@ from IPython.display import Image, Markdown, display
 import dpmix
 from dpmix.companion import examples
 from dpmix.core import files
+from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.runs.report import card_text
 
@@ -132,7 +133,7 @@ usual = parts["train"]["images_of_a_patient"][1]
 table = pd.DataFrame(
     {
         "ε of an image": r["epsilon"],
-        f"ε of a patient with {usual:.0f} images": r["epsilon"] * usual,
+        f"ε of a patient with {counted(round(usual), 'image')}": r["epsilon"] * usual,
         "right (%)": round(100 * r["report"]["accuracy"], 1),
         "95 % interval": "{:.1f} to {:.1f}".format(*(100 * x for x in r["report"]["interval_95"])),
         **{f"of {c}": round(100 * v["accuracy"], 1) for c, v in r["report"]["by_class"].items()},
@@ -141,7 +142,7 @@ table = pd.DataFrame(
 ).set_index("ε of an image")
 display(table)
 Markdown(
-    f"{parts['train']['images']:,} images of {parts['train']['patients']} patients for training, {parts['test']['images']:,} of {parts['test']['patients']} others for "
+    f"{counted(parts['train']['images'], 'image')} of {counted(parts['train']['patients'], 'patient')} for training, {counted(parts['test']['images'], 'image')} of {counted(parts['test']['patients'], 'other')} for "
     f"testing; {kept['left_out']:,} left out. {kept['runs'][0]['card']['encoder']['name']} at {kept['runs'][0]['card']['encoder']['image_size']} pixels, "
     f"one run at each ε, {about['date'][:10]}, {about['device']}, commit {about['commit'][:9]}{' with changes' if about['dirty'] else ''}. The interval counts "
     "images as if they were independent; those of one patient are not, so it is too narrow."

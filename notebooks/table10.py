@@ -28,6 +28,7 @@ from IPython.display import Markdown
 
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table10")
 
@@ -58,7 +59,7 @@ cells = grids.halves_grid(
     learning_rates=learning_rates,
 )
 variants = list(dict.fromkeys(c.labels["method"] for c in cells))
-f"{len(cells)} runs of {', '.join(variants)}: every variant × encoder × ε × learning rate × seed" + (
+f"{counted(len(cells), 'run')} of {', '.join(variants)}: every variant × encoder × ε × learning rate × seed" + (
     "" if "B" in variants else ". There are no synthetic images of this data set, so B is left out"
 )
 
@@ -69,7 +70,7 @@ report.provenance_note(runs, scale)
 # %% tags=["hide-input"]
 half = round(runs["N"].iloc[0] / (1 - preset.validation))
 Markdown(
-    f"S1 has {half:,} images, of which a validation share of {preset.validation:.0%} only serves to choose the learning rate. D is as large as S1 where there are as many synthetic images, as in the paper: "
+    f"S1 has {counted(half, 'image')}, of which a validation share of {preset.validation:.0%} only serves to choose the learning rate. D is as large as S1 where there are as many synthetic images, as in the paper: "
     "a random part of them, another for every seed. With fewer, B has a handicap."
 )
 

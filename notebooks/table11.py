@@ -27,6 +27,7 @@ import torch
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import clipping, rng
+from dpmix.core.checks import counted
 from dpmix.peers import jax as jax_peer
 
 evidence.status("table11")
@@ -59,7 +60,7 @@ cells = grids.changed_cells(
     None,
     redraw=True,  # views at every step, as in Algorithm 1: what the twin in JAX trains on
 )
-f"{len(cells)} runs in each framework: every encoder × method × ε × learning rate × seed"
+f"{counted(len(cells), 'run')} in each framework: every encoder × method × ε × learning rate × seed"
 
 # %% [markdown]
 # ## How jax-privacy sees a view

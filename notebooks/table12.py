@@ -30,6 +30,7 @@ from dpmix import models
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import clipping, rng, views
+from dpmix.core.checks import counted
 from dpmix.images import data
 
 evidence.status("table12")
@@ -104,7 +105,7 @@ cells = grids.pure_grid(
 )
 order = list(dict.fromkeys(c.labels["method"] for c in cells))
 private = sum(c.spec.train_on == "all" for c in cells)
-f"{private} private runs and {len(cells) - private} on the public images alone"
+f"{counted(private, 'private run')} and {len(cells) - private} on the public images alone"
 
 # %%
 runs = grids.run_cells(cells)

@@ -26,6 +26,7 @@ from IPython.display import Markdown
 
 from dpmix.companion import diagnostics, evidence, grids, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table13")
 
@@ -52,7 +53,7 @@ runs = {m: [next(c.spec for c in cells if c.labels["method"] == m)] for m in met
 runs["bank"] = [c.spec for c in cells]
 timed = diagnostics.timings(runs, steps=steps, repeats=repeats).assign(dataset=dataset, model=model)
 report.made_note(
-    f"{report.label(model)} on {report.label(dataset)} at {scale} scale, {steps} steps of each pass, {repeats} repeats"
+    f"{report.label(model)} on {report.label(dataset)} at {scale} scale, {counted(steps, 'step')} of each pass, {counted(repeats, 'repeat')}"
 )
 
 # %% [markdown]
@@ -126,7 +127,7 @@ diagnostics.time_shares(timed)
 seconds = timed.groupby("method")["seconds"].median()
 single = sum(seconds[c.labels["method"]] for c in cells)
 Markdown(
-    f"One by one, these {len(cells)} runs take {single:,.0f} seconds. One pass trains all {len(cells)} heads in {seconds['bank']:.0f}: {single / seconds['bank']:.0f} times less."
+    f"One by one, the runs ({len(cells)}) take {single:,.0f} s. One pass trains them all in {seconds['bank']:.0f}: {single / seconds['bank']:.0f} times less."
 )
 
 # %% [markdown]
@@ -154,7 +155,7 @@ rows[["convolutions", "gradient", "memory layout", "views/s", "÷ plain SGD"]].r
 # %% tags=["hide-input"]
 about = measured["about"]
 Markdown(
-    f"*{about['model']}, {about['side']} pixels, {about['device']} with {about['threads']} threads, torch {about['torch']}. Medians over rounds in which all rows take turns.*"
+    f"*{about['model']}, {about['side']} pixels, {about['device']} with {counted(about['threads'], 'thread')}, torch {about['torch']}. Medians over rounds in which all rows take turns.*"
 )
 
 # %% [markdown]
@@ -174,7 +175,7 @@ done = alone["results"][0]
 Markdown(
     f"*{about['model']}, 16 views an example, {about['device']}, torch {about['torch']}. {about['note']}*\n\n"
     f"Training from scratch on that GPU was begun, with the epochs that a budget of minutes allowed: {report.label(done['method'])} "
-    f"({done['spec']['recipe']['k_base']} views, {done['steps']} steps of {done['divisor']:,.0f} examples, ε = {alone['results'][0]['epsilon']['rdp']:.2f}) "
+    f"({counted(done['spec']['recipe']['k_base'], 'view')}, {counted(done['steps'], 'step')} with B = {done['divisor']:,.0f}, ε = {alone['results'][0]['epsilon']['rdp']:.2f}) "
     f"reached {100 * done['test_accuracy']:.1f} % on CIFAR-10's test images. {alone['about']['note']}"
 )
 

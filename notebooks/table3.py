@@ -24,6 +24,7 @@
 # %% tags=["hide-input"]
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table3")
 
@@ -60,7 +61,7 @@ cells = grids.methods_grid(
     learning_rates=learning_rates,
 )
 left_out = [report.label(m) for m in asked if m not in kept]
-f"{len(cells)} runs: every encoder × method × ε × learning rate × seed." + (
+f"{counted(len(cells), 'run')}: every encoder × method × ε × learning rate × seed." + (
     f" Left out, as there are no synthetic images: {', '.join(left_out)}." if left_out else ""
 )
 

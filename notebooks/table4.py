@@ -29,6 +29,7 @@ import torch
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import views
+from dpmix.core.checks import counted
 from dpmix.images import data
 
 evidence.status("table4")
@@ -61,7 +62,7 @@ cells = grids.methods_grid(
     batch_size=batch_size,
     learning_rates=learning_rates,
 )
-f"{len(cells)} runs: every transformation × learning rate × seed"
+f"{counted(len(cells), 'run')}: every transformation × learning rate × seed"
 
 # %% [markdown]
 # All rows of a seed train in one pass, on the same random batches and the same crops; what is added to a crop is drawn apart.

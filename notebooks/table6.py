@@ -26,6 +26,7 @@ import pandas as pd
 
 from dpmix.companion import evidence, grids, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table6")
 
@@ -57,7 +58,7 @@ cells, heads = grids.pretraining_grid(
     batch_size=batch_size,
     learning_rates=learning_rates,
 )
-f"{len(cells)} private runs, {len(heads)} on the synthetic images alone"
+f"{counted(len(cells), 'private run')}, {len(heads)} on the synthetic images alone"
 
 # %%
 runs = grids.run_cells(cells)

@@ -27,6 +27,7 @@ from IPython.display import Markdown
 
 from dpmix.companion import evidence, fid, grids, grids_fid, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table7")
 
@@ -51,7 +52,7 @@ made = grids_fid.fid_of_methods(
     examples=examples,
     image_size=preset.image_size,
 )
-report.provenance_note(made, scale, "distances")
+report.provenance_note(made, scale, "distance")
 
 # %% [markdown]
 # Each training example gives its views once, as in one epoch, and all views of a method make one set. It is compared with the training images and with the test
@@ -78,7 +79,7 @@ report.tables(found, **shape)
 # %% tags=["hide-input"]
 counts = made.drop_duplicates("method").set_index("method")["n"]
 Markdown(
-    f"Columns: the set that is compared with. Made now: mean (standard deviation) over {made['seed'].nunique()} seeds, of "
+    f"Columns: the set that is compared with. Made now: mean (standard deviation) over {counted(made['seed'].nunique(), 'seed')}, of "
     + ", ".join(f"{n:,} ({report.label(m)})" for m, n in counts.items())
     + " views. The paper states one number a cell and no spread."
 )

@@ -22,6 +22,7 @@ from IPython.display import Markdown
 
 from dpmix.companion import evidence, fid, grids, grids_fid, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
+from dpmix.core.checks import counted
 
 evidence.status("table8")
 
@@ -42,13 +43,13 @@ made = grids_fid.fid_of_sets(
     seeds=grids.many(seeds, range(5), "seeds"),
     image_size=preset.image_size,
 )
-report.provenance_note(made, scale, "distances")
+report.provenance_note(made, scale, "distance")
 
 # %% tags=["hide-input"]
 size, n = int(made["n"].iloc[0]), made["seed"].nunique()
 Markdown(
     "The distance is biased: two small samples of *one* distribution are farther apart than two large ones. So the three comparisons made now are "
-    f"between samples of {size:,} images each, drawn {n} times, and the third one, between two disjoint samples of the training images, is what a "
+    f"between samples of {counted(size, 'image')} each, drawn for {counted(n, 'seed')}, and the third one, between two disjoint samples of the training images, is what a "
     "distance of nothing looks like at that size."
 )
 
@@ -70,7 +71,7 @@ report.tables(found, columns=("model",), split=("dataset",), value="distance")
 whole = made.dropna(subset=["whole"]).drop_duplicates(["model", "method"])
 found_whole = ", ".join(f"{report.label(r.model)}, {r.method}: {r.whole:.1f}" for r in whole.itertuples())
 Markdown(
-    f"*Distance of the training images to other sets: made now, mean (standard deviation) over {n} samples of {size:,}. Between the sets as they are, with all their images, as in the paper: {found_whole}. "
+    f"*Distance of the training images to other sets: made now, mean (standard deviation) over {counted(n, 'sample')} of {size:,}. Between the sets as they are, with all their images, as in the paper: {found_whole}. "
     "These have no spread and differ in size.*"
 )
 

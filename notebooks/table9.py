@@ -27,6 +27,7 @@ from IPython.display import Markdown
 from dpmix.companion import evidence, grids, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import views
+from dpmix.core.checks import counted
 
 evidence.status("table9")
 
@@ -66,9 +67,9 @@ cells = grids.k_grid(
 grid = {tuple(c.labels[k] for k in ks): c.spec.recipe for c in cells}
 union = views.make_union(list(grid.values()))
 Markdown(
-    f"{len(cells)} runs: every combination × learning rate × seed. Alone, the combinations would make {sum(map(sum, grid))} views of an example; together they need {union.views}, "
+    f"{counted(len(cells), 'run')}: every combination × learning rate × seed. Alone, the combinations would make {counted(sum(map(sum, grid)), 'view')} of an example; together they need {union.views}, "
     "because they share the augmentations, the public images and, where the pool is the same, the mixtures. That is still several times as many as a usual table, "
-    f"so that these runs train for {cells[0].spec.epochs:g} epochs."
+    f"so that these runs train for few epochs ({cells[0].spec.epochs:g})."
 )
 
 # %%

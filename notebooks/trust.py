@@ -41,6 +41,7 @@ from myst_nb import glue
 from dpmix import audit, models
 from dpmix.companion import paper, plots, report
 from dpmix.core import accounting, heads, rng, views
+from dpmix.core.checks import counted
 from dpmix.images import data
 
 sys.path.insert(0, str(data.PROJECT / "tests"))  # the wrong algorithms live with the tests
@@ -53,7 +54,7 @@ wrong = mutants.Mutants(recipe, num_classes=num_classes)
 steps = {
     "the method": audit.head_step(recipe, num_classes=num_classes),
     "mixup across examples": wrong.mixup_across_examples,
-    f"{recipe.views} views, {recipe.views} examples": wrong.views_as_examples,
+    f"{counted(recipe.views, 'view')}, as many examples": wrong.views_as_examples,
     "pairs, noise for one": wrong.microbatch_pairs,
     "batch normalisation": wrong.batch_norm,
     "private pixel statistics": wrong.private_statistics,
@@ -126,7 +127,7 @@ others = gpu["norms with other bits"]
 encoded = gpu["features with other bits"].values()
 Markdown(
     f"*{gpu['about']['device']}, torch {gpu['about']['versions']['torch']}, commit {gpu['about']['commit'][:9]}.* "
-    f"Of {sum(e['asked'] for e in encoded)} features of {len(encoded)} encoders {sum(e['other bits'] for e in encoded)} depended on what stood beside the image. "
+    f"Of {counted(sum(e['asked'] for e in encoded), 'feature')} of {len(encoded)} encoders {sum(e['other bits'] for e in encoded)} depended on what stood beside the image. "
     f"With batches padded to one size, the norms of the other examples kept every bit for heads ({others['heads']} changed) and the engine of the default, `grouped` "
     f"({others['grouped']} and {others['grouped bfloat16']}; without padding {others['grouped without padding']} and {others['grouped bfloat16 without padding']}). "
     f"The slow engine `loop` in float32 is not even equal to itself when run twice there ({others['loop run twice']} norms differ in their last bits): its convolutions sum in "
@@ -287,7 +288,7 @@ verdict = "finds" if "2C" in found_out else "misses"
 Markdown(
     f"""With the 2C mistake the run spends ε = {spent["2C"]:.1f} instead of {run_epsilon:g}, and the audit of one run can prove {bound["2C"]:.2f}. It **{verdict} a factor of two**, which the
 canary of a step finds in seconds; it finds {", ".join(found_out) or "none of the mistakes"}. The correct run is bounded by {bound["none"]:.2f}. One-run audits are smoke detectors: cheap, indifferent to how
-the code looks inside, and silent about small fires. ({canaries} canaries, {len(digits)} digits, {run_steps} steps.)"""
+the code looks inside, and silent about small fires. (Canaries: {canaries}; digits: {len(digits)}; steps: {run_steps}.)"""
 )
 
 # %% [markdown]
@@ -385,7 +386,9 @@ for _ in range(repeats):
     decided.append((without != hits.argmax()).any())
 glue("trust_gain", f"{100 * np.mean(gains):.1f}", display=False)
 glue("trust_decided", f"{100 * np.mean(decided):.0f} %", display=False)
-Markdown(f"*{repeats} simulated test sets of {images} images, {last} epochs of true accuracy {true:.0%} each.*")
+Markdown(
+    f"*Simulated test sets of {counted(images, 'image')}: {repeats}; {counted(last, 'epoch')} of true accuracy {true:.0%} each.*"
+)
 
 # %% [markdown]
 # The best epoch looks {glue:text}`trust_gain` percentage points better than it is, and in {glue:text}`trust_decided` of the test sets there is an image whose absence would have changed which epoch is

@@ -21,10 +21,11 @@
 from IPython.display import Markdown
 
 from dpmix.companion import evidence, ledger, plots
+from dpmix.core.checks import counted
 
 runs = ledger.committed()
 found = ledger.decide(runs)
-Markdown(f"**Of {len(found)} claims, {ledger.counts(found)}.**")
+Markdown(f"**{counted(len(found), 'claim')}: {ledger.counts(found)}.**")
 
 # %% [markdown]
 # The data are the paper's own or their nearest kin (Caltech-101 in place of Caltech-256). The encoder is not: an EfficientNet-Lite0 trained on ImageNet, which fits two cores, in place of

@@ -51,7 +51,7 @@ def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlag
 
 def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> list[Gradients]:
     material, bank, m = _bank(specs, compute)
-    checks.require(stages <= m.steps, "stages", stages, f"must be at most the {m.steps} steps of training")
+    checks.require(stages <= m.steps, "stages", stages, f"must be at most T = {m.steps} of training")
     union = views.make_union(list(dict.fromkeys(h.recipe for h in bank)))
     row = dict(zip(union.recipes, union.weights, strict=True))
     view_weights = torch.stack([row[h.recipe] for h in bank]).to(compute.where(), torch.float32)

@@ -19,6 +19,7 @@ from IPython.display import Markdown
 from dpmix.companion.grids import LAPTOP
 from dpmix.companion.report import label
 from dpmix.core import files, views
+from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.identity import Contents
@@ -118,7 +119,7 @@ def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Mark
         none = "No runs on the paper's own kind of data came with the repository for this page."
         return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [
-        f"- {label(a['dataset'])}: {a['encoder']}, {len(a['seeds'])} seed{'s' if len(a['seeds']) > 1 else ''}, "
+        f"- {label(a['dataset'])}: {a['encoder']}, {counted(len(a['seeds']), 'seed')}, "
         f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "
         f"data {a['data'][:9]}"
         for a in about

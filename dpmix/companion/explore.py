@@ -30,6 +30,7 @@ from torch import Tensor
 from dpmix import audit, models
 from dpmix.companion import evidence, report
 from dpmix.core import accounting, checks, rng, views
+from dpmix.core.checks import counted
 from dpmix.core.transforms import as_float
 from dpmix.images import data
 
@@ -139,9 +140,9 @@ def example_views(
     own = _tile(as_float(one.images)[0], "the example"), f"label {one.class_names[one.labels[0]]}"
     return (
         _block("The example", [own])
-        + _block(f"{k_base} base views: {recipe.transform}", views_of[:k_base])
-        + _block(f"{k_diff} public images", views_of[k_base:pool])
-        + _block(f"{k_self} mixtures: {mix}, each with its two parents", views_of[pool:])
+        + _block(f"{counted(k_base, 'base view')}: {recipe.transform}", views_of[:k_base])
+        + _block(counted(k_diff, "public image"), views_of[k_base:pool])
+        + _block(f"{counted(k_self, 'mixture')}: {mix}, each with its two parents", views_of[pool:])
     )
 
 
@@ -207,11 +208,11 @@ def budget(
     checks.require(0 < delta < 1 / n, "delta", delta, f"must be below 1/N = {1 / n:.2g}")
     sigma = calibrated(epsilon, delta, q, steps, accountant)
     noise = sigma * clip_norm * parameters**0.5 / batch_size
-    facts = f"q = B/N = {q:.4g}, T = {steps:,} steps, <b>σ = {sigma:.3g}</b>. The noise on a mean gradient has length σC√D′/B = "
+    facts = f"q = B/N = {q:.4g}, T = {steps:,}, <b>σ = {sigma:.3g}</b>. A mean gradient's noise has length σC√D′/B = "
     facts += f"{noise:.3g}, {noise / clip_norm:.2g} times the C = {clip_norm:g} that one example may have."
     values = {f"ε of this run by {a.upper()}": spent(sigma, delta, q, steps, a) for a in accounting.ACCOUNTANTS}
     values["mistake: pairs clipped as one, noise for one"] = spent(sigma, delta, q, steps, "pld", "change")
-    values[f"mistake: {k} views clipped one by one"] = spent(sigma / k, delta, q, steps, "pld")
+    values[f"mistake: each of {counted(k, 'view')} clipped by itself"] = spent(sigma / k, delta, q, steps, "pld")
     values["mistake: shuffled batches, at least"] = audit.shuffled_epsilon(
         noise_multiplier=sigma, batches=max(1, round(1 / q)), epochs=max(1, int(epochs)), delta=delta
     )
@@ -315,5 +316,5 @@ def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
     ax.minorticks_off()
     ax.legend(frameon=False)
-    told = f"{len(runs)} runs that came with the repository. Bars are 95 % intervals over the seeds; a single seed has none."
+    told = f"{counted(len(runs), 'run')} that came with the repository. Bars: 95 % intervals over seeds; a single one has none."
     return f"{_embedded(figure, 'png', f'Accuracy against ε on {dataset}', 'max-width:100%;height:auto')}<p>{told}</p>"

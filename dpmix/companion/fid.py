@@ -50,7 +50,7 @@ class Running:
     def add(self, features: Float[Tensor, "n D"]) -> "Running":
         """Count these rows in. An empty batch changes nothing. ValueError for a number that is not finite."""
         good = int(features.isfinite().all(dim=1).sum())
-        require(good == len(features), "features", f"{len(features) - good} of {len(features)} rows", "must be finite")
+        require(good == len(features), "rows", f"{len(features) - good} of {len(features)}", "must be finite")
         if len(features):
             features = features.double().cpu()
             self.origin = self.origin if self.n else features.mean(dim=0)
@@ -64,7 +64,7 @@ class Running:
         require(self.n >= 2, "images", self.n, "a distance needs at least 2 images in each set")
         mean = self.total / self.n
         if self.n <= len(mean):
-            said = f"{self.n} images for {len(mean)} feature dimensions: the covariance is singular and the distance biased "
+            said = f"n = {self.n}, D = {len(mean)}: the covariance is singular and the distance biased "
             warnings.warn(said + "upwards; use more images, or an encoder with fewer dimensions", stacklevel=2)
         return Statistics(self.n, self.origin + mean, (self.squares - self.n * torch.outer(mean, mean)) / (self.n - 1))
 

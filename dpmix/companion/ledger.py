@@ -143,8 +143,7 @@ def table(found: pd.DataFrame) -> Markdown:
 
 
 def counts(found: pd.DataFrame) -> str:
-    """ "12 hold, 3 are contradicted, ...": how often each verdict was given."""
+    """ "holds 12, contradicted 3, ...": how often each verdict was given."""
     kind = found["verdict"].where(~found["verdict"].str.startswith("no effect"), "no effect of that size")
-    words = {"holds": "hold", "contradicted": "are contradicted", "no effect of that size": "have no such effect"}
-    words |= {"undecided": "are undecided", NOT_RUN: "were not run"}
-    return ", ".join(f"{n} {words[v]}" for v in words if (n := int(np.sum(kind == v))))
+    words = ("holds", "contradicted", "no effect of that size", "undecided", NOT_RUN)
+    return ", ".join(f"{v} {n}" for v in words if (n := int(np.sum(kind == v))))

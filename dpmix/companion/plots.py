@@ -1,5 +1,6 @@
 """The figures that notebooks show, in colours that are told apart without red and green."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,9 +85,12 @@ def point_plot(
 
 
 def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 6) -> Figure:
-    """Blocks of pictures under a heading: (heading, images [n, C, H, W] in 0..1, a caption each), `columns` a row."""
+    """Blocks of pictures under a heading: (heading, images [n, C, H, W] in 0..1, a caption each), `columns` a row. Lines of
+    a caption that are wider than a picture are broken."""
     sns.set_theme(style="white")
     side, head, line = 0.92, 0.36, 0.165  # inches: a picture, the heading of a block, a line of a caption
+    wrap = textwrap.TextWrapper(13)
+    rows = [(a, b, ["\n".join(t for line in c.split("\n") for t in wrap.wrap(line)) for c in cs]) for a, b, cs in rows]
     lines = [max((1 + c.count("\n") for c in captions if c), default=0) for *_, captions in rows]
     used = [max(1, -(-len(images) // columns)) for _, images, _ in rows]
     tall = sum(head + n * (side + line * deep + 0.12) for n, deep in zip(used, lines, strict=True))

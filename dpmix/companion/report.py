@@ -13,6 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from dpmix.companion.grids import LABELS, STANDS_FOR, parts
+from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.runs import passes
 from dpmix.runs.spec import ComputeFlags
@@ -146,12 +147,14 @@ def chosen_rates(
 
 
 def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """σ, q, T and ε by all three accountants, a column a budget."""
+    """σ, q, T and ε by all three accountants, a column a budget; of microbatches also that of the true pair."""
     shown = {
         "epsilon": ("ε asked", "{:g}"), "delta": ("δ", "{:.0e}"), "accountant": ("calibrated by", "{}"),
         "sigma": ("σ", "{:.3f}"), "q": ("q", "{:.4f}"), "T": ("T", "{}"), "N": ("N", "{}"), "batch_size": ("B", "{}"),
         "epsilon_rdp": ("ε (RDP)", "{:.3f}"), "epsilon_prv": ("ε (PRV)", "{:.3f}"), "epsilon_pld": ("ε (PLD)", "{:.3f}"),
     }  # fmt: skip
+    if "epsilon_pair" in runs:
+        shown["epsilon_pair"] = "ε (the true pair, PLD)", "{:.3f}"
     table = runs[list(shown)].drop_duplicates().sort_values(["epsilon", "sigma"])
     rows = [["–" if pd.isna(v) else form.format(v) for v in table[column]] for column, (_, form) in shown.items()]
     return pd.DataFrame(rows, [name for name, _ in shown.values()], [""] * len(table))
@@ -182,15 +185,15 @@ def made_note(what: str) -> Markdown:
     return Markdown(f"*{what}, made on {about['date'][:16]} UTC on {about['device']}, with {about['versions']}.*")
 
 
-def provenance_note(runs: pd.DataFrame, scale: str = "", noun: str = "runs") -> Markdown:
+def provenance_note(runs: pd.DataFrame, scale: str = "", noun: str = "run") -> Markdown:
     """Scale, data set, seeds, date, device and version behind a page, from the results."""
     sets, seeds, devices = (", ".join(map(str, sorted(set(runs[c])))) for c in ("dataset", "seed", "device"))
     versions = "; ".join(sorted(set(runs["versions"])))
-    what = f"{len(runs):,} {noun}{f' at {scale} scale' if scale else ''}"
-    return Markdown(
-        f"*{what} on {sets}, seeds {seeds}, computed between {runs['date'].min()[:16]} and "
-        f"{runs['date'].max()[:16]} UTC on {devices}, with {versions}.*"
-    )
+    what = f"{counted(len(runs), noun)}{f' at {scale} scale' if scale else ''}"
+    first, last = runs["date"].min()[:16], runs["date"].max()[:16]
+    when = f"at {first}" if first == last else f"between {first} and {last}"
+    seeded = f"{'seeds' if ',' in seeds else 'seed'} {seeds}"
+    return Markdown(f"*{what} on {sets}, {seeded}, computed {when} UTC on {devices}, with {versions}.*")
 
 
 def benchmark(name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from scipy import stats
 
 from dpmix.companion.grids import STANDS_FOR
 from dpmix.companion.report import Sources, Tables, entry, label
+from dpmix.core.checks import counted
 
 LEVEL = 0.05
 POINTS = (0.25, 1.0)  # the least and the largest bound in percentage points
@@ -229,7 +230,7 @@ def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
         table = compare(runs, comparisons, published, **how)
         if len(table):
             low, high = table["n"].min(), table["n"].max()
-            seeds = f"{low} seeds" if low == high else f"{low} to {high} seeds"
+            seeds = f"{low} to " * (low < high) + counted(high, "seed")
             images = (
                 "not of the test images, which seeds share" if table["images"].isna().any() else "of the test images"
             )

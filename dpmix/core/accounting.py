@@ -7,7 +7,7 @@ three accountants bound the same mechanism; sigma is the noise multiplier, witho
 
 A unit that is there in both data sets, joins by the same coin and gives other vectors of norm at most C ("change") is another
 pair: (1-q) N(0) + q N(C) against (1-q) N(0) + q N(-C), in one dimension, noise sigma C. So it is with microbatches
-(`microbatch`, where it is shown that no pair is worse). PLD alone bounds it.
+(`microbatch`). PLD alone bounds it.
 
 ========== ================================== =====================================================
 accountant library                            method
@@ -232,7 +232,7 @@ def steps_for(*, n: int, batch_size: int, epochs: float) -> int:
     """T = round(epochs * N / B), at least one: how many Poisson steps make `epochs` epochs."""
     checks.whole("n", n, 1)
     checks.positive("epochs", epochs)
-    allowed = f"must be a whole number from 1 to the {n} training examples"
+    allowed = f"must be a whole number from 1 to the {checks.counted(n, 'training example')}"
     checks.require(isinstance(batch_size, int) and 1 <= batch_size <= n, "batch_size", batch_size, allowed)
     return max(1, round(epochs * n / batch_size))
 

@@ -13,6 +13,11 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: {allowed}")
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 image", "2,000 images", "0 classes"."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
+
+
 def finite(name: str, value: Any, allowed: str = "must be a finite number") -> None:
     """Refuse anything but a finite number (NumPy's are numbers, True is none), with a word where it is one as text."""
     said = "is text; write a number such as 2.0 or 1.0e-6 (to YAML 1e-6 is text)" if isinstance(value, str) else allowed

@@ -146,7 +146,8 @@ def train(
     if checkpoint is not None:
         state = _load(checkpoint, told, state)
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=state.step, desc=f"{len(heads)} heads, {union.views} views", disable=not progress)
+    said = f"{checks.counted(len(heads), 'head')}, {checks.counted(union.views, 'view')}"
+    bar = tqdm(total=steps, initial=state.step, desc=said, disable=not progress)
     try:
         while state.step < steps:
             chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=state.step)
@@ -233,7 +234,7 @@ def _checked(
     for name, value in dict(physical_batch=physical_batch, expected_batch=expected_batch, steps=steps).items():
         checks.whole(name, value, 1)
     if sample_rate is None:
-        allowed = f"must be at most the {source.n} training examples"
+        allowed = f"must be at most the {checks.counted(source.n, 'training example')}"
         checks.require(expected_batch <= source.n, "expected_batch", expected_batch, allowed)
         sample_rate = expected_batch / source.n
     checks.require(0 < sample_rate <= 1, "sample_rate", sample_rate, "must lie in (0, 1]")

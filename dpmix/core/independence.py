@@ -15,6 +15,10 @@ from dpmix.core import rng
 
 # Relative. Ten thousand neighbours that each mix in so much move a gradient by less than its float32 rounding.
 TIGHT = 1e-9
+MIXES = (
+    "the output for an image changes when other images are left out of the batch{}, so clipping bounds nobody's influence; "
+    "remove what mixes the batch (and any dropout)"
+)
 _LARGE, _HUGE = 64, 2 * 10**8  # side and parameters: fewer images, no copy in float64
 _passed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -56,12 +60,10 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
     """
     size = sum(p.numel() for p in model.parameters())
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    draws = rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape))
-    noise = torch.from_numpy(draws).to(like)
+    noise = _probe(shape).to(like)
     with _quietly(noise.device):
         trial = copy.deepcopy(model)
-        if not bool(trial(noise[:2]).isfinite().all()):
-            raise ValueError(f"{name}: answers public noise with numbers that are not finite; look at its weights")
+        _check_finite(trial(noise[:2]), name)
         try:
             if size > _HUGE:
                 raise RuntimeError("no room for a copy in float64")
@@ -72,10 +74,26 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
             trial, noise = _moved(copy.deepcopy(model)), noise.to(like.dtype)
             good = _same_among_others(trial, noise)
         if not good:
-            raise ValueError(
-                f"{name}: the output for an image changes when other images are left out of the batch{_where(trial, noise)}, "
-                "so clipping bounds nobody's influence; remove what mixes the batch (and any dropout)"
-            )
+            raise ValueError(f"{name}: {MIXES.format(_where(trial, noise))}")
+
+
+def check_features(features: Callable, shape: tuple[int, ...], device: torch.device, name: str) -> None:
+    """`check_no_mixing` of what made its way past `models.encoder`: any function from images [n, *shape] to features."""
+    noise = _probe(shape).to(device, torch.float32)
+    with _quietly(device):
+        _check_finite(features(noise[:2]), name)
+        if not _same_among_others(features, noise):
+            raise ValueError(f"{name}: {MIXES.format('')}")
+
+
+def _probe(shape: tuple[int, ...]) -> Tensor:
+    """Public noise: a few images."""
+    return torch.from_numpy(rng.generator(0, "mixing probe").random((4 if max(shape) > _LARGE else 8, *shape)))
+
+
+def _check_finite(answers: Tensor, name: str) -> None:
+    if not bool(answers.isfinite().all()):
+        raise ValueError(f"{name}: answers public noise with numbers that are not finite; look at its weights")
 
 
 @contextmanager
@@ -99,7 +117,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * (float(b.abs().max()) + 1e-30)
 
 
-def _same_among_others(model: nn.Module, noise: Float[Tensor, "n ..."]) -> bool:
+def _same_among_others(model: Callable[[Tensor], Tensor], noise: Float[Tensor, "n ..."]) -> bool:
     """Whether each half of the outputs stays when the other half's images become others (batches of one size round
     alike), and whether an image alone comes out nearly the same (they do not)."""
     together, others = model(noise), 1 - noise

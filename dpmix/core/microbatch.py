@@ -13,13 +13,7 @@ A microbatch of size b is clipped as one: clip_C{(1/b) sum_j g_ij}. Three things
 
 Noise for a movement by 2C is safe and not tight, for the microbatch joins by the same coin before and after. With a and a'
 the two averages, a step releases (1-q) N(0) + q N(a) or (1-q) N(0) + q N(a'), plus what all others give. `epsilon_spent`
-accounts the worst such pair, a = Ce and a' = -Ce:
-
-  The hockey-stick divergence at any e^eps is the mean, under N(0), of h = (q L - e^eps q L' - (e^eps - 1)(1 - q))_+, with
-  L, L' the likelihood ratios of N(a) and N(a') to N(0). h is convex in (L, L'). A part added to a or a' that is orthogonal
-  to both multiplies L or L' by an independent factor of mean one, so by Jensen the mean does not fall: take both as long
-  as C. At fixed lengths its derivative in a.a' is the mean of the mixed second derivative of h in (log L, log L') (Price's
-  theorem), which is nowhere positive: turn them against each other.
+accounts the worst such pair, a = Ce and a' = -Ce; the chapter on microbatches has the proof that no pair is worse.
 
 Whatever the microbatch does among its own members (mixup, augmentation) is covered by the same argument.
 """

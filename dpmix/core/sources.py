@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dpmix.core import checks, files, rng, views
+from dpmix.core.independence import check_features
 from dpmix.core.transforms import as_float
 
 Scaling = tuple[Float[Tensor, " D"], Float[Tensor, " D"]]
@@ -83,6 +84,8 @@ class FreshViews:
         as_float(images[:0])  # refuses what is neither bytes nor floats
         takes = f"{encoder.name} takes images of {' or '.join(map(str, encoder.channels))} channels"
         checks.require(images.shape[1] in encoder.channels, "images.shape[1]", images.shape[1], takes)
+        if not getattr(encoder.features, "examined", False):
+            check_features(encoder.features, tuple(images.shape[1:]), torch.device(device), f"encoder {encoder.name!r}")
         allowed = f"must lie in 0..{num_classes - 1}, by num_classes"
         for worst in (int(labels.min()), int(labels.max())):
             checks.require(0 <= worst < num_classes, "labels", worst, allowed)

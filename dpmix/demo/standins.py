@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dpmix import __version__, models
 from dpmix.core import files
-from dpmix.core.checks import require, whole
+from dpmix.core.checks import counted, require, whole
 from dpmix.demo import generator, glyphs, pretraining
 from dpmix.images.data import PUBLIC, Splits, public_file
 from dpmix.models.encoders import TINY, Encoder
@@ -163,8 +163,8 @@ def _about(
         "function": function,
         "seed": seed,
         "steps": steps,
-        "corpus": f"{len(corpus)} characters of {''.join(corpus.class_names)} rendered by dpmix.demo.glyphs from "
-        f"{len(glyphs.FONTS)} fonts of matplotlib; no private image",
+        "corpus": f"{counted(len(corpus), 'character')} of {''.join(corpus.class_names)} rendered by dpmix.demo.glyphs from "
+        f"{counted(len(glyphs.FONTS), 'font')} of matplotlib; no private image",
         "loss": curve,
         **{name: round(now - start[name], 1) for name, now in _clock().items()},
         "threads": torch.get_num_threads(),

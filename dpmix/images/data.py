@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpmix.core.checks import one_of, require, whole
+from dpmix.core.checks import counted, one_of, require, whole
 from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable
 from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
 from dpmix.images.sets import ImageSet as ImageSet
@@ -86,12 +86,12 @@ def _report(name: str, copies: Copies, odd: dict[str, list[int]], called: Callab
     if copies.train or copies.test:
         some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
         told += [
-            f"exact copies: {len(copies.train)} training images repeat another, {len(copies.test)} test images equal a "
-            f"training image ({some}); the guarantee covers each copy alone"
+            f"exact copies: {len(copies.train)} among the training images, {len(copies.test)} of a training image among the "
+            f"test images ({some}); the guarantee covers each copy alone"
             f"{', and test accuracy is too high' * bool(copies.test)}; not for release"
         ]
     for what in (what for what in ODDITIES if odd.get(what)):
-        told += [f"{len(odd[what]):,} images ({', '.join(map(called, odd[what][:3]))}) {ODDITIES[what]}"]
+        told += [f"{counted(len(odd[what]), 'image')} ({', '.join(map(called, odd[what][:3]))}) {ODDITIES[what]}"]
     for line in told:
         warnings.warn(f"dataset={name!r}: {line}", stacklevel=4)
 
@@ -121,7 +121,7 @@ def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing
         why = f"incomplete or damaged ({error}); unpack the archive from {known.page} again"
         raise ValueError(f"dataset={name!r}: {place} is {why}") from error
     if isinstance(found, Listing) and len(found.files) != known.images:
-        told = f"{len(found.files):,} images where {known.title} has {known.images:,}"
+        told = f"{counted(len(found.files), 'image')} where {known.title} has {known.images:,}"
         warnings.warn(f"dataset={name!r}: {told}; results will not compare with published ones", stacklevel=3)
     return found
 
@@ -225,7 +225,7 @@ def public_images(
     _report(label, Copies([], []), made.odd, lambda i: printable(files[i].relative_to(base)))
     repeats = [copy for copy, _ in made.copies.train]
     if repeats:
-        told = f"{len(repeats):,} of {len(files):,} synthetic images repeat another one exactly and are left out"
+        told = f"left out as exact copies of others: {len(repeats):,} of {counted(len(files), 'synthetic image')}"
         warnings.warn(f"dataset={name!r}: {told}", stacklevel=2)
         public = public.subset(np.setdiff1d(np.arange(len(files)), repeats))
         _every_class(public.labels.numpy(), class_names, name, str(base))
@@ -235,7 +235,8 @@ def public_images(
 def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, where: str) -> None:
     missing = [c for i, c in enumerate(class_names) if not (labels == i).any()]
     told = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    require(not missing, "dataset", name, f"{len(missing)} classes have no synthetic images in {where}: {told}")
+    none = f"no synthetic images in {where} for {counted(len(missing), 'class')}: {told}"
+    require(not missing, "dataset", name, none)
 
 
 def public_file(name: str, folder: Path = PUBLIC) -> Path:

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmix.core import files as whole_files
-from dpmix.core.checks import require
+from dpmix.core.checks import counted, require
 from dpmix.images import decoding
 
 DEFAULT_SIZE = 224
@@ -85,8 +85,7 @@ def _inside(base: Path, files: Sequence[Path]) -> None:
     real = base.resolve()
     doubtful = [*{f.parent for f in files}, *(f for f in files if f.is_symlink())]
     strays = [str(f) for f in doubtful if not f.resolve().is_relative_to(real)]
-    said = f"{len(strays)} paths leave this folder, such as {strays[:1]}; remove them"
-    require(not strays, "dataset", str(base), said)
+    require(not strays, "dataset", str(base), f"paths that leave it: {len(strays)}, such as {strays[:1]}; remove them")
 
 
 def printable(name: str | Path) -> str:
@@ -198,7 +197,7 @@ def _write(
             told = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
             bad = [f"{printable(name)!r} ({why})" for name, (*_, why) in zip(names, told, strict=True) if why]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-            many = f"{len(bad)} of {len(files)} images cannot be decoded: {listed}; repair or remove them"
+            many = f"{len(bad):,} of {counted(len(files), 'image')} cannot be decoded: {listed}; repair or remove them"
             require(not bad, "dataset", label, many)
             out.flush()
             os.fsync(out.fileno())

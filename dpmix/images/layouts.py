@@ -220,7 +220,7 @@ def list_known(name: str, root: Path, download: bool) -> Listing:
                 raise FileNotFoundError(f"no folder {base / part}")
         train, test = scan(base / "train"), scan(base / "test")
         require(train.classes == test.classes, "test", test.classes[:3], "must have the classes of train")
-        require(len(train.classes) == known.classes, "train", len(train.classes), f"must have {known.classes} classes")
+        require(len(train.classes) == known.classes, "classes", len(train.classes), f"must be {known.classes}")
         return _joined(base, train, test)
     if download:
         kinds = dict(eurosat=datasets.EuroSAT, caltech101=datasets.Caltech101, caltech256=datasets.Caltech256)

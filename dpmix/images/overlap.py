@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dpmix.core.checks import require
+from dpmix.core.checks import counted, require
 from dpmix.images.data import ImageSet, Splits
 from dpmix.images.image_cache import pixel_hash
 
@@ -64,8 +64,8 @@ def overlap(private: ImageSet, public: ImageSet, *, likeness: float = 0.995, dif
 
 def refuse_overlap(splits: Splits, public: ImageSet) -> None:
     """Raise ValueError if public images are copies of training or test images, with how many and which."""
-    for part, private in (("training", splits.train), ("test", splits.test)):
+    for part, private in (("training images", splits.train), ("test images", splits.test)):
         exact, near = overlap(private, public)
-        pairs = ", ".join(f"{j} copies {part} image {i}" for i, j in [*exact.tolist(), *near.tolist()][:3])
-        told = f"{len(exact)} exact and {len(near)} near copies of {part} images (public image {pairs}); remove them"
-        require(len(exact) + len(near) == 0, "public_images", f"{len(public)} images", told)
+        pairs = ", ".join(f"{j} of number {i}" for i, j in [*exact.tolist(), *near.tolist()][:3])
+        told = f"{len(exact)} exact and {len(near)} near copies of {part} (public image {pairs}); remove them"
+        require(len(exact) + len(near) == 0, "public_images", counted(len(public), "image"), told)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpmix.core.checks import require
+from dpmix.core.checks import counted, require
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ImageSet:
             require(good, name, f"{array.dtype} {list(array.shape)}", f"must be {dtype} with {dims} dimensions")
         n, shape = len(self.images), list(self.images.shape)
         require(min(shape[1:]) > 0, "images", shape, "must hold at least one pixel each")
-        require(n == len(self.labels), "labels", len(self.labels), f"must match {n} images")
+        require(n == len(self.labels), "labels", len(self.labels), f"must be as many as images: {n}")
         require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", self.class_names, "must differ")
         if len(self.labels):
             low, high = int(self.labels.min()), int(self.labels.max())
@@ -40,7 +40,7 @@ class ImageSet:
 
     def __repr__(self) -> str:  # no pixels and no labels, wherever it is printed
         shape = " × ".join(map(str, self.images.shape[1:]))
-        return f"ImageSet({len(self):,} images, {shape}, {self.num_classes} classes)"
+        return f"ImageSet({counted(len(self), 'image')}, {shape}, {counted(self.num_classes, 'class')})"
 
     @property
     def num_classes(self) -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpmix.core import files
-from dpmix.core.checks import positive, require, whole
+from dpmix.core.checks import counted, positive, require, whole
 from dpmix.core.rng import generator
 from dpmix.images.data import ImageSet, folder_name
 
@@ -96,8 +96,8 @@ def generate(
     for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
         _make(pipe, wanted[first : first + batch_size], folder, manifest, again)
     if again:
-        told = f"{len(again)} images were blackened by the safety checker or not finite, and drawn again with another"
-        warnings.warn(f"{told} key, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
+        told = f"drawn again with another key: {counted(len(again), 'image')} blackened by the safety checker or not finite"
+        warnings.warn(f"{told}, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
     return folder
 
 

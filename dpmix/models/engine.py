@@ -26,7 +26,10 @@ ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative distance to PyT
 
 
 class Frozen(nn.Module):
-    """A network with its own preprocessing, for inference only: resize (antialiased), clamp, normalise, in chunks."""
+    """A network with its own preprocessing, for inference only: resize (antialiased), clamp, normalise, in chunks.
+    `examined`: it was seen not to mix examples, and need not be asked again where training begins."""
+
+    examined = False
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class Compiled:
     def __init__(self, frozen: Frozen, dtype: torch.dtype = torch.float32) -> None:
         allowed = "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
         require(dtype in ALLOWED, "dtype", dtype, allowed)
-        self.frozen, self.dtype = frozen, dtype
+        self.frozen, self.dtype, self.examined = frozen, dtype, frozen.examined
         self._queues: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
 

@@ -66,7 +66,7 @@ class Block:
             sums = {c: hashlib.sha256(self.rows[c * CHUNK : (c + 1) * CHUNK]).hexdigest() for c in told}
             self.whole = {c for c, wanted in told.items() if sums[c] == wanted}
             if damaged := sorted(told.keys() - self.whole):
-                said = f"{len(damaged)} chunks of {CHUNK} examples are damaged, the first {damaged[0]}; they are encoded again"
+                said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
                 warnings.warn(f"{self.path}: {said}", stacklevel=2)
         return self
 
@@ -151,7 +151,7 @@ class StoredViews:
         """Say what will be on the disk, and take it; refuse where it does not fit."""
         new = [block for block in self.blocks if block.rows is None]
         needed, free = sum(block.size for block in new), shutil.disk_usage(self.folder).free
-        what = f"{self.n:,} examples x {self.union.views} views of {self.dim} features"
+        what = f"{self.n:,} x {checks.counted(self.union.views, 'view')} of {checks.counted(self.dim, 'feature')}"
         if needed > free:
             sizes = f"need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free"
             remedy = "free some space or choose another folder"
@@ -166,7 +166,7 @@ class StoredViews:
         """Make the views of what comes next and write what came before, while the engine is at work."""
         each = self.union.views * made.images[0].numel() * 4
         step = max(1, min(CHUNK, AT_A_TIME // each))
-        said = f"encoding {self.union.views} views an example"
+        said = f"encoding (views: {self.union.views})"
         bar, before = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress), None
         with ThreadPoolExecutor(1) as engine_thread, bar:
             for chunk in todo:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpmix.core.checks import require
+from dpmix.core.checks import counted, require
 from dpmix.images.data import PROJECT
 
 WEIGHTS = PROJECT / "data" / "weights"  # ignored by git; where large weights are looked for
@@ -64,8 +64,8 @@ def fill(network: nn.Module, path: Path, dropped: str | Sequence[str] = (), by_p
     wrong = [k for k in {**wanted, **state} if k not in wanted or k not in state or wanted[k].shape != state[k].shape]
     if wrong:
         raise ValueError(
-            f"weights={str(path)!r}: do not fit {type(network).__name__}, {len(wrong)} tensors are missing, extra or "
-            f"of another shape, such as {', '.join(sorted(wrong)[:3])}; give the weights of this architecture"
+            f"weights={str(path)!r}: do not fit {type(network).__name__}, missing, extra or of another shape: "
+            f"{counted(len(wrong), 'tensor')}, such as {', '.join(sorted(wrong)[:3])}; give the weights of this architecture"
         )
     network.load_state_dict(state)
     return network

@@ -120,7 +120,7 @@ def train(
         updates.append(lib.jax.jit(made.update))
         states.append(made.init([lib.np.zeros(shape) for shape in shapes]))
     views, start = 0, time.perf_counter()
-    for step in tqdm(range(steps), desc=f"JAX, {len(bank)} heads", disable=not progress):
+    for step in tqdm(range(steps), desc=f"JAX, {checks.counted(len(bank), 'head')}", disable=not progress):
         chosen = accounting.poisson_batch(source.n, sample_rate, seed=seed, step=step)
         sums = [torch.zeros_like(p) for p in parameters]
         for part in chosen.split(physical_batch) if len(chosen) else ():

@@ -122,7 +122,7 @@ class ViewAveraging(DPOptimizer):
     def _mean(self, rows: Tensor) -> Tensor:
         if hasattr(rows, "_mean_of_views"):
             return rows
-        said = f"rows of gradients are not those of whole examples with K={self.views} views; call the model itself"
+        said = f"rows of gradients are not those of whole examples with K = {self.views}; call the model itself"
         checks.require(len(rows) % self.views == 0, "grad_sample", len(rows), said)
         mean = rows.unflatten(0, (len(rows) // self.views, self.views)).mean(1).nan_to_num_(0.0, 0.0, 0.0)
         mean._mean_of_views = True  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def exact_sampling(engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLo
     """
     n, sampler = len(loader.dataset), loader.batch_sampler  # type: ignore[arg-type]
     good = isinstance(batch_size, int) and 1 <= batch_size <= n
-    checks.require(good, "batch_size", batch_size, f"must be a whole number from 1 to the {n} training examples")
+    checks.require(good, "batch_size", batch_size, f"must be a whole number from 1 to n = {n}")
     checks.require(hasattr(sampler, "sample_rate"), "loader", type(loader).__name__, "does no Poisson sampling")
     steps = len(engine.accountant)
     checks.require(steps == 0, "engine", steps, "has made steps at another rate already")

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from dpmix.core import files, heads, transforms, views
+from dpmix.core.checks import counted
 from dpmix.images import data, layouts
 from dpmix.images.image_cache import Decoded, printable
 from dpmix.images.overlap import overlap
@@ -98,11 +99,12 @@ def _run(p: Plan, m: Mechanism) -> Rows:
     weights = (p.encoder.dim + 1) * len(p.listing.class_names)
     ratio = spec.batch_size / (m.noise_multiplier * math.sqrt(weights))
     rate = f"one of {', '.join(f'{r:g}' for r in p.rates)}" if p.rates else f"{spec.learning_rate:g}"
-    encoder = f"{spec.model} at {p.encoder.image_size} pixels, {p.encoder.dim} features"
+    encoder = f"{spec.model} at {p.encoder.image_size} pixels, {counted(p.encoder.dim, 'feature')}"
     assert spec.epsilon is not None
     return [
-        ("N", f"{m.population:,} training images; becomes public"),
+        ("N", f"{counted(m.population, 'training image')}; becomes public"),
         ("encoder", f"{encoder}: {why['model']}"),
+        ("feature scaling", spec.feature_scaling),
         ("views of an image, K", f"{spec.recipe.views}: {why['method']}"),
         ("expected batch, B", f"{spec.batch_size:,}: {why['batch_size']}"),
         ("epochs, steps", f"{spec.epochs:g}, {m.steps:,}: {why['epochs']}"),
@@ -133,7 +135,10 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> Rows:
     kept = decoded.images.numel() + (0 if spec.redraw else many * encoder.dim * 2)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
-        ("encoding", f"{encoding}: {many:,} views and twice {tested:,} test images, {1000 * each:.1f} ms each"),
+        (
+            "encoding",
+            f"{encoding}: {counted(many, 'view')} and twice {counted(tested, 'test image')}, {1000 * each:.1f} ms each",
+        ),
         ("steps", f"about {_time(operations / 2e10)}, on two cores"),
         ("memory", f"{memory:.1f} GiB so far; images and features lie on disk"),
         ("disk", f"{kept / 1e9:.2g} GB in {p.private}, {p.compute.cache} among it"),
@@ -159,5 +164,5 @@ def _worth(p: Plan) -> Rows:
     ours = p.listing.train, len(p.listing.class_names)
     like = min(sizes, key=lambda name: np.abs(np.log(np.divide(sizes[name], ours))).sum())
     best = tables[like].groupby(["epsilon", "method", "learning_rate"])["accuracy"].mean().groupby("epsilon").max()
-    most = ("most like it", f"{like}: {sizes[like][0]:,.0f} images, {CLASSES[like]} classes")
+    most = ("most like it", f"{like}: N = {sizes[like][0]:,.0f}, classes: {CLASSES[like]}")
     return [most, *((f"ε = {epsilon:g}", f"at best {accuracy:.1f} % there") for epsilon, accuracy in best.items())]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpmix.core import accounting, heads, network, rng, views
+from dpmix.core.checks import counted
 from dpmix.core.sources import FreshViews, Scaling, Source, public_scaling
 from dpmix.models import encoders
 from dpmix.models.stored import StoredViews
@@ -287,7 +288,8 @@ def _encoder(identity: Identity, image_size: int) -> dict[str, Any]:
 
 def provenance(device: torch.device, split_digest: str) -> dict[str, Any]:
     """Device, versions, commit and date of a computation."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads}"
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"device": name, "date": date, "splits": split_digest, "code": code_digest(), **environment()}
 

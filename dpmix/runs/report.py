@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from scipy.stats import binomtest
 
 from dpmix.core import files
+from dpmix.core.checks import counted
 
 SHOWN = 30  # errors of the text; the JSON has all
 
@@ -54,7 +55,7 @@ def text(seen: dict[str, Any], release: Path, private: Path) -> str:
     low, high = seen["interval_95"]
     rows = [(c, f"{v['images']:,}", f"{100 * v['accuracy']:.1f}") for c, v in seen["by_class"].items()]
     return (
-        f"**{100 * seen['accuracy']:.1f} % of {seen['images']:,} test images** are classified correctly "
+        f"**{100 * seen['accuracy']:.1f} % of {counted(seen['images'], 'test image')}** classified correctly "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}; the largest class alone is {100 * seen['largest_class']:.1f}). "
         f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.\n\n"
         f"Released: `{release}`. Private, with seed, log and errors: `{private}`.\n\n"
@@ -90,7 +91,10 @@ def card_text(card: dict[str, Any]) -> str:
     """A privacy card for reading, as a Markdown table."""
     guarantee, encoder = card["guarantee"], card["encoder"] or {"name": "a network from scratch"}
     rows = {"in plain words": " ".join(card["in_plain_words"])}
-    rows |= {f"ε ({name.upper()})": f"{value:.3f}" for name, value in guarantee["epsilon"].items()}
+    rows |= {
+        f"ε ({name.upper().replace('PAIR', 'the true pair, PLD')})": f"{value:.3f}"
+        for name, value in guarantee["epsilon"].items()
+    }
     rows |= {"δ": f"{guarantee['delta']:g}", "calibrated by": guarantee["calibrated_by"].upper()}
     rows |= {"adjacency": card["adjacency"], "sampling": card["sampling"]}
     rows |= {k.replace("_", " "): f"{v:.6g}" for k, v in card["mechanism"].items()}

@@ -24,7 +24,7 @@ class NonPrivateDiagnostics:
 
     def __post_init__(self) -> None:
         why = "look for images or an encoder with numbers that are not finite, or for a learning rate that is too high"
-        note = f"{self.dropped_gradients} gradients were not finite and counted as zero: {why}"
+        note = f"gradients not finite and counted as zero: {self.dropped_gradients}; {why}"
         object.__setattr__(self, "owners_note", note if self.dropped_gradients else "")
 
 

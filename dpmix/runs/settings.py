@@ -28,8 +28,8 @@ class Settings:
 
     `out` is the folder of the release, by default NAME-release beside `folder`. `mirror=False` where a mirrored image is
     another one (letters, left and right). Numbers may be text, as YAML and command lines make of 1e-6. `weights`,
-    `image_size`, `batch_size`, `epochs`, `learning_rate`, `clip_norm` and `accountant` as in `RunSpec`, `physical_batch` and
-    `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument.
+    `image_size`, `batch_size`, `epochs`, `learning_rate`, `clip_norm`, `feature_scaling` and `accountant` as in `RunSpec`,
+    `physical_batch` and `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument.
     """
 
     folder: str
@@ -45,6 +45,7 @@ class Settings:
     epochs: float | None = None
     learning_rate: float | None = None
     clip_norm: float | None = None
+    feature_scaling: str = "none"
     accountant: str = "pld"
     physical_batch: int | None = None
     device: str = "auto"
@@ -116,19 +117,22 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     encoder = encoders.encoder(model, weights, image_size=asked.image_size)
     clip_norm = choose("clip_norm", CLIP_NORMS.get(asked.method, 1.0), f"that of {asked.method}")
     batch = choose("batch_size", n, "every image at every step: the most signal for the noise")
-    checks.require(batch <= n, "batch_size", batch, f"must be at most the {n:,} training images")
+    checks.require(batch <= n, "batch_size", batch, f"must be at most the {checks.counted(n, 'training image')}")
     epochs = choose("epochs", round(STEPS * batch / n, 9), f"{STEPS} steps")
     steps = epochs * n / max(batch, 1)
     checks.require(steps <= MOST_STEPS, "epochs", epochs, f"these are {steps:.3g} steps; at most {MOST_STEPS:,}")
     delta = choose("delta", min(1e-5, 10.0 ** math.floor(-2 - math.log10(n))), "at most 1 / (100 N)")
     why["method"] = "no method was found to be better on a frozen encoder" if asked.method == METHOD else "as you said"
     public = data.synthetic_folder(f"folder:{base}")
-    usual = recommended_rate(encoder, model, len(listing.class_names), asked.epsilon) / clip_norm
+    scaled = asked.feature_scaling == "public"
+    checks.require(not scaled or public.is_dir(), "feature_scaling", "public", f"needs public images in {public}")
+    usual = recommended_rate(encoder, model, len(listing.class_names), asked.epsilon, scaled) / clip_norm
     rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and asked.learning_rate is None else ()
     found = f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"
     run: dict[str, Any] = dict(weights=weights, delta=delta, clip_norm=clip_norm, batch_size=batch, epochs=epochs)
     run |= dict(image_size=asked.image_size, epsilon=asked.epsilon, accountant=asked.accountant)
     run |= dict(learning_rate=choose("learning_rate", usual, found), validation=0.0, redraw=False, seed=None)
+    run |= dict(feature_scaling=asked.feature_scaling)
     recipe = views.METHODS[asked.method].for_data(asked.mirror)
     spec = RunSpec(dataset=f"folder:{base}", model=model, recipe=recipe, **run)
     out = Path(asked.out).expanduser() if asked.out else base.with_name(f"{base.resolve().name}-release")
@@ -139,10 +143,11 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     return Plan(spec=spec, compute=compute, rates=rates, reasons=why, **where)
 
 
-def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float) -> float:
+def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float, scaled: bool) -> float:
     """The learning rate for C = 1, without a look at a private image: where 200 steps on every image of Caltech-101 (six
-    classes and all), EuroSAT and CIFAR-10 did best at epsilon from 1 to 8, it was within a factor of two of this."""
-    length = LENGTHS.get(model)
+    classes and all), EuroSAT and CIFAR-10 did best at epsilon from 1 to 8, it was within a factor of two of this. Scaled
+    features have the length 1."""
+    length = 1.0 if scaled else LENGTHS.get(model)
     if length is None:
         images = data.public_images("digits").images[:32]
         images = images.expand(-1, 1 if 1 in encoder.channels else encoder.channels[0], -1, -1)

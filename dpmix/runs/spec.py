@@ -229,7 +229,7 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
     (Section 2.1 of the paper); q and T then count microbatches. Warns of a guarantee that would mean nothing.
     """
     population = round((1 - spec.validation) * n) if spec.population is None else spec.population
-    allowed = f"must be at most the {population} training examples"
+    allowed = f"must be at most the {checks.counted(population, 'training example')}"
     checks.require(spec.batch_size <= population, "batch_size", spec.batch_size, allowed)
     steps = accounting.steps_for(n=population, batch_size=spec.batch_size, epochs=spec.epochs)
     q = spec.batch_size / population
@@ -243,17 +243,23 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
 
 
 def epsilons(spec: RunSpec, m: Mechanism) -> dict[str, float | None]:
-    """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say.
+    """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say. Of microbatches
+    these bound a movement by 2C; "pair" is what the pair of neighbours spends that there really is, by PLD.
 
     Asked before training, so that what only a privacy card needs never costs a run. ValueError if `spec.accountant` itself
     cannot say.
     """
-    found: dict[str, float | None] = dict.fromkeys(accounting.ACCOUNTANTS)
+    names = (*accounting.ACCOUNTANTS, *(["pair"] if spec.microbatch > 1 else []))
+    found: dict[str, float | None] = dict.fromkeys(names)
     asked: dict[str, Any] = dict(m._asdict(), delta=spec.delta)
     del asked["population"]
-    for name in accounting.ACCOUNTANTS if m.noise_multiplier else ():
+    for name in names if m.noise_multiplier else ():
+        how: dict[str, Any] = {"accountant": name}
+        if name == "pair":
+            how = {"accountant": "pld", "neighbours": "change"}
+            how["noise_multiplier"] = microbatch.sensitivity(spec.microbatch) * m.noise_multiplier
         try:
-            found[name] = accounting.epsilon_spent(**asked, accountant=name)
+            found[name] = accounting.epsilon_spent(**asked | how)
         except (ValueError, ArithmeticError) as error:
             if name == spec.accountant:
                 raise ValueError(f"accountant={name!r}: has no epsilon at delta={spec.delta:g} ({error})") from error

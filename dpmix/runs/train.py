@@ -67,7 +67,7 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     mechanism(p.spec, p.listing.train)
     store, partial = Store(p.private / "runs"), p.report / "release.partial"
     with _logged(p) as log:
-        log.info(f"training on {p.listing.train} images of {p.spec.dataset}")
+        log.info(f"training on {checks.counted(p.listing.train, 'image')} of {p.spec.dataset}")
         spec = _with_rate(p, store, log)
         result = _finished(spec, p, store) or run(spec, compute=p.compute, store=store)
         log.info(f"trained in {result.timing['seconds']:.0f} s")

@@ -3,6 +3,7 @@ and the module is built in floors as DESIGN draws it."""
 
 import ast
 import importlib.util
+import itertools
 import os
 import pkgutil
 import re
@@ -306,3 +307,88 @@ exit 1"""
         assert made.returncode != 0 and "index.html" not in made.stdout
         assert any("table3.ipynb: WARNING" in line for line in last) and any("epsilon=-1" in line for line in last)
     assert (tmp_path / "book/_build/.jupyter_cache").is_dir(), "pages that ran are not executed again"
+
+
+NOUNS = [
+    "images",
+    "runs",
+    "heads",
+    "views",
+    "seeds",
+    "steps",
+    "classes",
+    "examples",
+    "rows",
+    "cells",
+    "comparisons",
+    "claims",
+    "files",
+    "epochs",
+    "chunks",
+    "passes",
+    "pairs",
+    "mixtures",
+    "patients",
+    "threads",
+    "tensors",
+    "gradients",
+    "repeats",
+    "samples",
+    "augmentations",
+    "features",
+    "points",
+    "paths",
+    "others",
+    "models",
+    "values",
+]
+KINDS = [
+    "training",
+    "test",
+    "synthetic",
+    "private",
+    "public",
+    "other",
+    "exact",
+    "more",
+    "different",
+    "whole",
+    "feature",
+    "simulated",
+    "base",
+]
+COUNTED = re.compile(rf" (?:(?:{'|'.join(KINDS)}) )*(?:{'|'.join(NOUNS)})\b(?!/)| (?:are|were|have) ")
+
+
+def fixed_plurals(source: str) -> list[str]:
+    """Where an f-string says "{n} images" whatever n is. Measured numbers (with decimals) and constants may."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for value, text in itertools.pairwise(parts):
+            if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant) and COUNTED.match(text.value):
+                measured = re.search(r"[1-9]f|g|%", ast.unparse(value.format_spec) if value.format_spec else "")
+                if not measured and not ast.unparse(value.value).isupper():
+                    found.append(f"line {node.lineno}: {{{ast.unparse(value.value)}}}{text.value[:30]}")
+    return found
+
+
+def test_nothing_says_1_images():
+    """A count and its noun come from `checks.counted`."""
+    from dpmix.core.checks import counted
+
+    assert [counted(n, "image") for n in (0, 1, 2, 2000)] == ["0 images", "1 image", "2 images", "2,000 images"]
+    assert [counted(n, "public class") for n in (1, 3)] == ["1 public class", "3 public classes"]
+    caught = ['f"{n} images"', 'f"of {len(a):,} test images, {b}"', 'f"{n} are undecided"', 'f"{x:.0f} runs"']
+    assert all(map(fixed_plurals, caught)), "negative control"
+    fine = [
+        'f"{x:.1f} points"',
+        'f"{CHUNK} examples"',
+        'f"{counted(n, 1)} in all"',
+        'f"{name} takes images"',
+        'f"{n} of the images"',
+    ]
+    assert not any(map(fixed_plurals, fine))
+    code = [path for part in ("dpmix", "notebooks", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    told = [f"{path.relative_to(ROOT)}, {said}" for path in code for said in fixed_plurals(path.read_text())]
+    assert not told, "\n".join(told)

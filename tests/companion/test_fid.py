@@ -80,9 +80,7 @@ def test_bytes_and_floats_are_the_same_images(pixels):
 
 
 def test_small_samples_are_biased_and_said_to_be(pixels):
-    with pytest.warns(
-        UserWarning, match="4 images for 4 feature dimensions: the covariance is singular and the distance"
-    ):
+    with pytest.warns(UserWarning, match="n = 4, D = 4: the covariance is singular and the distance"):
         fid.statistics(images(4), pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,9 +1,12 @@
 """What pages show: every number is the right one, and the verdicts follow from the numbers."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dpmix.companion import paper, plots, report
 
@@ -111,6 +114,24 @@ def test_a_page_says_where_its_numbers_come_from():
     text = report.provenance_note(full(RUNS)).data
     for part in ("6 runs on digits", "seeds 0, 1, 2", "2030-01-02T03:04", "CPU, 2 threads", "dpmix 1, torch 2"):
         assert part in text
+    once = full(RUNS).assign(date="2030-01-02T03:04:05")
+    assert "computed at 2030-01-02T03:04 UTC" in report.provenance_note(once).data
+    later = once.assign(date=["2030-01-02T03:05:05", *once["date"][1:]])
+    assert "between 2030-01-02T03:04 and 2030-01-02T03:05 UTC" in report.provenance_note(later).data
+    assert "1 distance on digits, seed 0, " in report.provenance_note(once[:1], noun="distance").data
+
+
+def test_captions_do_not_meet():
+    """Of pictures side by side and of those below; nothing of a caption is lost."""
+    words = ["Parasitized (100 %)\ntrue: Parasitized", "gerenuk in the savanna (97 %)\ntrue: Gliriscactus-of-1923"] * 4
+    figure = plots.picture_rows([("Names", torch.zeros(8, 3, 4, 4), words)], columns=4)
+    figure.canvas.draw()
+    captions = [ax.texts[0] for ax in figure.axes]
+    assert ["".join(c.get_text().split()) for c in captions] == ["".join(w.split()) for w in words]
+    boxes = [c.get_window_extent() for c in captions] + [ax.get_window_extent() for ax in figure.axes]
+    assert not [
+        (a, b) for a, b in itertools.combinations(boxes, 2) if a.shrunk(0.98, 0.95).overlaps(b.shrunk(0.98, 0.95))
+    ]
 
 
 def test_the_plots_show_the_means():

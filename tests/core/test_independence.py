@@ -1,12 +1,15 @@
 """What lets one example's output depend on another's is refused, however little and wherever; what does not is let through."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
+from conftest import CLASSES
 from torch import nn
 
 from dpmix import models
-from dpmix.core import independence, network, views
+from dpmix.core import heads, independence, network, sources, views
 from dpmix.core.clipping import clipped_gradient_sum
 from dpmix.core.independence import check_layers, check_network, check_no_mixing
 from dpmix.models.wide_resnet import wide_resnet
@@ -210,3 +213,40 @@ def test_encoders_are_looked_at_when_they_are_made(layer, said):
     models.encoder(
         nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()), image_size=8, channels=1
     )  # public, frozen statistics
+
+
+def flat(x):
+    return x.flatten(1).float()
+
+
+@pytest.mark.parametrize(("features", "said"), [
+    (lambda x: flat(x) - flat(x).mean(0), "left out of the batch"),
+    (lambda x: flat(x) + 2e-3 * flat(x).sum(0), "left out of the batch"),
+    (lambda x: flat(x) + 1e-3 * flat(x).roll(1, 0), "left out of the batch"),
+    (lambda x: nn.functional.dropout(flat(x), 0.1), "left out of the batch"), (lambda x: flat(x) / 0, "not finite"),
+])  # fmt: skip
+def test_an_encoder_made_by_hand_is_looked_at_where_training_begins(features, said, private):
+    """Past `models.encoder`: of one's own class, or a named one with other features. Negative control: the plain function."""
+    named = models.encoder("tiny-convnext")
+    about = dict(num_classes=CLASSES, expected_batch=8, steps=1, seed=1, progress=False)
+    heads_of = [heads.Head(recipe=views.Recipe(k_base=1, transform="none"), learning_rate=1.0, noise_multiplier=1.0)]
+    dim = private.images[0].numel()
+    for made in (
+        models.Encoder(features, 4, dim, (1,), "mine"),
+        dataclasses.replace(named, features=features, dim=dim, name="mine"),
+    ):
+        with pytest.raises(ValueError, match=f"encoder 'mine': .*{said}"):
+            heads.train_heads(made, private.images, private.labels, heads_of, **about)
+        heads.train_heads(dataclasses.replace(made, features=flat), private.images, private.labels, heads_of, **about)
+
+
+def test_a_named_encoder_is_not_asked_twice(private, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources, "check_features", lambda *about: asked.append(about))
+    for engine in ("torch", "openvino"):
+        made = models.encoder("tiny-convnext").to("cpu", torch.float32, engine=engine)
+        sources.FreshViews(made, private.images, private.labels, [views.Recipe(k_base=1)], num_classes=CLASSES, seed=1)
+    assert not asked
+    mine = dataclasses.replace(made, features=lambda x: flat(x))
+    sources.FreshViews(mine, private.images, private.labels, [views.Recipe(k_base=1)], num_classes=CLASSES, seed=1)
+    assert len(asked) == 1

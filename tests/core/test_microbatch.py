@@ -114,8 +114,12 @@ def test_a_pair_that_an_accountant_does_not_know_is_refused(change, said):
         solve = accounting.noise_multiplier if "epsilon" in how else accounting.epsilon_spent
         with pytest.raises(ValueError, match=said):
             solve(**how, **DEMO, **change)
-    with pytest.raises(ValueError, match="size=0"):
-        microbatch.epsilon_spent(0, deviation=1.0, **DEMO)
+    for wrong in (
+        lambda: microbatch.epsilon_spent(0, deviation=1.0, **DEMO),
+        lambda: microbatch.microbatch_partition(4, 0, seed=1),
+    ):
+        with pytest.raises(ValueError, match="size=0"):
+            wrong()
 
 
 def linear(classes: int) -> torch.nn.Sequential:

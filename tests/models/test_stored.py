@@ -134,7 +134,7 @@ def test_a_damaged_chunk_is_encoded_again_with_a_warning(data, tmp_path, counted
     content[70 * block.shape[1] + 5] ^= 1
     block.path.write_bytes(content)
     before = sum(seen)
-    with pytest.warns(UserWarning, match="1 chunks of 64 examples are damaged, the first 1; they are encoded again"):
+    with pytest.warns(UserWarning, match="damaged, encoded again: 1 chunk of 64, the first 1"):
         again = store(encoder, data, tmp_path)
     assert torch.equal(again.batch(torch.arange(N), 0)[0], whole)
     assert sum(seen) - before == 64 * 3

@@ -128,7 +128,7 @@ def test_a_network_takes_bfloat16_on_a_cpu_that_has_it(store, monkeypatch, there
 def test_dropped_gradients_are_said_to_their_owner_in_one_line():
     about = dict(validation_accuracy=None, train_examples=9)
     note = result.NonPrivateDiagnostics(dropped_gradients=3, **about).owners_note
-    assert note.startswith("3 gradients were not finite and counted as zero") and "\n" not in note
+    assert note.startswith("gradients not finite and counted as zero: 3;") and "\n" not in note
     assert result.NonPrivateDiagnostics(dropped_gradients=0, **about).owners_note == ""
 
 
@@ -144,7 +144,7 @@ def test_the_precision_is_bfloat16_where_it_is_fast_unless_named(monkeypatch):
 
 
 RUN_BAD = [
-    (dict(batch_size=1151), ValueError, "batch_size=1151: must be at most the 1150 training examples"),
+    (dict(batch_size=1151), ValueError, "batch_size=1151: must be at most the 1,150 training examples"),
     (dict(population=200), ValueError, "batch_size=256: must be at most the 200 training examples"),
     (dict(epsilon=0.001, epochs=1e8, batch_size=1150), ValueError, "epsilon=0.001: out of reach of the rdp accountant"),
     (dict(epsilon=60.0), ValueError, "epsilon=60.0: cannot be calibrated: choose an epsilon between"),

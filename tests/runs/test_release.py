@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from dpmix import ComputeFlags, RunSpec, release, run, run_all
-from dpmix.core import accounting, files, heads, views
+from dpmix.companion.report import privacy_table
+from dpmix.core import accounting, files, heads, microbatch, views
 from dpmix.models import encoders
 from dpmix.runs.passes import LIBRARIES
+from dpmix.runs.report import card_text
+from dpmix.runs.result import frame
 from dpmix.runs.spec import no_meaningful_guarantee
 from dpmix.runs.store import Store
 
@@ -205,3 +208,14 @@ def test_the_card_of_microbatches_says_what_their_noise_is(store, tmp_path):
     assert card["mechanism"]["sensitivity"] == 2.0 and card["encoder"] is None
     assert "microbatch of 2" in card["sampling"] and "place" in card["adjacency"]
     assert card["mechanism"]["noise_standard_deviation"] == 2 * r.noise_multiplier
+    about = dict(delta=1e-5, sample_rate=r.sample_rate, steps=r.steps)
+    true = microbatch.epsilon_spent(2, deviation=2 * r.noise_multiplier, **about)
+    spent = card["guarantee"]["epsilon"]
+    assert spent["pair"] == true < 0.95 * spent["pld"] < spent["rdp"] <= 8.0, (
+        "an example that changes a pair, not one that moves by 2C"
+    )
+    assert f"| ε (the true pair, PLD) | {true:.3f} |" in card_text(card)
+    table = privacy_table(frame([r]))
+    assert table.loc["ε (the true pair, PLD)"].tolist() == [f"{true:.3f}"] and table.loc["ε (PLD)"].tolist() == [
+        f"{spent['pld']:.3f}"
+    ]
