@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 CODE := $(wildcard dpmix/*.py dpmix/*/*.py) $(wildcard data/public/*.json) $(wildcard data/paper/*.csv) $(wildcard data/results/*/*/*.json) \
 	$(wildcard benchmarks/results/*.json) $(wildcard tests/mutants.py)
 
-.PHONY: book browse test lint lab env mutants notebooks standins clean
+.PHONY: book browse readme test lint lab env mutants notebooks standins clean
 
 book: $(READY)
 	@mkdir -p book/_build
@@ -50,6 +50,9 @@ mutants: $(READY)  ## does a test notice when an operator of core is changed? Ho
 
 notebooks: $(READY)  ## make every .ipynb from its .py
 	$(BIN)/python tests/notebooks.py
+
+readme: $(READY)  ## README's first picture and its words, from the ledger
+	$(BIN)/python tests/readme.py
 
 standins: $(READY)  ## rebuild data/public from nothing, a quarter of an hour
 	$(BIN)/papermill --log-output notebooks/public_standins.ipynb -p rebuild True > /dev/null

@@ -60,7 +60,7 @@ def main() -> None:
         part: {"patients": len(of), "images": sum(of.values()), "images_of_a_patient": np.percentile(
             list(of.values()), [0, 50, 100]).tolist()} for part, of in counts.items()
     }  # fmt: skip
-    runs = []
+    runs, about = [], provenance(ComputeFlags().where(), "")
     for epsilon in EPSILONS:
         out, start = base / f"malaria-{epsilon:g}", time.perf_counter()
         shutil.rmtree(out, ignore_errors=True)
@@ -69,7 +69,6 @@ def main() -> None:
         card = files.read_json(out / "privacy_card.json")
         runs.append({"epsilon": epsilon, "report": seen, "card": card, "seconds": time.perf_counter() - start})
         files.write(OUT / f"confusion-{epsilon:g}.png", (trained.private / "confusion.png").read_bytes())
-        about = provenance(ComputeFlags().where(), "")
         files.write_json(OUT / "runs.json", {"data": spread, "left_out": unknown, "runs": runs, "provenance": about})
     print(json.dumps([(r["epsilon"], r["report"]["accuracy"]) for r in runs]))
 
