@@ -73,10 +73,10 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
 
 
 ODDITIES = {
-    "transparent": "are transparent in places; those are white now",
-    "frames": "hold several frames; the first is taken",
-    "other size": "have another size than the others, so all are fitted to one square; give image_size, or remove them",
-    "not grey": "are in colour, the others grey, so all get three channels; make them grey, or remove them",
+    "transparent": "transparent in places, which are white now",
+    "frames": "with several frames, of which the first is taken",
+    "other size": "of another size than the rest, so that all are fitted to one square (give image_size, or remove what differs)",
+    "not grey": "in colour among grey ones, so that all get three channels (make it all grey, or remove what differs)",
 }
 
 

@@ -151,7 +151,8 @@ class StoredViews:
         """Say what will be on the disk, and take it; refuse where it does not fit."""
         new = [block for block in self.blocks if block.rows is None]
         needed, free = sum(block.size for block in new), shutil.disk_usage(self.folder).free
-        what = f"{self.n:,} x {checks.counted(self.union.views, 'view')} of {checks.counted(self.dim, 'feature')}"
+        views = checks.counted(self.union.views, "view")
+        what = f"{checks.counted(self.n, 'example')} x {views} of {checks.counted(self.dim, 'feature')}"
         if needed > free:
             sizes = f"need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free"
             remedy = "free some space or choose another folder"

@@ -98,18 +98,18 @@ def test_a_budget_shows_its_noise_and_what_mistakes_cost():
     about = {"delta": 1e-5, "sample_rate": 0.02, "steps": 500}
     sigma = explore.calibrated(1.0, *about.values(), "rdp")
     assert sigma == pytest.approx(accounting.noise_multiplier(epsilon=1.0, **about), rel=2e-4)
-    assert "q = B/N = 0.02, T = 500 steps" in shown and f"σ = {sigma:.3g}" in shown
+    assert "q = B/N = 0.02, T = 500" in shown and f"σ = {sigma:.3g}" in shown
     assert f"= {sigma * 0.5 * 5_130**0.5 / 1000:.3g}, {sigma * 5_130**0.5 / 1000:.2g} times the C = 0.5" in shown
     values = said_of(shown)
     assert list(values)[:3] == [f"ε of this run by {a}" for a in ("RDP", "PRV", "PLD")] and len(values) == 6
     twice = accounting.epsilon_spent(noise_multiplier=sigma / 2, accountant="pld", **about)
-    assert float(values["mistake: 2 views clipped one by one"]) == pytest.approx(twice, rel=0.02)
+    assert float(values["mistake: each of 2 views clipped by itself"]) == pytest.approx(twice, rel=0.02)
     pairs = microbatch.epsilon_spent(2, deviation=sigma, **about)
     assert float(values["mistake: pairs clipped as one, noise for one"]) == pytest.approx(pairs, rel=0.02)
     attack = audit.shuffled_epsilon(noise_multiplier=sigma, batches=50, epochs=10, delta=1e-5)
     assert float(values["mistake: shuffled batches, at least"]) == pytest.approx(attack, rel=0.02)
     assert all(float(v) > 1.5 for name, v in values.items() if name.startswith("mistake"))
-    assert said_of(explore.budget(**BUDGET | {"k": 36}))["mistake: 36 views clipped one by one"] == "over 100"
+    assert said_of(explore.budget(**BUDGET | {"k": 36}))["mistake: each of 36 views clipped by itself"] == "over 100"
 
 
 # One step.

@@ -104,7 +104,7 @@ def test_bad_input_is_named(pixels):
         fid.statistics(images(1), pixels)
     with pytest.raises(ValueError, match="images=0"):
         fid.statistics(images(0), pixels)
-    with pytest.raises(ValueError, match="features='1 of 3 rows': must be finite"):
+    with pytest.raises(ValueError, match="rows='1 of 3': must be finite"):
         fid.statistics(torch.cat([images(2), images(1) * torch.nan]), pixels)
     other = fid.Statistics(10, torch.zeros(3), torch.eye(3))
     with pytest.raises(ValueError, match=r"dimensions=\(4, 3\)"):

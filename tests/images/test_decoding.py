@@ -168,7 +168,7 @@ def test_what_was_erased_is_white(load, base, quiet):
     assert np.abs(image[:, :, 6].numpy().astype(float) - (kept[:, :, 6] * 128.0 + 255 * 127) / 255).max() <= 1
     assert np.array_equal(other, np.asarray(picture(6)).transpose(2, 0, 1))
     said = quiet()
-    assert "1 images (train/cat/000.png) are transparent in places; those are white now" in said
+    assert "1 image (train/cat/000.png) transparent in places, which are white now" in said
     grey = Image.new("LA", (4, 4), (40, 0))
     grey.save(base / "x.png")
     assert pixels(base / "x.png", 4, 1)[0].min() == 255
@@ -250,10 +250,10 @@ def test_one_odd_image_that_decides_for_all_is_named(load, tmp_path, quiet):
     assert load(f"folder:{base}").train.images.shape == (20, 1, 9, 7) and quiet() == ""
     save(base / "train" / "cat" / "colour.png", 77, height=9, width=7)
     assert load(f"folder:{base}").train.images.shape == (21, 3, 9, 7)
-    assert "1 images (train/cat/colour.png) are in colour, the others grey" in quiet()
+    assert "1 image (train/cat/colour.png) in colour among grey ones" in quiet()
     save(base / "train" / "cat" / "colour.png", 77, height=30, width=7, mode="L")
     assert load(f"folder:{base}").train.images.shape == (21, 1, 224, 224)
-    assert "1 images (train/cat/colour.png) have another size than the others" in quiet()
+    assert "1 image (train/cat/colour.png) of another size than the rest" in quiet()
     load(f"folder:{base}", image_size=8)
     assert quiet() == ""
     for i in range(8):  # photographs of many sizes are ordinary

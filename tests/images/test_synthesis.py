@@ -301,7 +301,7 @@ def test_images_that_failed_are_drawn_again_with_another_key(pipeline, made, tmp
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(pipeline))
-    with pytest.warns(UserWarning, match=r"1 images .* drawn again with another key, such as 034.bicycle/00001\.png"):
+    with pytest.warns(UserWarning, match=r"drawn again with another key: 1 image .*, such as 034.bicycle/00001\.png"):
         folder = generate(Failing(pipe, how), tmp_path / "out")
     found, whole = contents(folder), contents(made)
     changed = {name for name in whole if found[name] != whole[name]}

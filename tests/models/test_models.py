@@ -329,7 +329,7 @@ def test_bad_weights_are_one_line(tmp_path):
     state["body.0.weight"] = torch.zeros(4, 4)
     state["more"] = torch.zeros(2)
     save_file(state, tmp_path / "other.safetensors")
-    assert "do not fit Small, 2 tensors" in said(tmp_path / "other.safetensors")
+    assert "do not fit Small, missing, extra or of another shape: 2 tensors" in said(tmp_path / "other.safetensors")
 
 
 def test_unknown_names_offer_near_matches():

@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     assert hooked.eval()(images[:, 0]).shape == (5, CLASSES)  # evaluation is as it was
     for p in model.parameters():
         p.grad_sample = torch.zeros(6, *p.shape).double()
-    with pytest.raises(ValueError, match="grad_sample=6: rows of gradients are not those of whole examples with K=4"):
+    with pytest.raises(ValueError, match="grad_sample=6: rows of gradients are not those of whole examples with K = 4"):
         optimizer.step()
 
 
@@ -464,7 +464,7 @@ def test_opacus_rounds_the_rate_and_the_divisor_and_the_switch_does_not():
     assert engine.accountant.history == [(1.0, 4096 / 50_000, 1)]
     with pytest.raises(ValueError, match="engine=1: has made steps at another rate already"):
         peer.exact_sampling(engine, optimizer, loader, batch_size=4096)
-    with pytest.raises(ValueError, match="batch_size=60000: must be a whole number from 1 to the 50000"):
+    with pytest.raises(ValueError, match="batch_size=60000: must be a whole number from 1 to n = 50000"):
         peer.exact_sampling(engine, optimizer, loader, batch_size=60_000)
     with pytest.raises(ValueError, match="loader='DataLoader': does no Poisson sampling"):
         peer.exact_sampling(PrivacyEngine(), optimizer, DataLoader(data, batch_size=5), batch_size=4096)

@@ -102,7 +102,7 @@ def test_removing_an_image_changes_nothing_but_the_weights(folder, tmp_path, cap
         assert shapes[0] == shapes[1] and one[1] == other[1]
         assert (out / "model.safetensors").stat().st_size == (less_out / "model.safetensors").stat().st_size
     steps = everyone.steps
-    assert f"1 heads, 2 views: of {steps}" in said and f"decoding folder:{folder}: of " in said, "lines to compare"
+    assert f"1 head, 2 views: of {steps}" in said and f"decoding folder:{folder}: of " in said, "lines to compare"
     assert everyone.provenance["splits"] != less.provenance["splits"], "the data did differ"
 
 
