@@ -229,7 +229,7 @@ def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
     for source, runs in s.runs().items():
         table = compare(runs, comparisons, published, **how)
         if len(table):
-            low, high = table["n"].min(), table["n"].max()
+            low, high = int(table["n"].min()), int(table["n"].max())
             seeds = f"{low} to " * (low < high) + counted(high, "seed")
             images = (
                 "not of the test images, which seeds share" if table["images"].isna().any() else "of the test images"

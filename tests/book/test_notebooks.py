@@ -63,9 +63,10 @@ def test_the_explorer_stands_still_where_no_kernel_answers(tmp_path):
     done = papermill(tmp_path, "-p", "index", "12", notebook="explore")
     assert done.returncode == 0, done.stderr[-2000:]
     out = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    shown = [o["data"] for c in out.cells for o in c.get("outputs", []) if "data" in o]
+    names, *shown = [o["data"] for c in out.cells for o in c.get("outputs", []) if "data" in o]
+    assert "aria-label" in names["text/html"], "the script that names the handles of the sliders"
     assert [("application/vnd.jupyter.widget-view+json" in d, "text/html" in d) for d in shown] == [(True, True)] * 4
-    words = ("The example", "steps, <b>σ =", "Lengths before clipping", "that came with the repository")
+    words = ("The example", "q = B/N = ", "Lengths before clipping", "that came with the repository")
     assert [w in d["text/html"] for w, d in zip(words, shown, strict=True)] == [True] * 4
     assert not any('role="alert"' in d["text/html"] for d in shown)
     assert [d["text/html"].count("<hr>") for d in shown] == [2, 3, 2, 0]  # other settings
