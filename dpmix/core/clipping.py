@@ -70,11 +70,11 @@ def clipped_head_sums(
     groups: dict[tuple[float, ...], list[int]] = {}
     for r, averages in enumerate(view_weights.tolist()):
         groups.setdefault(tuple(averages), []).append(r)
-    for own in groups.values():
-        row = view_weights[own[0]]
+    for together in groups.values():
+        row = view_weights[together[0]]
         chosen = row.nonzero()[:, 0]
         # a slice is not copied
-        members = slice(None) if len(groups) == 1 else torch.tensor(own, device=weights.device)
+        members = slice(None) if len(groups) == 1 else torch.tensor(together, device=weights.device)
         x, y = (features, targets) if len(chosen) == k else (features[:, chosen], targets[:, chosen])
         averaged = row[chosen].to(weights.dtype)
         with precision.full(weights.device):

@@ -169,11 +169,11 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
 def lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock between processes: a second holder waits. Released by the system if the process dies."""
     path = Path(path)
-    held = filelock.FileLock(path, mode=0o600)
+    taken = filelock.FileLock(path, mode=0o600)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire()
+        taken.acquire()
     try:
         yield
     finally:
-        held.release()
+        taken.release()

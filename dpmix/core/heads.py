@@ -140,11 +140,11 @@ def train(
     each = [(h.clip_norm, h.learning_rate / expected_batch, h.momentum) for h in heads]
     clip_norms, rates, momenta = (torch.tensor(v, device=device) for v in zip(*each, strict=True))
     run = (source.name, source.num_classes, expected_batch, sample_rate, steps, identity)
-    told = _belongs_to(run, heads, {"n": source.n}, seed) | (spec or {})
+    belongs = _belongs_to(run, heads, {"n": source.n}, seed) | (spec or {})
     streams = [files.digest(repr((run, head))) for head in heads]
     state = _start(source, heads, initial)
     if checkpoint is not None:
-        state = _load(checkpoint, told, state)
+        state = _load(checkpoint, belongs, state)
     saved = time.monotonic()
     said = f"{checks.counted(len(heads), 'head')}, {checks.counted(union.views, 'view')}"
     bar = tqdm(total=steps, initial=state.step, desc=said, disable=not progress)
@@ -180,11 +180,11 @@ def train(
             bar.update()
             due = state.step == steps or time.monotonic() - saved > checkpoint_seconds
             if checkpoint is not None and due:
-                _save(checkpoint, told, state, source)
+                _save(checkpoint, belongs, state, source)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if checkpoint is not None:
-            _save(checkpoint, told, state, source)
+            _save(checkpoint, belongs, state, source)
         raise
     finally:
         bar.close()
@@ -259,14 +259,14 @@ def _clocks(state: _State, source: Source) -> dict[str, float]:
     return {k: state.seconds.get(k, 0.0) + source.seconds.get(k, 0.0) for k in {**source.seconds, **state.seconds}}
 
 
-def _save(path: Path, told: dict[str, Any], state: _State, source: Source) -> None:
+def _save(path: Path, belongs: dict[str, Any], state: _State, source: Source) -> None:
     meta = {"step": state.step, "views": state.views, "dropped": state.dropped, "seconds": _clocks(state, source)}
     moving = dict(zip(("moving weights", "moving biases"), state.moving or (), strict=False))
-    files.save_tensors(path, {"weights": state.weights, "biases": state.biases, **moving}, told, meta, private=True)
+    files.save_tensors(path, {"weights": state.weights, "biases": state.biases, **moving}, belongs, meta, private=True)
 
 
-def _load(path: Path, told: dict[str, Any], fresh: _State) -> _State:
-    found = files.load_tensors(path, told)
+def _load(path: Path, belongs: dict[str, Any], fresh: _State) -> _State:
+    found = files.load_tensors(path, belongs)
     if found is None:
         return fresh
     tensors, meta = {name: t.to(fresh.weights.device) for name, t in found[0].items()}, found[1]

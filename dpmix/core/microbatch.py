@@ -115,8 +115,8 @@ def microbatch_views(
         part = part[..., None, None]
         images = torch.cat([images, (part * images[:, 0] + (1 - part) * images[:, 1])[:, None]], dim=1)
         targets = torch.cat([targets, mixed_targets[:, None]], dim=1)
-        own = weights * (~both[:, None, None]) if mix == "replace" else weights
-        weights = torch.cat([own, both.double()[:, None, None].expand(m, 1, k)], dim=1)
+        unmixed = weights * (~both[:, None, None]) if mix == "replace" else weights
+        weights = torch.cat([unmixed, both.double()[:, None, None].expand(m, 1, k)], dim=1)
     weights = weights.flatten(1)
     return images.flatten(1, 2), targets.flatten(1, 2), weights / weights.sum(1, keepdim=True).clamp(min=1.0)
 

@@ -155,8 +155,10 @@ def _wrap(network: nn.Module, name: str, size: int, channels: tuple[int, ...], *
     check_no_mixing(frozen.network, (len(frozen.mean), size, size), f"encoder {name!r}")
     frozen.examined = True
     about = repr((type(network).__name__, size, channels, frozen.mean, frozen.std, frozen.mode))
-    held = ((k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel())
-    digest = files.digest(about, *(part for k, data in held for part in (k, data.tobytes())))
+    tensors = (
+        (k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel()
+    )
+    digest = files.digest(about, *(part for k, data in tensors for part in (k, data.tobytes())))
     return Encoder(frozen, size, shape[1], channels, name, digest)
 
 
@@ -195,9 +197,9 @@ def _open_clip(name: str, weights: str | Path | None, image_size: int | None) ->
     if weights != "random":
         fill(model, Path(weights))
     cfg = {} if Path(tag).is_file() else open_clip.get_pretrained_cfg(arch, tag)
-    own = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
+    published = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
     plain = type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)  # then encode_image is the image tower alone
-    return _published(model.visual if plain else _ImageFeatures(model), name, image_size, own["size"], own)
+    return _published(model.visual if plain else _ImageFeatures(model), name, image_size, published["size"], published)
 
 
 def _timm(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
@@ -207,19 +209,19 @@ def _timm(name: str, weights: str | Path | None, image_size: int | None) -> Enco
     arch = f"tf_{name.replace('-', '_')}" if name in LITE else name.partition(":")[2]
     one_of("timm model", arch.partition(".")[0], timm.list_models())
     network: Any = _fixed(lambda: timm.create_model(arch, pretrained=False, num_classes=0))
-    own = timm.data.resolve_model_data_config(network)
+    published = timm.data.resolve_model_data_config(network)
     if weights != "random":
         fill(network, Path(weights), dropped=network.pretrained_cfg.get("classifier") or (), by_place=packed)
-    return _published(network, name, image_size, own["input_size"], own)
+    return _published(network, name, image_size, published["input_size"], published)
 
 
-def _published(network: nn.Module, name: str, image_size: int | None, size: Any, own: dict) -> Encoder:
-    """The encoder with the preprocessing `own` of its makers, at its own size or at the one that was asked for."""
+def _published(network: nn.Module, name: str, image_size: int | None, size: Any, published: dict) -> Encoder:
+    """The encoder with the preprocessing `published` of its makers, at its published size or at the one that was asked for."""
     side = size if isinstance(size, int) else size[-1]
     if image_size not in (None, side):
         name, side = f"{name}@{image_size}", image_size
-    mean, std = ([float(v) for v in own[key]] for key in ("mean", "std"))
-    resize = "bilinear" if own["interpolation"] == "bilinear" else "bicubic"
+    mean, std = ([float(v) for v in published[key]] for key in ("mean", "std"))
+    resize = "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
     return _wrap(network, name, side, (1, 3), mean, std, resize)
 
 

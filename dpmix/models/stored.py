@@ -62,10 +62,10 @@ class Block:
         if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
             self.rows = np.memmap(self.path, np.uint8, "c", shape=self.shape)
             lines = [line.split() for line in self.journal.read_text().splitlines()]
-            told = {int(chunk): wanted for chunk, wanted in (line for line in lines if len(line) == 2)}
-            sums = {c: hashlib.sha256(self.rows[c * CHUNK : (c + 1) * CHUNK]).hexdigest() for c in told}
-            self.whole = {c for c, wanted in told.items() if sums[c] == wanted}
-            if damaged := sorted(told.keys() - self.whole):
+            recorded = {int(chunk): wanted for chunk, wanted in (line for line in lines if len(line) == 2)}
+            sums = {c: hashlib.sha256(self.rows[c * CHUNK : (c + 1) * CHUNK]).hexdigest() for c in recorded}
+            self.whole = {c for c, wanted in recorded.items() if sums[c] == wanted}
+            if damaged := sorted(recorded.keys() - self.whole):
                 said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
                 warnings.warn(f"{self.path}: {said}", stacklevel=2)
         return self
@@ -173,15 +173,15 @@ class StoredViews:
             for chunk in todo:
                 blocks = [block for block in self.blocks if chunk in block.missing]
                 columns = torch.cat([torch.arange(self.union.views)[block.columns] for block in blocks])
-                own = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.n))
+                examples = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.n))
                 sums = [hashlib.sha256() for _ in blocks]
-                for rows in own.split(step):
+                for rows in examples.split(step):
                     images, targets = made.made(rows, 0)
                     images = images if len(columns) == self.union.views else images[:, columns]
                     features = engine_thread.submit(made.encoder.features, images.flatten(0, 1))
                     if before is not None:
                         self._write(*before)
-                    before = rows, blocks, features, targets.cpu(), sums, chunk if rows[-1] == own[-1] else None
+                    before = rows, blocks, features, targets.cpu(), sums, chunk if rows[-1] == examples[-1] else None
                     bar.update(len(rows))
             if before is not None:
                 self._write(*before)
@@ -200,8 +200,10 @@ class StoredViews:
         narrow = found.clamp(-65504, 65504).half().cpu().numpy()
         column = 0
         for block, total in zip(blocks, sums, strict=True):
-            own = np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1).view(np.uint8)
-            data = np.concatenate([own, _packed(targets[:, block.columns])], axis=1)
+            halves = (
+                np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1).view(np.uint8)
+            )
+            data = np.concatenate([halves, _packed(targets[:, block.columns])], axis=1)
             column += block.count
             total.update(data)
             with block.path.open("r+b") as file:
@@ -228,8 +230,8 @@ class StoredViews:
         for block in self.blocks:
             picked = block.rows[rows[0] : rows[-1] + 1] if together else block.rows[rows]
             wide, used = block.count * 2 * self.dim, block.columns.stop - block.columns.start
-            own = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
-            features[:, block.columns] = torch.from_numpy(own).to(self.device)
+            read = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
+            features[:, block.columns] = torch.from_numpy(read).to(self.device)
             packed = np.ascontiguousarray(picked[:, wide:]).view(TARGET).reshape(len(rows), block.count)[:, :used]
             classes, values = (
                 torch.from_numpy(packed["place"].astype(np.int64)),
