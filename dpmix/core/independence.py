@@ -78,7 +78,8 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
 
 
 def check_features(features: Callable, shape: tuple[int, ...], device: torch.device, name: str) -> None:
-    """`check_no_mixing` of what made its way past `models.encoder`: any function from images [n, C, H, W] (`shape` is C, H, W) to features."""
+    """`check_no_mixing` of what made its way past `models.encoder`: any function from images [n, C, H, W] to features; `shape`
+    is (C, H, W)."""
     noise = _probe(shape).to(device, torch.float32)
     with _quietly(device):
         _check_finite(features(noise[:2]), name)
