@@ -148,7 +148,7 @@ live(explore.budget, budget_controls, {"epsilon": 8.0}, {"batch_size": 4096, "ep
 # ## One step
 #
 # Eight digits of the training set, seen from a head that was trained on synthetic images. Each arrow is the average over the views of one example, projected on the two directions in
-# which the gradients of *public* images spread most; faint as it is, strong as it is clipped. Then the sum, with all eight and with one left out (orange), and what the noise makes of both. The privacy of the example is that the two clouds overlap.
+# which the gradients of *public* images spread most; faint as it is, strong as it is clipped. Then the sum, with all eight (orange, as the arrow of that one) and with one left out (blue), and what the noise makes of both. The privacy of the example is that the two clouds overlap.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 step_controls = {

@@ -43,7 +43,7 @@ def answer(picture: Callable[..., str], **settings: Any) -> str:
     """`picture(**settings)`; where it refuses them, the line that says why."""
     try:
         return f'<div style="line-height:1.4">{picture(**settings)}</div>'
-    except (ValueError, OSError) as refused:
+    except (ValueError, OSError, RuntimeError) as refused:  # RuntimeError: a home folder of nobody
         line = html.escape(str(refused).split("\n")[0])
         return f'<p role="alert" style="border-left:4px solid {ORANGE};padding:.5em 1em">{line}</p>'
 
@@ -57,7 +57,7 @@ def _read(paths: Sequence[Path], labels: Sequence[int], class_names: tuple[str, 
         try:
             with Image.open(path) as opened:
                 pixels.append(np.asarray(ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE))))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"image={str(path)!r}: is no image that can be read") from error
     return data.ImageSet(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), class_names)
 

@@ -243,3 +243,13 @@ def test_a_file_that_is_no_image_gets_a_line_with_its_name(folder):
     (folder / "train" / "cat" / "0.png").write_text("<b>no image</b>")
     line = LINE.match(explore.answer(explore.example_views, **EXAMPLE | {"dataset": f"folder:{folder}", "index": 0}))
     assert line and "0.png" in line[1] and "is no image that can be read" in line[1]
+
+
+def test_a_home_of_nobody_and_a_decompression_bomb_are_lines(tmp_path, monkeypatch):
+    shown = explore.answer(explore.example_views, **EXAMPLE | {"dataset": "folder:~nobody-of-that-name", "index": 0})
+    assert LINE.match(shown)
+    image = tmp_path / "large.png"
+    Image.new("RGB", (40, 40)).save(image)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="is no image that can be read"):
+        explore._read([image], [0], ("one",))
