@@ -18,6 +18,7 @@ K copies of an example as K rows of the batch: these move the sum by up to K tim
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +154,9 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     said = f"is none of {', '.join(k.__name__ for k in KINDS)}; {ELSE}"
     checks.require(kind in KINDS, "optimizer", kind.__name__, said)
     checks.require(isinstance(model, nn.Module), "model", type(model).__name__, "must be the network that is called")
-    first = getattr(model, "batch_first", True)
+    # with wrap_model=False Opacus' hooks alone know
+    hooks = [hook for m in model.modules() for hook in m._backward_hooks.values() if isinstance(hook, partial)]
+    first = getattr(model, "batch_first", True) and all(hook.keywords.get("batch_first", True) for hook in hooks)
     checks.require(first, "batch_first", first, "views are averaged along the first dimension; use batch_first=True")
     subclass = (
         ViewAveraging if kind is DPOptimizer else type(f"ViewAveraging{kind.__name__}", (ViewAveraging, kind), {})

@@ -389,6 +389,11 @@ def test_what_does_not_fit_is_refused_in_one_line():
         peer.average_views(hooked, torch.optim.SGD(model.parameters()), 4)
     with pytest.raises(ValueError, match=r"batch_first=False: .*use batch_first=True"):
         peer.average_views(prepare_module(network("conv"), grad_sample_mode="hooks", batch_first=False), plain, 4)
+    for mode in ("hooks", "functorch"):  # the network has no word of it: rows of other examples would be averaged
+        bare = network("conv")
+        prepare_module(bare, grad_sample_mode=mode, batch_first=False, wrap_model=False)
+        with pytest.raises(ValueError, match=r"batch_first=False: .*use batch_first=True"):
+            peer.average_views(bare, plain, 4)
     optimizer = peer.average_views(hooked, plain, 4)
     with pytest.raises(ValueError, match="optimizer='ViewAveraging'"):
         peer.average_views(hooked, optimizer, 4)
