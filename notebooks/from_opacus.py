@@ -145,7 +145,7 @@ pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 # | | |
 # |---|---|
 # | `make_private`, `make_private_with_epsilon`, `PrivacyEngine` | unchanged |
-# | per-example gradients: `grad_sample_mode` "hooks", "functorch", "ew"; `wrap_model=False` | unchanged; "ew" knows fewer layers, as without views |
+# | per-example gradients: `grad_sample_mode` "hooks", "functorch", "ew"; `wrap_model=False` | unchanged; "ew" knows fewer layers, as without views, and with views none that is called twice |
 # | clipping: flat, per layer, adaptive; noise; divisor; `secure_mode` | unchanged, on $b$ averaged rows instead of $bK$ |
 # | `BatchMemoryManager`, Poisson loader, empty batches | unchanged; sizes count examples, not views ("functorch" and "ew" cannot take an empty batch, as without views) |
 # | `DistributedDPOptimizer`, several processes | unchanged |
@@ -161,7 +161,7 @@ pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 # ## Which batch size was that?
 #
 # Opacus derives the sampling rate from the length of the loader, $q = 1/\lceil N/B \rceil$, and divides by $\lfloor Nq \rfloor$. Both fit each other, so the guarantee holds, but for another batch
-# size than was asked for. `exact_sampling(engine, optimizer, loader, batch_size=B)`, called once after line 2, sets Opacus' sampler, divisor and accountant to $q = B/N$ and $B$.
+# size than was asked for. `exact_sampling(engine, optimizer, loader, batch_size=B)`, called once after line 2, sets Opacus' sampler, divisor and accountant to $q = B/N$ and $B$. It wants a noise multiplier for that rate: the one that `make_private_with_epsilon` found is for the rounded one, and would spend more than the target.
 
 # %% tags=["hide-input"]
 sizes = {}
