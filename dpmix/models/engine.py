@@ -144,6 +144,7 @@ class Compiled:
 
     def __call__(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
         if _started_in() != os.getpid():
+            torch.set_num_threads(1)  # PyTorch's own threads do not come along either
             return self._fallback(images)
         parts = padded(self.frozen, images)
         with self._lock:
