@@ -131,11 +131,14 @@ def load(
 ) -> Splits:
     """Training and test set of a data set: always the same images in the same order.
 
-    Args: name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE (then a
-    fifth of each class becomes the test set). root: where the named data sets lie, each in the layout that torchvision
-    expects; CIFAR also as class folders. image_size: side of the square to which image files are resized and cropped. None:
-    as they are if all have the same size, else 224. Digits and CIFAR keep their own size. download: let torchvision fetch
-    what is missing (Python 3.11.4 or later). cache: folder for decoded images (`dpmix.images.image_cache`).
+    Args:
+        name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE
+            (then a fifth of each class becomes the test set).
+        root: where the named data sets lie, each in the layout that torchvision expects; CIFAR also as class folders.
+        image_size: side of the square to which image files are resized and cropped. None: as they are if all have the
+            same size, else 224. Digits and CIFAR keep their own size.
+        download: let torchvision fetch what is missing (Python 3.11.4 or later).
+        cache: folder for decoded images (`dpmix.images.image_cache`).
 
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
@@ -202,8 +205,9 @@ def public_images(
     For digits the shipped `data/public/synthetic_digits.npz`, else the image files in `ROOT/synthetic/NAME/CLASS/`
     (`PATH/synthetic/CLASS/` for `folder:PATH`), where CLASS is `folder_name(class name)`.
 
-    Args: like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
-    folders and the images keep their size.
+    Args:
+        like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
+            folders and the images keep their size.
 
     Raises FileNotFoundError if there are none, ValueError that names the classes without any.
     """

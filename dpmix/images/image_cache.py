@@ -109,9 +109,11 @@ def decode(
 ) -> Decoded:
     """The images of `files` (refused unless inside `base`), from the cache where it has them, else decoded in parallel.
 
-    Args: size: side of the square, or (height, width). None keeps the size that all files share; where sizes differ it means
-    224. How an image of another size is fitted: `decoding.pixels`. channels: 1 or 3. None means 1 if every file is greyscale,
-    else 3. train: how many of the files, the first ones, are training images (for the count of duplicates).
+    Args:
+        size: side of the square, or (height, width). None keeps the size that all files share; where sizes differ it
+            means 224. How an image of another size is fitted: `decoding.pixels`.
+        channels: 1 or 3. None means 1 if every file is greyscale, else 3.
+        train: how many of the files, the first ones, are training images (for the count of duplicates).
 
     Raises ValueError naming the files that cannot be decoded; then nothing is cached.
     """

@@ -70,7 +70,7 @@ def _images(p: Plan, decoded: Decoded) -> Rows:
     rows.append(("left out", left or f"nothing (taken are {' '.join(layouts.SUFFIXES)})"))
     for oddity, words in {"turned": "turned upright by their EXIF mark", **data.ODDITIES}.items():
         if found := decoded.odd.get(oddity):
-            rows.append((words.partition(";")[0], _some(len(found), (_called(listing, i) for i in found))))
+            rows.append((words.partition(" (")[0], _some(len(found), (_called(listing, i) for i in found))))
     for words, pairs in zip(("repeat another", "test, equal a training image"), decoded.copies, strict=True):
         named = (f"{_called(listing, i)} = {_called(listing, j)}" for i, j in pairs)
         rows.append((f"exact copies: {words}", _some(len(pairs), named)))

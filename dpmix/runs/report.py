@@ -91,10 +91,8 @@ def card_text(card: dict[str, Any]) -> str:
     """A privacy card for reading, as a Markdown table."""
     guarantee, encoder = card["guarantee"], card["encoder"] or {"name": "a network from scratch"}
     rows = {"in plain words": " ".join(card["in_plain_words"])}
-    rows |= {
-        f"ε ({name.upper().replace('PAIR', 'the true pair, PLD')})": f"{value:.3f}"
-        for name, value in guarantee["epsilon"].items()
-    }
+    called = {"pair": "the true pair, PLD"}
+    rows |= {f"ε ({called.get(name, name.upper())})": f"{v:.3f}" for name, v in guarantee["epsilon"].items()}
     rows |= {"δ": f"{guarantee['delta']:g}", "calibrated by": guarantee["calibrated_by"].upper()}
     rows |= {"adjacency": card["adjacency"], "sampling": card["sampling"]}
     rows |= {k.replace("_", " "): f"{v:.6g}" for k, v in card["mechanism"].items()}
