@@ -17,7 +17,9 @@ def test_one_cell_of_table_3_comes_out_again(tmp_path):
     try:
         data.find("caltech101")
     except FileNotFoundError:
-        pytest.skip("trains on the photographs of Caltech-101, which do not come with the repository and are not on disk")
+        pytest.skip(
+            "trains on the photographs of Caltech-101, which do not come with the repository and are not on disk"
+        )
     row = evidence.choose(runs, ["method", "epsilon"]).sort_values("seed").iloc[0]
     cells = grids.methods_grid("laptop", dataset="caltech101", methods=["dp-sgd"], eps=8, seeds=[int(row["seed"])])
     (spec,) = (c.spec for c in cells if c.spec.learning_rate == pytest.approx(row["learning_rate"]))
