@@ -136,16 +136,17 @@ SETS: dict[str, Set] = {
 def distances(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
     """Table 7, of the views of 1,000 images."""
     there = grids.with_public(["self-aug", "self-aug+jitter", "mix-self", "mix-diff"], dataset)
-    p = grids.preset("laptop", dataset)
-    asked: dict[str, Any] = {"encoders": p.models, "image_size": p.image_size, "seeds": seeds, "compute": compute}
-    return grids_fid.fid_of_methods(there, dataset=dataset, examples=1000, **asked)
+    return grids_fid.fid_of_methods(there, examples=1000, **under_the_encoder(dataset, seeds, compute))
 
 
 def sets(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
     """Table 8."""
+    return grids_fid.fid_of_sets(**under_the_encoder(dataset, seeds, compute))
+
+
+def under_the_encoder(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> dict[str, Any]:
     p = grids.preset("laptop", dataset)
-    asked: dict[str, Any] = {"encoders": p.models, "image_size": p.image_size, "seeds": seeds, "compute": compute}
-    return grids_fid.fid_of_sets(dataset=dataset, **asked)
+    return dict(dataset=dataset, encoders=p.models, image_size=p.image_size, seeds=seeds, compute=compute)
 
 
 def gradients(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
@@ -158,7 +159,7 @@ def gradients(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.D
 
 
 def times(dataset: str, seeds: Sequence[int], compute: ComputeFlags) -> pd.DataFrame:
-    """Table 13, fresh views and stored ones; a "seed" is a repeat."""
+    """Table 13, views drawn and encoded at every step; a "seed" is a repeat."""
     names = grids.with_public(["self-aug", "mix-self", "mix-diff"], dataset)
     cells = grids.changed_cells(methods(dataset, names, 1, [0]), None, redraw=True)
     runs = {m: [next(c.spec for c in cells if c.labels["method"] == m)] for m in names}
