@@ -100,8 +100,9 @@ verdicts.page(report.Sources(*whole, scale), pairs, cells=("model",), value="dev
 # Two readings are ours. The paper speaks of *magnitude* and shows a histogram around zero; we take the signed average. And it does not say whether its deviation is that
 # of one epoch or of all; we give both.
 #
-# A narrower gradient is what a mixture is bound to give, whatever it does for accuracy: mixed targets are less far from the prediction, and averaging more views cancels more.
-# The figure is consistent with the paper's explanation. It does not single it out.
+# Mixed targets are less far from the prediction, and averaging more views cancels more of what differs between them: a mixture may narrow the gradient for reasons of
+# its own, whatever it does for accuracy. A narrower gradient would be consistent with the paper's explanation and would not single it out; where the verdicts above find
+# none, there is nothing to explain.
 #
 # ## Run it again
 #

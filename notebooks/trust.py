@@ -102,14 +102,6 @@ table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off th
 # private, but it is another algorithm, {glue:text}`trust_off` clip norms away on six ordinary images. Only the oracle tells.
 #
 # A small movement proves nothing by itself: a step that ignores its data has none. So the tests also require that the bound is *reached*.
-#
-# ## What can an attacker make of one step?
-#
-# Now with noise. A *gradient canary* {cite:p}`Nasr-2023` is the example that the attacker would like to detect. The attacker knows everything that the proof gives away, that is
-# all other examples, the weights and the draws of the views, and sees one noisy sum; it takes off what it knows and projects the rest on the direction in which the canary pulls. From
-# {glue:text}`trust_releases` releases with the canary and as many without come two lower bounds on $\varepsilon$ at 95 % confidence. Clopper-Pearson counts errors and
-# supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`Dong-2022`, which is how the mechanism is made, and gets much
-# more out of the same counts. The claim is the $\varepsilon$ of the Gaussian mechanism that the step says it is. **A lower bound above the claim is a bug**, at that confidence.
 
 # %% [markdown]
 # A GPU rounds otherwise, and some of its fast modes undo a clip. `benchmarks/gpu.sh` measured there what one example contributes under every global flag of PyTorch that changes
@@ -119,20 +111,31 @@ table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off th
 gpu = report.benchmark("gpu-checks")
 guarded = pd.DataFrame(gpu["contribution / C"]).max()
 beside = pd.Series(gpu["heads unguarded / C (control)"])
-table = pd.DataFrame({"at most (C)": guarded, "heads without the guard (C)": beside})
-table.style.format("{:.6f}")
+by_flag = pd.DataFrame({"at most (C)": guarded, "heads without the guard (C)": beside})
+by_flag.style.format("{:.6f}")
 
 # %% tags=["hide-input"]
 others = gpu["norms with other bits"]
-encoded = gpu["features with other bits"].values()
+encoded = gpu["features with other bits"]
+encoders = {name.split()[0] for name in encoded}
 Markdown(
     f"*{gpu['about']['device']}, torch {gpu['about']['versions']['torch']}, commit {gpu['about']['commit'][:9]}.* "
-    f"Of {counted(sum(e['asked'] for e in encoded), 'feature')} of {len(encoded)} encoders {sum(e['other bits'] for e in encoded)} depended on what stood beside the image. "
+    f"Features, {', '.join(sorted(encoders))}, in float32 and bfloat16: {sum(e['other bits'] for e in encoded.values())} of "
+    f"{sum(e['asked'] for e in encoded.values())} depended on what stood beside the image. "
     f"With batches padded to one size, the norms of the other examples kept every bit for heads ({others['heads']} changed) and the engine of the default, `grouped` "
     f"({others['grouped']} and {others['grouped bfloat16']}; without padding {others['grouped without padding']} and {others['grouped bfloat16 without padding']}). "
     f"The slow engine `loop` in float32 is not even equal to itself when run twice there ({others['loop run twice']} norms differ in their last bits): its convolutions sum in "
     f"no fixed order. A newcomer moved its sum by {gpu['moved by a newcomer / C']['loop']:.7f} C, within the promised C (1 + 1e-5)."
 )
+
+# %% [markdown]
+# ## What can an attacker make of one step?
+#
+# Now with noise. A *gradient canary* {cite:p}`Nasr-2023` is the example that the attacker would like to detect. The attacker knows everything that the proof gives away, that is
+# all other examples, the weights and the draws of the views, and sees one noisy sum; it takes off what it knows and projects the rest on the direction in which the canary pulls. From
+# {glue:text}`trust_releases` releases with the canary and as many without come two lower bounds on $\varepsilon$ at 95 % confidence. Clopper-Pearson counts errors and
+# supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`Dong-2022`, which is how the mechanism is made, and gets much
+# more out of the same counts. The claim is the $\varepsilon$ of the Gaussian mechanism that the step says it is. **A lower bound above the claim is a bug**, at that confidence.
 
 # %% tags=["hide-input"]
 rows = []
