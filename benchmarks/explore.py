@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpmix.companion import explore
+from dpmix.companion import budgets, explore
 from dpmix.core import views
 
 GOAL = 0.2
@@ -48,7 +48,7 @@ def changes() -> dict[str, tuple[Callable[..., str], dict[str, Any], str, Sequen
             "alpha": [0.1 * i for i in some], "mix": views.MIXES, "transform": ["crop-flip+jitter", "crop-flip+all", "none"],
             "seed": some,
         }),
-        explore.budget: (BUDGET, {
+        budgets.budget: (BUDGET, {
             "n": [21_600 + 100 * i for i in some], "batch_size": [500 + 7 * i for i in some], "epochs": [1.0 + i for i in some],
             "epsilon": [0.3 * i for i in some], "delta": [1e-6 * i for i in range(1, 20)],
             "accountant": ["prv", "pld", "rdp"], "clip_norm": [0.1 * i for i in some], "parameters": [1000 * i for i in some],

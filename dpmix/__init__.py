@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from dpmix.core.views import METHODS, Recipe, make_views
     from dpmix.images.data import load
     from dpmix.models.encoders import encoder
-    from dpmix.runs.check import check
+    from dpmix.own.check import check
+    from dpmix.own.train import train
     from dpmix.runs.predict import predict
     from dpmix.runs.release import release
     from dpmix.runs.run import run, run_all
     from dpmix.runs.spec import ComputeFlags, RunSpec
-    from dpmix.runs.train import train
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ _HOME = {
     "run": "runs.run",
     "run_all": "runs.run",
     "release": "runs.release",
-    "check": "runs.check",
-    "train": "runs.train",
+    "check": "own.check",
+    "train": "own.train",
     "predict": "runs.predict",
     "Recipe": "core.views",
     "METHODS": "core.views",

@@ -16,10 +16,10 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of `check` and `train` are the fields of `runs.settings.Settings`."""
+    """Options of `check` and `train` are the fields of `own.settings.Settings`."""
     from dataclasses import fields
 
-    from dpmix.runs.settings import Settings
+    from dpmix.own.settings import Settings
 
     whole = argparse.ArgumentParser(prog="python -m dpmix", description=__doc__)
     kinds = whole.add_subparsers(dest="command", required=True)
@@ -68,8 +68,8 @@ def _predict(release: str, images: list[str], weights: str | None) -> None:
 
 
 def _card(release: str) -> None:
+    from dpmix.own.report import card_text
     from dpmix.runs.predict import read_card
-    from dpmix.runs.report import card_text
 
     print(card_text(read_card(Path(release).expanduser())))
 

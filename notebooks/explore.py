@@ -32,7 +32,7 @@ seed = 0
 import ipywidgets as w
 from IPython.display import HTML, display
 
-from dpmix.companion import explore, paper, report
+from dpmix.companion import budgets, explore, paper, report
 from dpmix.core import accounting, transforms, views
 from dpmix.images import data
 
@@ -104,7 +104,11 @@ display(HTML(NAMES))
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 example_controls = {
     "dataset": w.Combobox(
-        options=["digits", *data.KNOWN, "folder:"], value=dataset, description="data set", continuous_update=False
+        options=["digits", *data.KNOWN],
+        value=dataset,
+        description="data set",
+        placeholder="a name, or folder:PATH",
+        continuous_update=False,
     ),
     "index": w.BoundedIntText(min=0, max=10**7, value=index, description="example"),
     "k_base": number("K base", 0, 24, 8),
@@ -140,7 +144,7 @@ budget_controls = {
     "parameters": slider("D′", [(f"{p:,}", p) for p in (650, 5_130, 12_810, 131_841, 2_750_000)], 5_130),
     "k": number("K", 2, 40, 16),
 }
-live(explore.budget, budget_controls, {"epsilon": 8.0}, {"batch_size": 4096, "epochs": 200}, {"accountant": "pld"})
+live(budgets.budget, budget_controls, {"epsilon": 8.0}, {"batch_size": 4096, "epochs": 200}, {"accountant": "pld"})
 
 # %% [markdown]
 # Try this: larger batches at the same number of epochs need more noise, but less of it is left on the mean. δ above 1/N is refused.

@@ -45,7 +45,7 @@ from dpmix.companion import examples
 from dpmix.core import files
 from dpmix.core.checks import counted
 from dpmix.images import data
-from dpmix.runs.report import card_text
+from dpmix.own.report import card_text
 
 practice = folder is None  # then all that is made here is removed at the end
 if practice:

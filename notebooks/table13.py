@@ -131,6 +131,36 @@ Markdown(
 )
 
 # %% [markdown]
+# ## Encoding once
+#
+# {doc}`Views that are stored </one_pass>` are drawn and encoded once, by an inference engine. Images a second of EfficientNet-Lite0, by side of the input in pixels, as
+# `python benchmarks/encoding.py` measured them:
+
+# %% tags=["hide-input"]
+once = report.benchmark("encoding")
+named = {name.removeprefix("a view, ").split(" px, "): s for name, s in once["seconds"].items() if " px, " in name}
+rates = pd.Series({(int(size), engine): 1 / clock for (size, engine), (clock, _) in named.items()})
+rates.unstack().rename_axis(index="pixels", columns=None).map(lambda v: "–" if pd.isna(v) else f"{v:,.0f}")
+
+# %% [markdown]
+# Ratios of times on the same machine, beside what was aimed at, and what encoding CIFAR-10 for five methods and training a grid of heads on it would take, reckoned from these rates:
+
+# %% tags=["hide-input"]
+pd.DataFrame({"measured": {name: f"{clock:.2f}" for name, (clock, _) in once["ratios"].items()}})
+
+# %% tags=["hide-input"]
+kept = report.benchmark("choices")
+Markdown(
+    f"*Medians of one run: {once['date'][:10]}, commit {once['commit'][:7]}, {once['machine']}, {counted(once['threads'], 'thread')}, torch {once['torch']}, load at the start "
+    f"{once['load at the start']:.1f}.*\n\nWhat these choices do to accuracy (`python benchmarks/choices.py`), in points, with the interval of 95 % over the seeds:\n\n"
+    + "\n".join(
+        f"- {of['what']}: {of['difference']:+.2f} [{of['interval_95'][0]:+.2f}, {of['interval_95'][1]:+.2f}], {counted(of['seeds'], 'seed')}, "
+        f"mean over {counted(of['cells'], 'run')} of each"
+        for of in kept.values()
+    )
+)
+
+# %% [markdown]
 # ## The gradient by itself
 #
 # Two benchmarks leave everything else out. Their figures came with the repository; `python benchmarks/heads.py` and `python benchmarks/network.py` take them anew.

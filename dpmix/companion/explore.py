@@ -1,15 +1,12 @@
-"""What the knobs of notebooks/explore answer: an example's views, a budget, one step, the results that are here.
+"""What the knobs of notebooks/explore answer: an example's views, one step, the results that are here.
 
 Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views and
-steps are those of `core`. Epsilons are the accountants' own on coarser grids (`spent`), so that every change answers at once.
+steps are those of `core`. What a budget comes to stands in `budgets`.
 """
 
 import base64
 import html
 import io
-import math
-import warnings
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,24 +15,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from dp_accounting import dp_event
-from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from opacus.accountants import PRVAccountant, RDPAccountant
 from PIL import Image, ImageOps
 from scipy import stats
 from torch import Tensor
 
-from dpmix import audit, models
+from dpmix import models
 from dpmix.companion import evidence, report
-from dpmix.core import accounting, checks, rng, views
+from dpmix.core import checks, rng, views
 from dpmix.core.checks import counted
 from dpmix.core.transforms import as_float
 from dpmix.images import data
 
 SIDE = 48  # pixels to which photographs are cut for looking at
-MOST = 100.0  # no guarantee is left above it
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito: told apart without red and green
 
 
@@ -114,8 +107,17 @@ def label_of(target: Tensor, class_names: Sequence[str]) -> str:
 
 
 def example_views(
-    *, dataset: str, index: int, k_base: int, k_self: int, k_diff: int, alpha: float, mix: str, transform: str, seed: int
-) -> str:  # fmt: skip
+    *,
+    dataset: str,
+    index: int,
+    k_base: int,
+    k_self: int,
+    k_diff: int,
+    alpha: float,
+    mix: str,
+    transform: str,
+    seed: int,
+) -> str:
     """All views that stand for one example in a step, with labels and weights; mixtures with their parents."""
     one, ids, pool = _example(dataset.strip(), index), torch.tensor([index]), k_base + k_diff
     recipe = views.Recipe(k_base, k_self, k_diff, mix, alpha, transform).for_data(one.flip)
@@ -144,83 +146,6 @@ def example_views(
         + _block(counted(k_diff, "public image"), views_of[k_base:pool])
         + _block(f"{counted(k_self, 'mixture')}: {mix}, each with its two parents", views_of[pool:])
     )
-
-
-# A budget.
-
-
-@lru_cache(maxsize=4096)
-def spent(sigma: float, delta: float, q: float, steps: int, accountant: str, neighbours: str = "join") -> float:
-    """`accounting.epsilon_spent` by the same libraries in milliseconds: an upper bound too, at most 3 % above it."""
-    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
-        warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
-        if accountant == "rdp":
-            rdp, orders = RDPAccountant(), accounting.RDP_ORDERS
-            rdp.history = [(sigma, q, steps)]
-            by = lru_cache(lambda i: rdp.get_epsilon(delta, alphas=[orders[i]]))
-            # Over the orders it falls and then rises: bisection finds the least.
-            return max(0.0, by(bisect_left(range(len(orders) - 1), True, key=lambda i: not by(i) > by(i + 1))))
-        rough = spent(sigma, delta, q, steps, "rdp")
-        if accountant == "prv":
-            prv = PRVAccountant()
-            prv.history = [(sigma, q, steps)]
-            return float(prv.get_epsilon(delta, eps_error=max(0.003, rough / 150)))
-        pld = PLDAccountant(accounting.NEIGHBOURS[neighbours], max(1e-4, (0.003 * rough / steps) ** 0.5))
-        event = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma))
-        return float(pld.compose(event, steps).get_epsilon(delta))
-
-
-def calibrated(epsilon: float, delta: float, q: float, steps: int, accountant: str) -> float:
-    """`accounting.noise_multiplier` to 1 %, by `spent`. ValueError for an epsilon that is out of reach."""
-    (least, most), (left, right) = accounting.EPSILON_RANGE, map(math.log, accounting.SIGMA_RANGE)
-    checks.require(least <= epsilon <= most, "epsilon", epsilon, f"must lie between {least:g} and {most:g}")
-
-    def excess(x: float, by: str) -> float:  # nearly a line, where it is not cut
-        return math.log(min(max(spent(math.exp(x), delta, q, steps, by) / epsilon, 0.05), 400.0))
-
-    # A guess from the central limit; then secants, by each accountant from where the one before ended, at last bisection.
-    mu = (2 * (math.log(1 / delta) + epsilon)) ** 0.5 - (2 * math.log(1 / delta)) ** 0.5
-    x, order = min(max(-0.5 * math.log(math.log1p(mu * mu / (q * q * steps))), left), right), ("rdp", "pld", "prv")
-    for by in order[: order.index(accountant) + 1]:
-        low, high, y, slope, within = left, right, excess(x, by), -1.3, 1e-4 if by == "rdp" else 5e-3
-        for tries in range(30):
-            low, high = (x, high) if y > 0 else (low, x)
-            to = min(max(x - y / slope, low), high) if tries < 6 else (low + high) / 2
-            if abs(y) < within or to == x:
-                break
-            at = excess(to, by)
-            slope, x, y = min((at - y) / (to - x), -0.5), to, at
-        out = f"out of reach at q={q:.3g}, T={steps}, delta={delta:g}; take fewer steps, a smaller batch or a larger epsilon"
-        checks.require(abs(y) < 1e-2 or x == left, "epsilon", epsilon, out)
-    return math.exp(x)
-
-
-def budget(
-    *, n: int, batch_size: int, epochs: float, epsilon: float, delta: float, accountant: str, clip_norm: float,
-    parameters: int, k: int,
-) -> str:  # fmt: skip
-    """What a budget comes to: q, T, sigma, noise beside signal, the accountants' epsilons, and those of three mistakes.
-
-    The mistakes take the sigma of the budget: pairs clipped as one with the noise of single examples (`core.microbatch`), k
-    views clipped one by one, which move the sum by kC, and shuffled batches, for which an attack proves a lower bound.
-    """
-    steps, q = accounting.steps_for(n=n, batch_size=batch_size, epochs=epochs), batch_size / n
-    checks.require(0 < delta < 1 / n, "delta", delta, f"must be below 1/N = {1 / n:.2g}")
-    sigma = calibrated(epsilon, delta, q, steps, accountant)
-    noise = sigma * clip_norm * parameters**0.5 / batch_size
-    facts = f"q = B/N = {q:.4g}, T = {steps:,}, <b>σ = {sigma:.3g}</b>. A mean gradient's noise has length σC√D′/B = "
-    facts += f"{noise:.3g}, {noise / clip_norm:.2g} times the C = {clip_norm:g} that one example may have."
-    values = {f"ε of this run by {a.upper()}": spent(sigma, delta, q, steps, a) for a in accounting.ACCOUNTANTS}
-    values["mistake: pairs clipped as one, noise for one"] = spent(sigma, delta, q, steps, "pld", "change")
-    values[f"mistake: each of {counted(k, 'view')} clipped by itself"] = spent(sigma / k, delta, q, steps, "pld")
-    values["mistake: shuffled batches, at least"] = audit.shuffled_epsilon(
-        noise_multiplier=sigma, batches=max(1, round(1 / q)), epochs=max(1, int(epochs)), delta=delta
-    )
-    shown = np.log10(pd.DataFrame({"ε": values}).clip(0.011, MOST)).style
-    shown = shown.format(lambda v: f"{10**v:.3g}" if v < np.log10(MOST) else f"over {MOST:g}")
-    shown = shown.bar(color="#9ecae1", align="left", vmin=-2, vmax=np.log10(MOST))
-    looks = [{"selector": "*", "props": "text-align:left;white-space:normal"}]
-    return f"<p>{facts}</p>{shown.set_properties(width='11em', color='black').set_table_styles(looks).to_html()}"
 
 
 # One step.
@@ -277,6 +202,8 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
         right.add_patch(Circle(path[end], scale, fill=False, color=colour, ls="-" if name == "with" else "--"))
     right.legend(title=f"example {without}")
     far = 1.1 * max(clip_norm, np.abs(flat).max())
+    for ax in (left, right):
+        ax.set(xlabel="along the first public direction", ylabel="along the second")
     left.set(title="Averaged (faint), clipped to the circle C", xlim=(-far, far), ylim=(-far, far), aspect="equal")
     right.set(title="Summed, and 60 noisy sums; circles σC", aspect="equal", adjustable="datalim")
     moved = min(clip_norm, float(norms[without - 1]))

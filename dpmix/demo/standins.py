@@ -7,6 +7,7 @@ an encoder after it was made; it gives no privacy and takes no part in any exper
 
 import datetime
 import hashlib
+import importlib.metadata
 import io
 import json
 import platform
@@ -24,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch import Tensor
 
-from dpmix import __version__, models
+from dpmix import models
 from dpmix.core import files
 from dpmix.core.checks import counted, require, whole
 from dpmix.demo import generator, glyphs, pretraining
@@ -170,7 +171,7 @@ def _about(
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {
-            "dpmix": __version__,
+            "dpmix": importlib.metadata.version("dpmix"),
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, np, diffusers, matplotlib, sklearn)},
         },

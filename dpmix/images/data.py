@@ -101,6 +101,7 @@ def find(name: str, root: PathLike = ROOT, *, download: bool = False) -> Listing
     as `load`, but for what only decoding can tell."""
     root = Path(root).expanduser()
     if name.startswith("folder:"):
+        require(name != "folder:", "dataset", name, "names no folder; write folder:PATH")
         return list_folder(Path(name.removeprefix("folder:")).expanduser())
     one_of("dataset", name, NAMES)
     if name == "digits":

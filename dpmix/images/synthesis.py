@@ -55,50 +55,59 @@ def generate(
 ) -> Path:
     """Pictures of class names by a text-to-image pipeline, as an image folder: `folder`/CLASS/00000.png, ...
 
-    Args: pipeline: a pipeline of diffusers, or the name or folder of one on disk (nothing is downloaded; `revision` picks one
-    of several). The pipeline must be public: never fine-tuned on the private images. n_per_class: None makes as many images
-    as the training set `like` has, as the paper does, rounded up per class. Only its size counts: following the private
-    images of each class instead would spend privacy. prompt: text with one {} for the class name as words (`words`).
-    guidance_scale: 1 is without guidance, as in the paper. steps: denoising steps. height, width: pixels; the pipeline's own
-    by default. dtype: what to compute in, such as torch.bfloat16; as it is by default.
+    Image i of a class starts from the noise of `(seed, "image", class name, i)`; manifest.json says how all were made. A call
+    that was cut short goes on where it stopped, with the very images that it would have made. What the pipeline's safety
+    checker has blackened, or what is not finite or of one colour, is drawn again with another key (`attempt` is added to it);
+    the manifest lists it, and a warning counts it. Returns `folder`.
 
-    Image i of a class starts from the noise of `(seed, "image", class name, i)`. `manifest.json` says how all were made. A
-    call that was cut short goes on where it stopped, with the very images that it would have made: batches lie at fixed
-    places and a batch with an image missing is made again. Returns `folder`.
+    Args:
+        pipeline: of diffusers, or the name or folder of one on disk. It must be public: never fine-tuned on private images.
+        n_per_class: None makes as many as the training set `like` has, as the paper does, rounded up per class. Only its size
+            counts: following the private images of each class instead would spend privacy.
+        prompt: text with one {} for the class name as `words`.
+        guidance_scale: 1 is without guidance, as in the paper.
+        steps: of denoising.
+        height, width: pixels; the pipeline's own by default.
+        revision: one of several that are on disk; nothing is downloaded.
+        dtype: what to compute in, such as torch.bfloat16; as it is by default.
 
     Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there is
-    no such pipeline on disk; RuntimeError if an image fails eight times. What the pipeline's safety checker has blackened, or
-    what is not finite or of one colour, is drawn again with `(seed, "image", class name, i, attempt)`; the manifest lists it,
-    and a warning counts it.
+    no such pipeline on disk; RuntimeError if an image fails eight times.
     """
     class_names = tuple(class_names)
-    places = [folder_name(name) for name in class_names]
-    require(len(set(places)) == len(places) > 0, "class_names", class_names, "must differ, also as names of folders")
-    require(prompt.count("{}") == 1, "prompt", prompt, "must hold one {} for the class name")
-    if n_per_class is None:
-        said = "give a number, or like=splits.train for as many as the training set has"
-        require(like is not None, "n_per_class", None, said)
-        n_per_class = -(-len(like or ()) // len(class_names))
-    for name, value in dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size).items():
-        whole(name, value, 1)
-    positive("guidance_scale", guidance_scale, "; 1 is without guidance")
+    asked: dict[str, Any] = dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size)
+    asked = _checked(class_names, prompt, asked | dict(seed=seed, guidance_scale=guidance_scale), like)
     folder, pipe = Path(folder), _pipeline(pipeline, revision).to(device)
     pipe = pipe if dtype is None else pipe.to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    asked = dict(n_per_class=n_per_class, seed=seed, guidance_scale=guidance_scale, steps=steps, batch_size=batch_size)
     manifest: dict[str, Any] = {"pipeline": pipeline if isinstance(pipeline, str) else type(pipe).__name__}
     manifest |= {"revision": revision, "prompt": prompt}
     manifest["prompts"] = {name: prompt.format(words(name)) for name in class_names}
     manifest["size"] = {k: v for k, v in dict(height=height, width=width).items() if v is not None}
     manifest |= asked | _made_with(pipe, device)
     again = _claim(folder, manifest)
-    wanted = [(c, i) for c in class_names for i in range(n_per_class)]
+    wanted = [(c, i) for c in class_names for i in range(asked["n_per_class"])]
     for first in tqdm(range(0, len(wanted), batch_size), desc="generate", unit="batch", disable=not progress):
         _make(pipe, wanted[first : first + batch_size], folder, manifest, again)
     if again:
         told = f"drawn again with another key: {counted(len(again), 'image')} blackened by the safety checker or not finite"
         warnings.warn(f"{told}, such as {next(iter(again))}; manifest.json lists them", stacklevel=2)
     return folder
+
+
+def _checked(class_names: tuple[str, ...], prompt: str, asked: dict[str, Any], like: ImageSet | None) -> dict[str, Any]:
+    """The numbers asked for, with that of images a class; ValueError for what cannot be."""
+    places = [folder_name(name) for name in class_names]
+    require(len(set(places)) == len(places) > 0, "class_names", class_names, "must differ, also as names of folders")
+    require(prompt.count("{}") == 1, "prompt", prompt, "must hold one {} for the class name")
+    if asked["n_per_class"] is None:
+        said = "give a number, or like=splits.train for as many as the training set has"
+        require(like is not None, "n_per_class", None, said)
+        asked = asked | {"n_per_class": -(-len(like or ()) // len(class_names))}
+    for name in ("n_per_class", "steps", "batch_size"):
+        whole(name, asked[name], 1)
+    positive("guidance_scale", asked["guidance_scale"], "; 1 is without guidance")
+    return asked
 
 
 def _make(pipe: Any, batch: list[tuple[str, int]], folder: Path, manifest: dict, again: dict[str, int]) -> None:

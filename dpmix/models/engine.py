@@ -209,9 +209,9 @@ def _queue(frozen: Frozen, example: Tensor, dtype: torch.dtype) -> Any:
         model = front.convert(front.load(decoder))
     model.reshape({model.inputs[0]: list(example.shape)})
     threads = torch.get_num_threads()
-    compiled = _openvino().compile_model(model, "CPU", {
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "THROUGHPUT",
-        "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)})  # fmt: skip
+    how = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)}
+    how["INFERENCE_PRECISION_HINT"] = "bf16" if dtype == torch.bfloat16 else "f32"
+    compiled = _openvino().compile_model(model, "CPU", how)
     queue = openvino.AsyncInferQueue(compiled, 2 * threads)
 
     def keep(request: Any, about: tuple[list[Any], int, Any]) -> None:

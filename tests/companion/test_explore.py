@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dpmix import audit
-from dpmix.companion import evidence, explore
+from dpmix.companion import budgets, evidence, explore
 from dpmix.core import accounting, clipping, microbatch, views
 from dpmix.images import data
 
@@ -61,13 +61,13 @@ def test_every_view_is_there_with_parents_share_label_and_weight(mix):
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
 @pytest.mark.parametrize("q, steps, epsilon", [(0.02, 500, 1.0), (0.089, 45, 8.0), (0.0009, 2_000, 1.0)])
 def test_budgets_are_those_of_the_accountants(accountant, q, steps, epsilon):
-    sigma = explore.calibrated(epsilon, 1e-5, q, steps, accountant)
+    sigma = budgets.calibrated(epsilon, 1e-5, q, steps, accountant)
     right = accounting.noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=q, steps=steps, accountant=accountant)
     assert sigma == pytest.approx(right, rel=0.01)
     exact = accounting.epsilon_spent(
         noise_multiplier=sigma, delta=1e-5, sample_rate=q, steps=steps, accountant=accountant
     )
-    assert explore.spent(sigma, 1e-5, q, steps, accountant) == pytest.approx(
+    assert budgets.spent(sigma, 1e-5, q, steps, accountant) == pytest.approx(
         exact, rel=1e-12 if accountant == "rdp" else 0.02
     )
 
@@ -76,15 +76,15 @@ def test_budgets_are_those_of_the_accountants(accountant, q, steps, epsilon):
 def test_the_order_that_bisection_finds_is_the_best_of_all(sigma):
     for q, steps, delta in ((0.01, 1, 1e-3), (0.02, 350, 1e-5), (0.3, 3_000, 1e-8), (1.0, 50, 1e-5)):
         of_all = accounting.epsilon_spent(noise_multiplier=sigma, delta=delta, sample_rate=q, steps=steps)
-        assert explore.spent(sigma, delta, q, steps, "rdp") == pytest.approx(of_all, rel=1e-9)
+        assert budgets.spent(sigma, delta, q, steps, "rdp") == pytest.approx(of_all, rel=1e-9)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 50.0])
 def test_a_noise_multiplier_is_where_the_budget_is_just_spent(epsilon):
     for q, steps in ((1 / 800, 7_812), (0.0009, 40), (0.08, 2_442), (1.0, 200)):
         for delta in (1e-3, 1e-8):
-            sigma = explore.calibrated(epsilon, delta, q, steps, "rdp")
-            spent = explore.spent(sigma, delta, q, steps, "rdp")
+            sigma = budgets.calibrated(epsilon, delta, q, steps, "rdp")
+            spent = budgets.spent(sigma, delta, q, steps, "rdp")
             assert spent == pytest.approx(epsilon, rel=2e-3) or (sigma == pytest.approx(0.2) and spent < epsilon)
 
 
@@ -94,22 +94,22 @@ def said_of(shown: str) -> dict[str, str]:
 
 
 def test_a_budget_shows_its_noise_and_what_mistakes_cost():
-    shown = explore.answer(explore.budget, **BUDGET | {"k": 2, "clip_norm": 0.5})
+    shown = explore.answer(budgets.budget, **BUDGET | {"k": 2, "clip_norm": 0.5})
     about = {"delta": 1e-5, "sample_rate": 0.02, "steps": 500}
-    sigma = explore.calibrated(1.0, *about.values(), "rdp")
+    sigma = budgets.calibrated(1.0, *about.values(), "rdp")
     assert sigma == pytest.approx(accounting.noise_multiplier(epsilon=1.0, **about), rel=2e-4)
     assert "q = B/N = 0.02, T = 500" in shown and f"σ = {sigma:.3g}" in shown
     assert f"= {sigma * 0.5 * 5_130**0.5 / 1000:.3g}, {sigma * 5_130**0.5 / 1000:.2g} times the C = 0.5" in shown
     values = said_of(shown)
     assert list(values)[:3] == [f"ε of this run by {a}" for a in ("RDP", "PRV", "PLD")] and len(values) == 6
     twice = accounting.epsilon_spent(noise_multiplier=sigma / 2, accountant="pld", **about)
-    assert float(values["mistake: each of 2 views clipped by itself"]) == pytest.approx(twice, rel=0.02)
+    assert float(values["mistake: each of 2 views clipped by itself (PLD)"]) == pytest.approx(twice, rel=0.02)
     pairs = microbatch.epsilon_spent(2, deviation=sigma, **about)
-    assert float(values["mistake: pairs clipped as one, noise for one"]) == pytest.approx(pairs, rel=0.02)
+    assert float(values["mistake: pairs clipped as one, noise for one (PLD)"]) == pytest.approx(pairs, rel=0.02)
     attack = audit.shuffled_epsilon(noise_multiplier=sigma, batches=50, epochs=10, delta=1e-5)
-    assert float(values["mistake: shuffled batches, at least"]) == pytest.approx(attack, rel=0.02)
+    assert float(values["mistake: shuffled batches, at least (an attack)"]) == pytest.approx(attack, rel=0.02)
     assert all(float(v) > 1.5 for name, v in values.items() if name.startswith("mistake"))
-    assert said_of(explore.budget(**BUDGET | {"k": 36}))["mistake: each of 36 views clipped by itself"] == "over 100"
+    assert said_of(budgets.budget(**BUDGET | {"k": 36}))["mistake: each of 36 views clipped by itself (PLD)"] == "over 100"
 
 
 # One step.
@@ -188,10 +188,10 @@ BAD = {
     "no such example": (explore.example_views, EXAMPLE | {"index": 1437}, "index=1437: must lie in 0..1436"),
     "no such data": (explore.example_views, EXAMPLE | {"dataset": "cifar"}, "dataset='cifar': unknown; did you mean"),
     "no such folder": (explore.example_views, EXAMPLE | {"dataset": "folder:/nowhere/at all"}, "nowhere"),
-    "a delta of 1/N": (explore.budget, BUDGET | {"delta": 1 / 50_000}, "delta=2e-05: must be below 1/N = 2e-05"),
-    "an epsilon above all": (explore.budget, BUDGET | {"epsilon": 60.0}, "epsilon=60.0: must lie between 0.001 and 50"),
-    "out of reach": (explore.budget, BUDGET | dict(epsilon=0.001, n=9, batch_size=9, epochs=1e9), "out of reach at q=1"),
-    "a batch above N": (explore.budget, BUDGET | {"n": 500}, "batch_size=1000"),
+    "a delta of 1/N": (budgets.budget, BUDGET | {"delta": 1 / 50_000}, "delta=2e-05: must be below 1/N = 2e-05"),
+    "an epsilon above all": (budgets.budget, BUDGET | {"epsilon": 60.0}, "epsilon=60.0: must lie between 0.001 and 50"),
+    "out of reach": (budgets.budget, BUDGET | dict(epsilon=0.001, n=9, batch_size=9, epochs=1e9), "out of reach at q=1"),
+    "a batch above N": (budgets.budget, BUDGET | {"n": 500}, "batch_size=1000"),
     "no method": (explore.curves, {"dataset": "digits", "model": "nothing", "methods": ()}, "no runs of them"),
     "nobody left out": (explore.step, STEP | {"without": 9}, "without=9: must be one of the examples 1 to 8"),
 }  # fmt: skip
@@ -205,9 +205,9 @@ def test_bad_input_is_answered_in_a_line(name):
 
 
 def test_what_is_no_refusal_is_no_line():
-    assert not LINE.match(explore.answer(explore.budget, **BUDGET))
+    assert not LINE.match(explore.answer(budgets.budget, **BUDGET))
     with pytest.raises(TypeError):
-        explore.answer(explore.budget)
+        explore.answer(budgets.budget)
 
 
 # Image files.

@@ -12,8 +12,8 @@ from dpmix import ComputeFlags, RunSpec, release, run, run_all
 from dpmix.companion.report import privacy_table
 from dpmix.core import accounting, files, heads, microbatch, views
 from dpmix.models import encoders
+from dpmix.own.report import card_text
 from dpmix.runs.passes import LIBRARIES
-from dpmix.runs.report import card_text
 from dpmix.runs.result import frame
 from dpmix.runs.spec import no_meaningful_guarantee
 from dpmix.runs.store import Store

@@ -12,13 +12,13 @@ from typing import Any
 from dpmix.core import checks, files
 from dpmix.images import data
 from dpmix.images.image_cache import printable
-from dpmix.runs import report
+from dpmix.own import report
+from dpmix.own.settings import Plan, plan
 from dpmix.runs.identity import Contents, Identity
 from dpmix.runs.predict import predict, read_card
 from dpmix.runs.release import release
 from dpmix.runs.result import Result, choose_learning_rate, frame
 from dpmix.runs.run import run, run_all
-from dpmix.runs.settings import Plan, plan
 from dpmix.runs.spec import RunSpec, mechanism
 from dpmix.runs.store import Store
 

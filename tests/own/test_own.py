@@ -18,8 +18,8 @@ from dpmix.__main__ import main
 from dpmix.companion import paper
 from dpmix.core import accounting, rng, views
 from dpmix.images import data
-from dpmix.runs import report, settings
-from dpmix.runs import train as training
+from dpmix.own import report, settings
+from dpmix.own import train as training
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = dict(epochs=30, learning_rate=8, model="tiny-convnext", progress=False)

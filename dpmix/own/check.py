@@ -20,8 +20,8 @@ from dpmix.core.checks import counted
 from dpmix.images import data, layouts
 from dpmix.images.image_cache import Decoded, printable
 from dpmix.images.overlap import overlap
-from dpmix.runs.report import table
-from dpmix.runs.settings import Plan, plan
+from dpmix.own.report import table
+from dpmix.own.settings import Plan, plan
 from dpmix.runs.spec import Mechanism, mechanism, no_meaningful_guarantee
 
 MEASURED = 50

@@ -1,0 +1,1 @@
+"""Your own images: check, train, report. See book/own_images.md."""
