@@ -9,6 +9,7 @@ only what was under way is encoded again. A store comes from private data withou
 
 import copy
 import hashlib
+import mmap
 import os
 import shutil
 import time
@@ -60,15 +61,29 @@ class Block:
     def open(self) -> "Block":
         """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones."""
         if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
-            self.rows = np.memmap(self.path, np.uint8, "c", shape=self.shape)
+            self.map()
             lines = [line.split() for line in self.journal.read_text().splitlines()]
             recorded = {int(chunk): wanted for chunk, wanted in (line for line in lines if len(line) == 2)}
-            sums = {c: hashlib.sha256(self.rows[c * CHUNK : (c + 1) * CHUNK]).hexdigest() for c in recorded}
-            self.whole = {c for c, wanted in recorded.items() if sums[c] == wanted}
+            self.whole = {c for c, wanted in recorded.items() if self._checksum(c) == wanted}
             if damaged := sorted(recorded.keys() - self.whole):
                 said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
                 warnings.warn(f"{self.path}: {said}", stacklevel=2)
         return self
+
+    def map(self) -> None:
+        """Map the file; its rows are read where they lie."""
+        with self.path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        self.rows = np.frombuffer(self._pages, np.uint8).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Give back the memory of the rows that were read."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def _checksum(self, chunk: int) -> str:
+        found = hashlib.sha256(self.rows[chunk * CHUNK : (chunk + 1) * CHUNK]).hexdigest()
+        self.forget()
+        return found
 
     def allocate(self) -> None:
         """Take the room on the disk, so that it cannot run out later; nobody else may read the file."""
@@ -127,7 +142,7 @@ class StoredViews:
                 self._encode(made, todo)
                 lap(self.seconds, "encoder", tick)
                 for block in self.blocks:
-                    block.rows = np.memmap(block.path, np.uint8, "c", shape=block.shape)
+                    block.map()
 
     def _find_blocks(self, public: str) -> Iterator[Block]:
         """The blocks that hold the union: of those that are there the widest whole ones, and new ones."""
@@ -240,6 +255,7 @@ class StoredViews:
             targets[:, block.columns] = targets[:, block.columns].scatter_add(
                 2, classes.to(self.device), values.to(self.device)
             )
+            block.forget()
         lap(self.seconds, "store", tick)
         return scaled(features, self.scaling), targets
 

@@ -109,7 +109,9 @@ def test_a_budget_shows_its_noise_and_what_mistakes_cost():
     attack = audit.shuffled_epsilon(noise_multiplier=sigma, batches=50, epochs=10, delta=1e-5)
     assert float(values["mistake: shuffled batches, at least (an attack)"]) == pytest.approx(attack, rel=0.02)
     assert all(float(v) > 1.5 for name, v in values.items() if name.startswith("mistake"))
-    assert said_of(budgets.budget(**BUDGET | {"k": 36}))["mistake: each of 36 views clipped by itself (PLD)"] == "over 100"
+    assert (
+        said_of(budgets.budget(**BUDGET | {"k": 36}))["mistake: each of 36 views clipped by itself (PLD)"] == "over 100"
+    )
 
 
 # One step.

@@ -1,5 +1,6 @@
 """Views that are stored: the same head as from fresh ones, encoded once, resumed, refused; and who may read them."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,30 @@ def test_a_store_is_private_and_says_how_large_it_is_and_how_to_remove_it(data, 
     said = "".join(capsys.readouterr())
     assert f"GB in {source.folder}, for your eyes only; remove with rm -r {source.folder}" in said
     assert f"{N} examples x {source.union.views} views of 64 features" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_read_does_not_stay_in_memory(data, tmp_path, counted, monkeypatch):
+    """Whatever the size of the store, what a batch reads is its own rows and no more."""
+    encoder, _ = counted
+    store(encoder, data, tmp_path)  # encoded
+    source = store(encoder, data, tmp_path)  # checked
+
+    def resident() -> int:
+        maps = Path("/proc/self/smaps").read_text()
+        found = re.findall(rf"{re.escape(str(tmp_path))}/\S+\.views\n.*?Rss: +(\d+) kB", maps, re.DOTALL)
+        assert len(found) >= len(source.blocks)
+        return sum(map(int, found))
+
+    assert resident() == 0
+    for places in (torch.arange(N), torch.tensor([140, 3, 77])):
+        kept = source.batch(places, 0)[0].clone()
+        assert resident() == 0
+        assert torch.equal(source.batch(places, 1)[0], kept), "read again"
+    with monkeypatch.context() as patch:
+        patch.setattr(stored.Block, "forget", lambda block: None)
+        source.batch(torch.arange(N), 0)
+    assert resident() > 0, "the test can tell"
 
 
 def test_what_cannot_be_stored_is_one_line_before_any_work(data, tmp_path, counted, monkeypatch):
