@@ -95,10 +95,10 @@ display(HTML(NAMES))
 # ## The views of one example
 #
 # An example contributes $K = K_\text{base} + K_\text{self} + K_\text{diff}$ views. Their gradients are averaged, each with the weight that stands below it, and only then clipped
-# ({doc}`/views`). Two members of the pool (base views, and public images P1, P2, …) are the parents of a mixture; λ is the share of the first (of a CutMix, the label tells it). With $K_\text{self} > 0$ the pool
+# ({doc}`Views: Algorithm 1 </views>`). Two members of the pool (base views, and public images P1, P2, …) are the parents of a mixture; λ is the share of the first (of a CutMix, the label tells it). With $K_\text{self} > 0$ the pool
 # needs two members.
 #
-# Data set: a name or `folder:PATH`, with the folders of {doc}`/own_images`. Photographs are cut to small squares here. Their public images are the first few of each class; a run draws from all of
+# Data set: a name or `folder:PATH`, with the folders of {doc}`Your own images </own_images>`. Photographs are cut to small squares here. Their public images are the first few of each class; a run draws from all of
 # them.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -126,9 +126,9 @@ live(explore.example_views, example_controls, {"mix": "cutmix", "k_diff": 0}, {"
 #
 # ## What a budget comes to
 #
-# Each budget $(\varepsilon, \delta)$ asks for a noise multiplier σ ({doc}`/dp_sgd`). The noise on a mean gradient grows with the number of parameters $D'$, the gradient of an example never exceeds $C$.
-# Below are ε by the three accountants, and ε of a run that makes a mistake and adds the same noise: pairs of examples clipped as one ({doc}`/microbatches`), each view clipped by itself
-# ({doc}`/sensitivity`), or batches that were shuffled and not sampled, for which an attack proves the number ({doc}`trust`). Bars are logarithmic. The numbers come from the accountants on
+# Each budget $(\varepsilon, \delta)$ asks for a noise multiplier σ ({doc}`Differential privacy and DP-SGD </dp_sgd>`). The noise on a mean gradient grows with the number of parameters $D'$, the gradient of an example never exceeds $C$.
+# Below are ε by the three accountants, and ε of a run that makes a mistake and adds the same noise: pairs of examples clipped as one ({doc}`Why microbatches fail </microbatches>`), each view clipped by itself
+# ({doc}`Why the sensitivity stays C </sensitivity>`), or batches that were shuffled and not sampled, for which an attack proves the number ({doc}`Can you trust it? <trust>`). Bars are logarithmic. The numbers come from the accountants on
 # coarser grids than elsewhere in this book: within 3 %.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]

@@ -15,7 +15,7 @@
 #
 # Figure 1 of the paper {cite:p}`Bao-2023` draws the method as a diagram. This page shows the same with real pixels: one private example, and every view
 # that stands for it in one step of training. Each view gives a gradient; the gradients are averaged, the average is clipped, noise is added to the sum over the
-# batch ({doc}`/views`, {doc}`/sensitivity`). What you see is exactly what a run with this seed trains on.
+# batch ({doc}`Views: Algorithm 1 </views>`, {doc}`Why the sensitivity stays C </sensitivity>`). What you see is exactly what a run with this seed trains on.
 
 # %% tags=["parameters"]
 dataset = "digits"  # or any that is on disk: "cifar10", ..., "folder:PATH"
@@ -168,7 +168,7 @@ shown
 # draw their mixtures apart.*
 #
 # With two public images among eighteen members, most mixtures hold no public pixel, and now and then one is public in both halves: it then holds nothing of the
-# private example. Pure-DP-MixDiff, where all of them are so, is the subject of {doc}`table12`.
+# private example. Pure-DP-MixDiff, where all of them are so, is the subject of {doc}`Table 12: Pure-DP-MixDiff, and what it means <table12>`.
 
 # %% tags=["hide-input"]
 report.made_note(f"Example {index} of {report.label(dataset)}, seed {seed}, step {step}")

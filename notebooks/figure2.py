@@ -19,7 +19,7 @@
 #
 # ```{warning}
 # This page is a **non-private diagnostic**. It computes averages over private examples without noise. The digits here are public; a page like this
-# about data that are not must not leave the room ({doc}`/own_images`). Nothing on it is written to the store.
+# about data that are not must not leave the room ({doc}`Your own images </own_images>`). Nothing on it is written to the store.
 # ```
 
 # %% tags=["hide-input"]
@@ -89,7 +89,7 @@ report.tables(found, columns=("stage",), value="deviation", digits=2)
 # %% [markdown]
 # ## What holds, and what does not
 #
-# Ratios of the deviations over all of training, by seed; all rows of a table are one family ({doc}`/deviations` states the rule, here for logarithms).
+# Ratios of the deviations over all of training, by seed; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule, here for logarithms).
 
 # %% tags=["hide-input"]
 whole = [f[f["stage"] == "whole"] if len(f) else f for f in (found.published, found.real, found.made)]

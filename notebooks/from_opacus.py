@@ -136,7 +136,7 @@ glue("from_opacus_epsilon", f"{plain['ε']:.2f}", display=False)
 pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 
 # %% [markdown]
-# All three spend $\varepsilon$ = {glue:text}`from_opacus_epsilon` at the same δ: views cost no privacy. One run each, so the accuracies decide nothing; {doc}`table2` and {doc}`table3` compare the
+# All three spend $\varepsilon$ = {glue:text}`from_opacus_epsilon` at the same δ: views cost no privacy. One run each, so the accuracies decide nothing; {doc}`Table 2: training from scratch <table2>` and {doc}`Table 3: fine-tuning with differential privacy <table3>` compare the
 # methods over seeds. The random crops are drawn anew at every access. Digits have no mirror image, hence `transform="crop"`; for photographs leave it out. Pixels are
 # normalised after the views: `model(normalise(images))`.
 #
@@ -191,7 +191,7 @@ pd.DataFrame({"q": q, "steps": steps, "Opacus": plain["ε"], "core.accounting": 
 #
 # The shortcut is to put the $K$ views into the batch as $K$ rows and to leave everything else alone. It trains well and prints the same ε, and it is **not** private at that ε: each row is
 # clipped by itself, so one person moves the sum by up to $K$ clip norms, under noise for one. Opacus cannot see it
-# ([issue 461](https://github.com/meta-pytorch/opacus/issues/461), closed: each input is taken for another person). The audits of {doc}`trust` do. First the largest movement of Opacus' clipped sum when
+# ([issue 461](https://github.com/meta-pytorch/opacus/issues/461), closed: each input is taken for another person). The audits of {doc}`Can you trust it? <trust>` do. First the largest movement of Opacus' clipped sum when
 # one example joins, over data sets made to move it; then lower bounds on ε from an attack on {glue:text}`from_opacus_releases` noisy sums, noise included, all from Opacus' own optimizer.
 
 # %% tags=["hide-input"]
@@ -239,7 +239,7 @@ shown.rename_axis(None).style.format("{:.2f}", subset=["time of a step, × avera
 
 # %% [markdown]
 # *{glue:text}`from_opacus_model`; medians over {glue:text}`from_opacus_rounds` rounds in which all rows take turns.* Who is free to leave Opacus gets the same sum from
-# `core.clipping.clipped_gradient_sum` in less time, since the views of an example share one backward pass there ({doc}`table13`).
+# `core.clipping.clipped_gradient_sum` in less time, since the views of an example share one backward pass there ({doc}`Table 13: running time <table13>`).
 #
 # ## A head on a frozen encoder
 #
@@ -290,7 +290,7 @@ pd.DataFrame(
 #
 # Sampling and noise come from PyTorch's generator unless `secure_mode=True`. In several processes Opacus' Poisson loader leaves out a process' empty batch, so that processes may fall out of step when $q$ is small.
 # `make_private(rand_on_empty=True)` puts a random row in the place of an empty batch, which is clipped and added like an example: who joins such a batch replaces it, and the sum may move by $2C$. Leave it out. The
-# floating-point attacks on noise that {doc}`/limits` names concern it too.
+# floating-point attacks on noise that {doc}`Limits </limits>` names concern it too.
 #
 # ## Run it again
 #

@@ -48,7 +48,7 @@ plots.point_plot(found) if len(runs) else "no runs"
 # %% [markdown]
 # ## One thing at a time
 #
-# Differences in points on the same draws; all rows are one family ({doc}`/deviations` states the rule). The bound of *no effect* is half a point.
+# Differences in points on the same draws; all rows are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule). The bound of *no effect* is half a point.
 
 # %% tags=["hide-input"]
 pairs = [

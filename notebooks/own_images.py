@@ -16,7 +16,7 @@
 # **Once executed, this notebook is private**: it counts and names images, and shows what the test images say of the model. What may leave the house is
 # the folder `out`, nothing else.
 #
-# {doc}`/own_images` says what to decide and why. This page does it on a real folder: check, train, predict. As nobody's photographs ship with the code,
+# {doc}`Your own images </own_images>` says what to decide and why. This page does it on a real folder: check, train, predict. As nobody's photographs ship with the code,
 # the folder is made on the spot: the handwritten digits of scikit-learn play the private images, samples of the embedded generator the public synthetic
 # ones. Give `folder` to use yours. Everything left at `None` takes the recommended value, which `check` names with its reason.
 

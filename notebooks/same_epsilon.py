@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Same ε, more accuracy
 #
-# The paper compares methods at one setting: batches of 1,000, ten epochs, RDP accounting. Once an encoder is frozen and views are stored ({doc}`/one_pass`), other settings cost nothing, in time or in
+# The paper compares methods at one setting: batches of 1,000, ten epochs, RDP accounting. Once an encoder is frozen and views are stored ({doc}`Many heads, one pass </one_pass>`), other settings cost nothing, in time or in
 # privacy. How much is there to gain at the same (ε, δ), beside what a method of augmentation gains?
 
 # %% tags=["hide-input"]
@@ -50,7 +50,7 @@ report.tables(found) if len(runs) else "no runs"
 # %% [markdown]
 # ## Step by step
 #
-# What each step adds to the one before, in points, by seed; the last row is what all of them add. All rows are one family ({doc}`/deviations` states the rule).
+# What each step adds to the one before, in points, by seed; the last row is what all of them add. All rows are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 steps = list(dict.fromkeys(m for m in runs["method"] if not m.startswith("then")))

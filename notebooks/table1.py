@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Table 1: microbatches cost more than mixup can win back
 #
-# Mixup needs two examples {cite:p}`Zhang-2018`. The obvious place for it in DP-SGD is a microbatch of two, clipped as one. {doc}`/microbatches` shows
+# Mixup needs two examples {cite:p}`Zhang-2018`. The obvious place for it in DP-SGD is a microbatch of two, clipped as one. {doc}`Why microbatches fail </microbatches>` shows
 # the price: one example can turn the clipped average of its pair round, so the sum moves by $2C$ and the noise is doubled. Table 1 of the paper
 # {cite:p}`Bao-2023` trains a WRN-16-4 on CIFAR-10 from scratch, with microbatches of one and of two, and finds that mixup in pairs loses far more than
 # it gains. This page repeats that on your machine, every row with noise for its own sensitivity:
@@ -77,7 +77,7 @@ report.provenance_note(runs, scale)
 # %% [markdown]
 # ## The sum turns round
 #
-# Before any training: the worked example of {doc}`/microbatches`, computed by the code that trains. A linear model of two weights, one example with gradient $-2Ce$, another with $+4Ce$; the
+# Before any training: the worked example of {doc}`Why microbatches fail </microbatches>`, computed by the code that trains. A linear model of two weights, one example with gradient $-2Ce$, another with $+4Ce$; the
 # second leaves the data set, and the sum of clipped gradients along $e$ moves.
 
 # %% tags=["hide-input"]
@@ -142,7 +142,7 @@ plots.point_plot(found)
 #
 # ## What holds, and what does not
 #
-# Differences in points. Runs with the same seed start from the same weights; those with the same microbatches see the same batches too. All rows of a table are one family ({doc}`/deviations` states the rule).
+# Differences in points. Runs with the same seed start from the same weights; those with the same microbatches see the same batches too. All rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 pairs = [
@@ -164,7 +164,7 @@ verdicts.page(found, pairs)
 # ## The rows do not spend the same
 #
 # The noise has standard deviation σ times the sensitivity: $\sigma C$ for examples clipped alone, $2 \sigma C$ for pairs. That is what the argument with $2C$ asks for, and it keeps the budget. It does not
-# make all rows equally private. A pair is there before and after, and joins a step by the same coin; only what it gives has changed ({doc}`/microbatches`). Accounted as what it is, it spends less:
+# make all rows equally private. A pair is there before and after, and joins a step by the same coin; only what it gives has changed ({doc}`Why microbatches fail </microbatches>`). Accounted as what it is, it spends less:
 
 # %% tags=["hide-input"]
 pairs_spend = networks.privacy_of_pairs(runs)
@@ -213,4 +213,4 @@ report.cost_table(runs.assign(model=runs["method"]))
 # $ papermill notebooks/table1.ipynb out.ipynb -p scale paper -p dataset cifar10
 # ```
 #
-# The first takes about ten times as long. The last needs the data set on disk and a GPU ({doc}`/paper_scale`); without the data it stops at once and says what to put where.
+# The first takes about ten times as long. The last needs the data set on disk and a GPU ({doc}`Running at paper scale </paper_scale>`); without the data it stops at once and says what to put where.

@@ -78,7 +78,7 @@ Markdown(
 # ## Published, real data, demo
 #
 # Test accuracy of the last step in percent, mean (standard deviation) over the n seeds, each with halves of its own; the learning rate of every row is chosen on the validation split. Training is on
-# half of the data, so the levels lie below those of {doc}`table3`.
+# half of the data, so the levels lie below those of {doc}`Table 3: fine-tuning with differential privacy <table3>`.
 
 # %% tags=["hide-input"]
 by = ["dataset", "model", "method", "epsilon"]
@@ -96,7 +96,7 @@ plots.point_plot(found)
 #
 # ## What holds, and what does not
 #
-# A, B and C of a seed share S1, the batches and the crops; all rows of a table are one family ({doc}`/deviations` states the rule). On data sets with ten classes
+# A, B and C of a seed share S1, the batches and the crops; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule). On data sets with ten classes
 # the paper claims that neither B nor C *gains* over A; elsewhere that both do. And nowhere should B be above C by more than half a point.
 
 # %% tags=["hide-input"]
@@ -111,12 +111,12 @@ pairs = [
 verdicts.page(found, pairs)
 
 # %% [markdown]
-# Half of the digits are few: an expected batch is a larger share of them than in {doc}`table3`, so the sampling rate, and with it the noise for the same ε, is
+# Half of the digits are few: an expected batch is a larger share of them than in {doc}`Table 3: fine-tuning with differential privacy <table3>`, so the sampling rate, and with it the noise for the same ε, is
 # higher. The ε below holds for S1. If S2 were not public, C would have no guarantee for it at all.
 #
 # ## Learning rates and privacy
 #
-# In units of 1/C, as chosen on the validation split; a star marks an end of the grid. The choice is not part of the guarantee ({doc}`/limits`).
+# In units of 1/C, as chosen on the validation split; a star marks an end of the grid. The choice is not part of the guarantee ({doc}`Limits </limits>`).
 
 # %% tags=["hide-input"]
 report.chosen_rates(chosen, grids.many(learning_rates, preset.learning_rates))
@@ -134,5 +134,5 @@ report.privacy_table(chosen)
 # $ papermill notebooks/table10.ipynb out.ipynb -p scale paper -p dataset pets
 # ```
 #
-# The last one needs the data set, the encoders' weights and synthetic images on disk, and a GPU: see {doc}`/paper_scale`. Without them it stops at once and says
+# The last one needs the data set, the encoders' weights and synthetic images on disk, and a GPU: see {doc}`Running at paper scale </paper_scale>`. Without them it stops at once and says
 # what to put where.

@@ -76,7 +76,7 @@ f"{counted(len(cells), 'run')} in each framework: every encoder × method × ε 
 # clipped_grad(loss, l2_clip_norm=C, batch_argnums=1, keep_batch_dim=False)
 # ```
 #
-# The gradient of a mean is the mean of the gradients, so the average stands before the clip ({doc}`/sensitivity`), and mixtures enter as nothing but
+# The gradient of a mean is the mean of the gradients, so the average stands before the clip ({doc}`Why the sensitivity stays C </sensitivity>`), and mixtures enter as nothing but
 # further rows of `features` and `targets`. Batches, views and features are made by `dpmix` for both frameworks; draws are keyed, so they are equal. The
 # weights start at zero. What remains different is the noise, of course, and rounding. A test trains both without noise and finds the same head.
 
@@ -108,7 +108,7 @@ plots.accuracy_plot(found, split=("framework", "dataset", "model"))
 #
 # ## What holds, and what does not
 #
-# DP-MixSelf less Self-Aug in points, averaged over ε within a seed ({doc}`/deviations` states the rule).
+# DP-MixSelf less Self-Aug in points, averaged over ε within a seed ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 verdicts.page(found, [Comparison("mix-self", "self-aug")], per=("framework",))

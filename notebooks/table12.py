@@ -138,7 +138,7 @@ plots.point_plot(found)
 #
 # ## What holds, and what does not
 #
-# Differences in points on the same draws; all rows of a table are one family ({doc}`/deviations` states the rule). The fourth row is the price of clipping and noise where they
+# Differences in points on the same draws; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule). The fourth row is the price of clipping and noise where they
 # protect nothing; the last rows are what private training brings beyond the public images, which the paper does not ask.
 
 # %% tags=["hide-input"]
@@ -163,9 +163,9 @@ Markdown(
 )
 
 # %% [markdown]
-# Which way it goes on other data depends on how near the public images are to the private ones ({doc}`table8`), on how many private images there are, and on ε.
+# Which way it goes on other data depends on how near the public images are to the private ones ({doc}`Table 8: how far are the synthetic images from the data? <table8>`), on how many private images there are, and on ε.
 #
-# The demo's public images are digits that a small diffusion model drew from printed fonts ({doc}`/data_and_models`); the private ones are handwritten.
+# The demo's public images are digits that a small diffusion model drew from printed fonts ({doc}`Data and models </data_and_models>`); the private ones are handwritten.
 #
 # ## Learning rates, privacy, cost
 #

@@ -15,7 +15,7 @@
 #
 # More views cost more time. The paper gives the hours for fine-tuning ViT-B-16 on Caltech-256 for ten epochs on one A100: DP-MixSelf takes a good three
 # times as long as Self-Aug. This page measures where the time goes, how far training is from the *floor* (encoding the views and nothing else), and what
-# the shared pass of {doc}`/one_pass` saves.
+# the shared pass of {doc}`Many heads, one pass </one_pass>` saves.
 #
 # The timings are taken afresh each time this page is made, never from the store: they are those of the machine at hand, and they change with what else it
 # does. Each is repeated, in alternation, after one step that warms up.
@@ -79,7 +79,7 @@ Markdown(
 # %% [markdown]
 # ## What holds, and what does not
 #
-# Ratios of running times, a repeat of all methods in turn being one observation; all rows of a table are one family ({doc}`/deviations` states the rule, here for logarithms).
+# Ratios of running times, a repeat of all methods in turn being one observation; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule, here for logarithms).
 
 # %% tags=["hide-input"]
 pairs = [Comparison("mix-self", "self-aug"), Comparison("mix-diff", "self-aug"), Comparison("mix-diff", "mix-self")]
@@ -133,7 +133,7 @@ Markdown(
 # %% [markdown]
 # ## Encoding once
 #
-# {doc}`Views that are stored </one_pass>` are drawn and encoded once, by an inference engine. Images a second of EfficientNet-Lite0, by side of the input in pixels, as
+# Stored views ({doc}`Many heads, one pass </one_pass>`) are drawn and encoded once, by an inference engine. Images a second of EfficientNet-Lite0, by side of the input in pixels, as
 # `python benchmarks/encoding.py` measured them:
 
 # %% tags=["hide-input"]

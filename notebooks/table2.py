@@ -88,7 +88,7 @@ plots.accuracy_plot(found)
 #
 # ## What holds, and what does not
 #
-# Both methods of a seed start from the same weights and see the same batches and the same crops. The difference in points is averaged over ε within a seed ({doc}`/deviations` states the rule).
+# Both methods of a seed start from the same weights and see the same batches and the same crops. The difference in points is averaged over ε within a seed ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 verdicts.page(found, [Comparison("mix-self", "self-aug")])
@@ -119,4 +119,4 @@ report.cost_table(runs.assign(model=runs["method"]))
 # $ papermill notebooks/table2.ipynb out.ipynb -p scale paper -p dataset cifar10
 # ```
 #
-# The second takes some twenty times as long. The last needs the data set on disk and a GPU ({doc}`/paper_scale`); without the data it stops at once and says what to put where.
+# The second takes some twenty times as long. The last needs the data set on disk and a GPU ({doc}`Running at paper scale </paper_scale>`); without the data it stops at once and says what to put where.

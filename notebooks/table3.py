@@ -67,7 +67,7 @@ f"{counted(len(cells), 'run')}: every encoder × method × ε × learning rate �
 
 # %% [markdown]
 # One pass over the data trains all heads of an encoder and a seed at once, since the views do not depend on the head
-# ({doc}`/one_pass`). What this machine has computed before is read from its store.
+# ({doc}`Many heads, one pass </one_pass>`). What this machine has computed before is read from its store.
 
 # %%
 runs = grids.run_cells(cells)
@@ -95,7 +95,7 @@ plots.accuracy_plot(found)
 # ## What holds, and what does not
 #
 # All methods of a seed see the same batches and the same crops. A difference is averaged over ε (and encoders) within a seed, and tested over the seeds; all rows of a table are one
-# family ({doc}`/deviations` states the rule). *No effect larger than x* means that the interval excludes half of what the paper found, or a quarter of a point, whichever is more. What the paper does not compare is *higher* or *lower*.
+# family ({doc}`The rule of decision, and what is ours </deviations>` states the rule). *No effect larger than x* means that the interval excludes half of what the paper found, or a quarter of a point, whichever is more. What the paper does not compare is *higher* or *lower*.
 
 # %% tags=["hide-input"]
 pairs = [
@@ -117,7 +117,7 @@ verdicts.page(found, pairs)
 # ## Learning rates
 #
 # In units of 1/C, as chosen on the validation split. A star marks an end of the grid, where a wider grid might do better. The choice looks at private
-# validation data without noise: it is not part of the guarantee ({doc}`/limits`).
+# validation data without noise: it is not part of the guarantee ({doc}`Limits </limits>`).
 
 # %% tags=["hide-input"]
 report.chosen_rates(chosen, grids.many(learning_rates, preset.learning_rates))
@@ -149,5 +149,5 @@ report.cost_table(runs)
 # $ papermill notebooks/table3.ipynb out.ipynb -p scale paper -p dataset eurosat
 # ```
 #
-# The third runs on two cores; its results came with the repository, made by `python benchmarks/evidence.py table3/eurosat`. The last one needs the data set, the encoders' weights and, for DP-MixDiff, synthetic images on disk, and a GPU: see {doc}`/paper_scale`. Without
+# The third runs on two cores; its results came with the repository, made by `python benchmarks/evidence.py table3/eurosat`. The last one needs the data set, the encoders' weights and, for DP-MixDiff, synthetic images on disk, and a GPU: see {doc}`Running at paper scale </paper_scale>`. Without
 # what they need they stop at once and say what to put where.

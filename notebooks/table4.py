@@ -94,7 +94,7 @@ plots.point_plot(found)
 #
 # ## What holds, and what does not
 #
-# Differences in points on the same draws; all rows of a table are one family ({doc}`/deviations` states the rule).
+# Differences in points on the same draws; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 pairs = [Comparison("mix-self", m) for m in ("self-aug", *others)] + [Comparison(m, "self-aug") for m in others]

@@ -76,7 +76,7 @@ Markdown(
 )
 
 # %% [markdown]
-# The network has one learning rate for all rows, from a trial with another seed ({doc}`table2`). That of the linear layer is chosen for each row on a validation split, as in {doc}`table3`.
+# The network has one learning rate for all rows, from a trial with another seed ({doc}`Table 2: training from scratch <table2>`). That of the linear layer is chosen for each row on a validation split, as in {doc}`Table 3: fine-tuning with differential privacy <table3>`.
 
 # %% tags=["remove-stderr"]
 runs = grids.run_cells(cells, compute=networks.network_compute(preset.dataset))
@@ -111,7 +111,7 @@ plots.point_plot(found)
 #
 # That more self-augmentations bring nothing is a claim that can fail: it *holds* where the interval of what they bring lies below half a point, is *contradicted* where it lies above, and is
 # *undecided* where it holds half a point. Rows of a seed see the same batches, and a smaller number of views is the first part of a larger one. All rows of a table are one family
-# ({doc}`/deviations` states the rule).
+# ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 first, *more = [f"{report.label('self-aug')} {n}" for n in grids.many(counts, networks.AUGMENTATIONS)]
@@ -154,4 +154,4 @@ report.cost_table(runs)
 # $ papermill notebooks/table5.ipynb out.ipynb -p scale paper -p dataset cifar10
 # ```
 #
-# The first takes some twenty times as long. The last needs the data set and the encoder's weights on disk and a GPU ({doc}`/paper_scale`); without the data it stops at once and says what to put where.
+# The first takes some twenty times as long. The last needs the data set and the encoder's weights on disk and a GPU ({doc}`Running at paper scale </paper_scale>`); without the data it stops at once and says what to put where.

@@ -97,7 +97,7 @@ plots.point_plot(found)
 #
 # ## What holds, and what does not
 #
-# Differences in points on the same draws; all rows of a table are one family ({doc}`/deviations` states the rule). The paper's one comparison is the first two rows'; the others are *higher* or *lower*.
+# Differences in points on the same draws; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule). The paper's one comparison is the first two rows'; the others are *higher* or *lower*.
 
 # %% tags=["hide-input"]
 after = grids.PRETRAINED
@@ -115,12 +115,12 @@ verdicts.page(found._replace(published=twice), pairs)
 # %% [markdown]
 # Two things make the comparison milder in the demo than in the paper. A head on digits has ten classes with over a hundred private examples each, so the private
 # images alone teach nearly all there is to learn. And the start costs nothing in privacy: a few noisy steps from a decent head can be better than the same steps from
-# zero, as long as the two domains are not too far apart ({doc}`table8` measures how far).
+# zero, as long as the two domains are not too far apart ({doc}`Table 8: how far are the synthetic images from the data? <table8>` measures how far).
 #
 # ## Learning rates and privacy
 #
 # In units of 1/C, as chosen on the validation split; a star marks an end of the grid. The choice looks at private validation data without noise and is not part of
-# the guarantee ({doc}`/limits`). Pretraining has a fixed rate of 1 and neither noise nor clipping, since it sees no private image.
+# the guarantee ({doc}`Limits </limits>`). Pretraining has a fixed rate of 1 and neither noise nor clipping, since it sees no private image.
 
 # %% tags=["hide-input"]
 private = chosen[chosen["method"] != grids.ALONE]
@@ -139,5 +139,5 @@ report.privacy_table(private)
 # $ papermill notebooks/table6.ipynb out.ipynb -p scale paper -p dataset caltech256
 # ```
 #
-# The last one needs the data set, the encoders' weights and synthetic images on disk, and a GPU: see {doc}`/paper_scale`. Without them it stops at once and says
+# The last one needs the data set, the encoders' weights and synthetic images on disk, and a GPU: see {doc}`Running at paper scale </paper_scale>`. Without them it stops at once and says
 # what to put where.

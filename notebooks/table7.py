@@ -57,7 +57,7 @@ report.provenance_note(made, scale, "distance")
 # %% [markdown]
 # Each training example gives its views once, as in one epoch, and all views of a method make one set. It is compared with the training images and with the test
 # images, both as they are. The seed keys the views, so the spread over seeds is that of the crops, pairs and λ. A reference set is the same for every method, hence
-# so is the bias that its limited size brings ({doc}`table8`).
+# so is the bias that its limited size brings ({doc}`Table 8: how far are the synthetic images from the data? <table8>`).
 #
 # ## Published, real data, demo
 #
@@ -93,7 +93,7 @@ plots.point_plot(found, unit="Fréchet distance", split=("dataset", "model", "re
 #
 # ## What holds, and what does not
 #
-# Ratios of two distances, averaged over encoders and references within a seed; all rows of a table are one family ({doc}`/deviations` states the rule, here for
+# Ratios of two distances, averaged over encoders and references within a seed; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule, here for
 # logarithms). The last row compares the two reference sets, over all methods.
 
 # %% tags=["hide-input"]
@@ -124,7 +124,7 @@ verdicts.page(turned, pairs, cells=("model", "cell"), value="distance", ratio=Tr
 # data may still train worse, and two methods at the same distance may differ in accuracy. Digits have one channel, so the jitter there changes
 # brightness and contrast and no colour. Views are made of the training images, and the test set is smaller, which alone adds to a distance.
 #
-# A distance to the private images is a statistic of them without noise. It is a diagnostic, and is not covered by any guarantee ({doc}`/limits`).
+# A distance to the private images is a statistic of them without noise. It is a diagnostic, and is not covered by any guarantee ({doc}`Limits </limits>`).
 #
 # ## Run it again
 #

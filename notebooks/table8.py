@@ -83,7 +83,7 @@ plots.point_plot(found, unit="Fréchet distance", value="distance")
 #
 # ## What holds, and what does not
 #
-# Ratios under one network; all rows of a table are one family ({doc}`/deviations` states the rule, here for logarithms). That the test images are no farther than other training images is
+# Ratios under one network; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule, here for logarithms). That the test images are no farther than other training images is
 # a claim of *no gain*: at most a tenth.
 
 # %% tags=["hide-input"]
@@ -92,11 +92,11 @@ pairs = [Comparison(words["diffusion"], words["test"]), Comparison(words["test"]
 verdicts.page(found, pairs, cells=("model",), per=("dataset", "model"), value="distance", ratio=True)
 
 # %% [markdown]
-# In the demo the synthetic digits come from a small diffusion model that has seen printed digits only ({doc}`/data_and_models`), so a gap to handwriting
+# In the demo the synthetic digits come from a small diffusion model that has seen printed digits only ({doc}`Data and models </data_and_models>`), so a gap to handwriting
 # is built in, as one between a text-to-image model and satellite images is in the paper's EuroSAT. Whether mixing helps across such a gap is the subject of
-# {doc}`table3` and {doc}`table10`.
+# {doc}`Table 3: fine-tuning with differential privacy <table3>` and {doc}`Table 10: how good could public images be? <table10>`.
 #
-# These distances are statistics of the private images without noise: diagnostics, not covered by any guarantee ({doc}`/limits`).
+# These distances are statistics of the private images without noise: diagnostics, not covered by any guarantee ({doc}`Limits </limits>`).
 #
 # ## Run it again
 #

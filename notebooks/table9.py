@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Table 9: how many of each
 #
-# A method is three numbers ({doc}`/views`): $K_\text{base}$ augmentations of the example, $K_\text{self}$ mixtures and $K_\text{diff}$ public images. Table 9 of the
-# paper {cite:p}`Bao-2023` varies all three on Caltech-256. Its 27 runs are one pass here ({doc}`/one_pass`): smaller numbers take the first views of
+# A method is three numbers ({doc}`Views: Algorithm 1 </views>`): $K_\text{base}$ augmentations of the example, $K_\text{self}$ mixtures and $K_\text{diff}$ public images. Table 9 of the
+# paper {cite:p}`Bao-2023` varies all three on Caltech-256. Its 27 runs are one pass here ({doc}`Many heads, one pass </one_pass>`): smaller numbers take the first views of
 # larger ones.
 #
 # What the paper claims: two or four public images, and no more mixtures than augmentations, are good choices overall. It settles on (16, 18, 2), and on 24 public
@@ -106,7 +106,7 @@ pd.DataFrame(
 # %% [markdown]
 # ## What holds, and what does not
 #
-# Each claim as a difference between averages over groups of cells, paired by seed; all rows of a table are one family ({doc}`/deviations` states the rule).
+# Each claim as a difference between averages over groups of cells, paired by seed; all rows of a table are one family ({doc}`The rule of decision, and what is ours </deviations>` states the rule).
 
 # %% tags=["hide-input"]
 names = list(grids.K_GROUPS)
@@ -118,7 +118,7 @@ verdicts.page(report.Sources(published, real, grids.k_groups(chosen), scale), pa
 # %% [markdown]
 # The paper's own numbers say more than its text. Without public images the three best cells are those with $K_\text{self} = K_\text{base}$, ahead of all the others by more
 # than the other cells differ among themselves; the paper gives no deviations. With public images, fewer views of the private example are never worse. On Caltech-256 it is the synthetic images that carry the gain, which fits Table 12, where views without any private pixel
-# come close to the full method ({doc}`table12`).
+# come close to the full method ({doc}`Table 12: Pure-DP-MixDiff, and what it means <table12>`).
 #
 # The best cell is the best of many on the test set, so its accuracy is a little too good. Nothing in other tables uses it.
 #

@@ -18,7 +18,7 @@
 # lower bound on $\varepsilon$; and it computes what some popular mistakes cost. Every check is also run on algorithms that are wrong on purpose: one that lets them all pass would
 # be no check.
 #
-# The proof behind it is in {doc}`/sensitivity`, what tests cannot show in {doc}`/limits`.
+# The proof behind it is in {doc}`Why the sensitivity stays C </sensitivity>`, what tests cannot show in {doc}`Limits </limits>`.
 
 # %% tags=["parameters"]
 noise = 1.0  # noise multiplier σ of the audited step
@@ -298,7 +298,7 @@ the code looks inside, and silent about small fires. (Canaries: {canaries}; digi
 # ## What does a factor of two cost?
 #
 # If one example can move the sum by $2C$ and the noise was made for $C$, the noise multiplier is really $\sigma/2$. The same table answers two other questions: how much noise the tighter accountants save
-# ({doc}`/dp_sgd`), and what becomes of the promise when the batches are not Poisson samples.
+# ({doc}`Differential privacy and DP-SGD </dp_sgd>`), and what becomes of the promise when the batches are not Poisson samples.
 
 # %% tags=["hide-input"]
 fine, scratch = paper.SETTINGS["fine-tuning"], paper.SETTINGS["scratch"]
@@ -332,7 +332,7 @@ shown.style.format(precision=3).format("{:.4f}", subset=["q"]).format("{:.1f}", 
 
 # %% [markdown]
 # *Noise multipliers by three accountants at the settings of the paper, the noise that PLD saves over RDP, and (last) the ε that is really spent where the noise of the RDP column meets a sensitivity of 2C.* The mistake costs
-# {glue:text}`trust_ratio` times the claim: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`/microbatches`). The paper calibrates by RDP, and so do we where we compare with
+# {glue:text}`trust_ratio` times the claim: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`Why microbatches fail </microbatches>`). The paper calibrates by RDP, and so do we where we compare with
 # it; a tighter bound would have saved {glue:text}`trust_saved` of the noise, for the price of some computing time.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Epsilon really spent against epsilon claimed if the sensitivity is twice what the noise was made for"}}
@@ -395,7 +395,7 @@ Markdown(
 
 # %% [markdown]
 # The best epoch looks {glue:text}`trust_gain` percentage points better than it is, and in {glue:text}`trust_decided` of the test sets there is an image whose absence would have changed which epoch is
-# released. So here the last step counts, always ({doc}`/setup`).
+# released. So here the last step counts, always ({doc}`Experimental setup </setup>`).
 #
 # ## Killed and started again
 #
@@ -436,7 +436,7 @@ pd.DataFrame({"": {k: str(v) for k, v in figures.items()}})
 # | `audit.one_run` | gross mistakes anywhere in a run | a factor of two |
 # | the proof | why the sum moves by at most $C$ | whether the code does what it says |
 #
-# None of them covers tuning on private data, duplicates, or a seed that somebody can guess ({doc}`/limits`).
+# None of them covers tuning on private data, duplicates, or a seed that somebody can guess ({doc}`Limits </limits>`).
 #
 # ```console
 # $ papermill notebooks/trust.ipynb -p noise 2

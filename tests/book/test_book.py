@@ -65,6 +65,23 @@ def test_a_reference_that_leads_nowhere_is_seen():
     assert missing_targets("{doc}`views`", "notebooks/") == ["views"]
 
 
+def title_of(target: str) -> str:
+    """The heading of the page that a notebook names: "/x" is a chapter, "x" a notebook."""
+    path = BOOK / f"{target[1:]}.md" if target.startswith("/") else BOOK / "notebooks" / f"{target}.py"
+    found = re.search(r"^(?:# )?# (.+)$", path.read_text().partition("# %% [markdown]\n")[2] or path.read_text(), re.M)
+    assert found is not None
+    return found[1].strip()
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_references_of_a_notebook_bring_the_title_along(page):
+    """JupyterLab knows no other page: without a title of its own it would show the path."""
+    text = page.with_suffix(".py").read_text()
+    assert re.findall(r"\{doc\}`[^`<]+`", text) == []
+    for said, target in re.findall(r"\{doc\}`([^`<]+) <([^`>]+)>`", text):
+        assert said == title_of(target)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_every_citation_is_in_the_bibliography(page):
     known = set(re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(), re.M))
