@@ -28,7 +28,7 @@ columns = 6
 import warnings
 
 import torch
-from myst_nb import glue
+from IPython.display import Markdown, display
 
 from dpmix.companion import plots, report
 from dpmix.core import views
@@ -73,11 +73,7 @@ def name_of(target):
 self_images, self_targets, self_mixes = views_of(mix_self)
 own = name_of(self_targets[0])
 base = mix_self.k_base
-glue("figure1_label", own, display=False)
-glue("figure1_alpha", mix_self.alpha, display=False)
 faint = sum(max(share, 1 - share) > 0.9 for *_, share in self_mixes)
-glue("figure1_faint", faint, display=False)
-glue("figure1_k_self", len(self_mixes), display=False)
 
 
 def clearest(mixes, among):
@@ -110,19 +106,23 @@ if public is not None:
             [f"λ = {diff_mixes[m][2]:.2f}\n{name_of(diff_targets[pool + m])}" for m in shown],
         )
     )
-plots.picture_rows(rows, columns)
+display(plots.picture_rows(rows, columns))
+display(
+    Markdown(
+        f"*From top to bottom: a private example (label {own}), augmentations of it, mixtures of two of those (the clearest ones), public synthetic images, and mixtures "
+        "that join a private view with a public one. Under each picture its label, and for a mixture λ, the share of the first of its two members.*\n\n"
+        f"λ comes from a Beta distribution with both parameters {mix_self.alpha:g}, which favours the two ends: here {faint} of {counted(len(self_mixes), 'mixture')} give one "
+        "member more than nine tenths."
+    )
+)
 
 # %% [markdown]
-# *From top to bottom: a private example (label {glue:text}`figure1_label`), augmentations of it, mixtures of two of those (the clearest ones), public synthetic images, and mixtures
-# that join a private view with a public one. Under each picture its label, and for a mixture λ, the share of the first of its two members.*
-#
 # Three things to see:
 #
 # - **A mixture of DP-MixSelf keeps its label.** Both members are the same example, so λ does not show in the label, only in the picture.
 # - **A mixture with a public image has a soft label**, λ of one class and 1 − λ of the other. Public images come with a class of their own, whatever the
 #   private example is.
-# - **Many mixtures are faint.** λ comes from a Beta distribution with both parameters {glue:text}`figure1_alpha`, which favours the two ends: here
-#   {glue:text}`figure1_faint` of {glue:text}`figure1_k_self` give one member more than nine tenths. (The example above was picked because many of its mixtures are clear.)
+# - **Many mixtures are faint**, since the distribution of λ favours the two ends. (The example above was picked because many of its mixtures are clear.)
 #
 # ## All views of DP-MixSelf
 

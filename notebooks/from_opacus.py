@@ -33,7 +33,7 @@ import sys
 import warnings
 
 import pandas as pd
-from myst_nb import glue
+from IPython.display import Markdown, display
 
 from dpmix import audit, models
 from dpmix.companion import report
@@ -132,11 +132,10 @@ rows = {
     "Self-Aug": with_views(Recipe(k_base=views, transform="crop")),
     "DP-MixSelf": with_views(Recipe(k_base=views, k_self=views, transform="crop")),
 }
-glue("from_opacus_epsilon", f"{plain['ε']:.2f}", display=False)
 pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 
 # %% [markdown]
-# All three spend $\varepsilon$ = {glue:text}`from_opacus_epsilon` at the same δ: views cost no privacy. One run each, so the accuracies decide nothing; {doc}`Table 2: training from scratch <table2>` and {doc}`Table 3: fine-tuning with differential privacy <table3>` compare the
+# All three spend the same ε at the same δ: views cost no privacy. One run each, so the accuracies decide nothing; {doc}`Table 2: training from scratch <table2>` and {doc}`Table 3: fine-tuning with differential privacy <table3>` compare the
 # methods over seeds. The random crops are drawn anew at every access. Digits have no mirror image, hence `transform="crop"`; for photographs leave it out. Pixels are
 # normalised after the views: `model(normalise(images))`.
 #
@@ -192,12 +191,10 @@ pd.DataFrame({"q": q, "steps": steps, "Opacus": plain["ε"], "core.accounting": 
 # The shortcut is to put the $K$ views into the batch as $K$ rows and to leave everything else alone. It trains well and prints the same ε, and it is **not** private at that ε: each row is
 # clipped by itself, so one person moves the sum by up to $K$ clip norms, under noise for one. Opacus cannot see it
 # ([issue 461](https://github.com/meta-pytorch/opacus/issues/461), closed: each input is taken for another person). The audits of {doc}`Can you trust it? <trust>` do. First the largest movement of Opacus' clipped sum when
-# one example joins, over data sets made to move it; then lower bounds on ε from an attack on {glue:text}`from_opacus_releases` noisy sums, noise included, all from Opacus' own optimizer.
+# one example joins, over data sets made to move it; then lower bounds on ε from an attack on many noisy sums (`releases`), noise included, all from Opacus' own optimizer.
 
 # %% tags=["hide-input"]
 K = opacus_steps.RECIPE.views
-glue("from_opacus_releases", releases, display=False)
-glue("from_opacus_k", K, display=False)
 worlds = {w: (r, new) for w, r, new in audit.worlds(opacus_steps.SHAPE, opacus_steps.CLASSES, 4, seed=0)}
 records, newcomers = worlds["opponents"]
 audited = {}
@@ -216,7 +213,7 @@ exceeds = (audited["ε at least, Gaussian"] > audited["claimed ε"]).map({True: 
 audited.assign(**{"claim refuted": exceeds}).style.format("{:.2f}", subset=list(audited.columns))
 
 # %% [markdown]
-# With {glue:text}`from_opacus_k` views the repetition moves the sum by almost {glue:text}`from_opacus_k` clip norms, and the attack refutes its claim. Averaged views keep to one.
+# With K views the repetition moves the sum by almost K clip norms, and the attack refutes its claim. Averaged views keep to one.
 #
 # ## What it costs
 #
@@ -227,18 +224,20 @@ audited.assign(**{"claim refuted": exceeds}).style.format("{:.2f}", subset=list(
 measured = report.benchmark("in_opacus")
 about = measured["about"]
 times = pd.DataFrame(measured["rows"]).set_index("row")
-glue("from_opacus_model", f"{counted(about['batch'], 'example')} × {counted(about['views'], 'view')} of {about['side']} pixels, "
-     f"{about['parameters']:,} parameters, {counted(about['threads'], 'thread')}, opacus {about['versions']['opacus']}", display=False)  # fmt: skip
-glue("from_opacus_rounds", about["rounds"], display=False)
 shown = times[["times_average_views", "rows_mib"]].set_axis(
     ["time of a step, × average_views", "gradients held (MiB)"], axis=1
 )
-shown.rename_axis(None).style.format("{:.2f}", subset=["time of a step, × average_views"]).format(
-    lambda m: f"{m:.0f}" if m else "–", subset=["gradients held (MiB)"]
+shown = shown.rename_axis(None).style.format("{:.2f}", subset=["time of a step, × average_views"])
+display(shown.format(lambda m: f"{m:.0f}" if m else "–", subset=["gradients held (MiB)"]))
+display(
+    Markdown(
+        f"*{counted(about['batch'], 'example')} × {counted(about['views'], 'view')} of {about['side']} pixels, {about['parameters']:,} parameters, "
+        f"{counted(about['threads'], 'thread')}, opacus {about['versions']['opacus']}; medians over {counted(about['rounds'], 'round')} in which all rows take turns.*"
+    )
 )
 
 # %% [markdown]
-# *{glue:text}`from_opacus_model`; medians over {glue:text}`from_opacus_rounds` rounds in which all rows take turns.* Who is free to leave Opacus gets the same sum from
+# Who is free to leave Opacus gets the same sum from
 # `core.clipping.clipped_gradient_sum` in less time, since the views of an example share one backward pass there ({doc}`Table 13: running time <table13>`).
 #
 # ## A head on a frozen encoder

@@ -36,9 +36,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from myst_nb import glue
+from IPython.display import Markdown, display
 
 from dpmix import models
+from dpmix.core.checks import counted
 from dpmix.demo import glyphs, standins
 from dpmix.images import data
 
@@ -50,7 +51,6 @@ if rebuild:
     standins.rebuild(folder, seed=seed, per_digit=per_digit, probe_on=digits, **sizes)
 records = {name: standins.record(name, folder) for name in standins.NAMES}
 spent = {name: record.get("cpu_seconds", record["seconds"]) for name, record in records.items()}
-glue("standins_minutes", f"{sum(spent.values()) / 60:.0f}", display=False)
 table = pd.DataFrame(
     {
         "made by": {name: record["function"].removeprefix("dpmix.") for name, record in records.items()},
@@ -63,10 +63,11 @@ table = pd.DataFrame(
         "sha256": {name: record["sha256"][:12] for name, record in records.items()},
     }
 )
-table.rename_axis("file")
+display(table.rename_axis("file"))
+display(Markdown(f"Making these files took {sum(spent.values()) / 60:.0f} minutes in all."))
 
 # %% [markdown]
-# Making these files took {glue:text}`standins_minutes` minutes in all: processor time where it was kept (`nan`: it was not), else that of the clock on a machine that also did other work. Each has a JSON beside it with the function, the seed, the corpus,
+# That is processor time where it was kept (`nan`: it was not), else that of the clock on a machine that also did other work. Each has a JSON beside it with the function, the seed, the corpus,
 # the versions, the losses and the checksum, which is compared whenever the file is read.
 #
 # ## The public corpus
@@ -149,12 +150,17 @@ plt.show()
 
 # %% tags=["hide-input"]
 probes = {name: standins.probe(models.encoder(name, folder / f"{name}.safetensors"), digits) for name in standins.TINY}
-glue("standins_classes", digits.train.num_classes, display=False)
-glue("standins_test", len(digits.test), display=False)
-pd.DataFrame(probes).T.mul(100).round(1).rename_axis("encoder").rename(columns=lambda c: c.replace("_", " ") + " (%)")
+display(
+    pd.DataFrame(probes)
+    .T.mul(100)
+    .round(1)
+    .rename_axis("encoder")
+    .rename(columns=lambda c: c.replace("_", " ") + " (%)")
+)
+display(Markdown(f"{counted(digits.train.num_classes, 'class')}, {counted(len(digits.test), 'test image')}."))
 
 # %% [markdown]
-# Accuracy over {glue:text}`standins_classes` classes, on the {glue:text}`standins_test` test images (`test`, `nearest mean`) and in five folds of the training set
+# Accuracy on the test images (`test`, `nearest mean`) and in five folds of the training set
 # (`cross validated`), computed just now. No handwritten digit took part in making the encoders or the generator; this probe only describes them, and no experiment of
 # this book uses it.
 #

@@ -35,8 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
-from myst_nb import glue
+from IPython.display import Markdown, display
 
 from dpmix import audit, models
 from dpmix.companion import paper, plots, report
@@ -61,7 +60,6 @@ steps = {
     "realised batch as divisor": wrong.realised_divisor,
     "clip, then average": wrong.clip_then_average,
 }
-glue("trust_releases", releases, display=False)
 report.made_note(
     f"A linear head on the pixels of the digits, {recipe.views} cropped views an example, σ = {noise:g}, δ = {delta:g}"
 )
@@ -92,15 +90,15 @@ table = pd.DataFrame(
     }
 )
 caught = [name for name, found in measured.items() if not found.holds]
-glue("trust_caught", len(caught), display=False)
-glue("trust_movement", f"{measured['the method'].largest('add'):.6f}", display=False)
-glue("trust_off", f"{distance['clip, then average']:.2f}", display=False)
-table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off the oracle (C)"])
+display(table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off the oracle (C)"]))
+display(
+    Markdown(
+        f"The method reaches {measured['the method'].largest('add'):.6f} clip norms and keeps to the bound but for rounding; {len(caught)} others are caught. *Clip, then average* "
+        f"passes, as it should: it is private, but it is another algorithm, {distance['clip, then average']:.2f} clip norms away on six ordinary images. Only the oracle tells."
+    )
+)
 
 # %% [markdown]
-# The method reaches {glue:text}`trust_movement` clip norms and keeps to the bound but for rounding; {glue:text}`trust_caught` others are caught. *Clip, then average* passes, as it should: it is
-# private, but it is another algorithm, {glue:text}`trust_off` clip norms away on six ordinary images. Only the oracle tells.
-#
 # A small movement proves nothing by itself: a step that ignores its data has none. So the tests also require that the bound is *reached*.
 
 # %% [markdown]
@@ -133,7 +131,7 @@ Markdown(
 #
 # Now with noise. A *gradient canary* {cite:p}`Nasr-2023` is the example that the attacker would like to detect. The attacker knows everything that the proof gives away, that is
 # all other examples, the weights and the draws of the views, and sees one noisy sum; it takes off what it knows and projects the rest on the direction in which the canary pulls. From
-# {glue:text}`trust_releases` releases with the canary and as many without come two lower bounds on $\varepsilon$ at 95 % confidence. Clopper-Pearson counts errors and
+# many releases with the canary and as many without (`releases`) come two lower bounds on $\varepsilon$ at 95 % confidence. Clopper-Pearson counts errors and
 # supposes nothing; the other supposes that the two kinds of error trade off as for a Gaussian {cite:p}`Dong-2022`, which is how the mechanism is made, and gets much
 # more out of the same counts. The claim is the $\varepsilon$ of the Gaussian mechanism that the step says it is. **A lower bound above the claim is a bug**, at that confidence.
 
@@ -164,14 +162,17 @@ for name, factor in (("the method, by train_heads", 1.0), ("half the noise, by t
         attack(name, place, steps["the method"], records, canary, release)
 audits = pd.DataFrame(rows)
 claimed = audits["claimed"].iloc[0]
-glue("trust_claimed", f"{claimed:.2f}", display=False)
 order = list(dict.fromkeys(audits["step"]))
 wide = audits.pivot(index="step", columns="data", values=["Gaussian DP", "Clopper-Pearson"]).reindex(order)
 wide.index.name, wide.columns.names = None, [None, None]
-wide.style.format("{:.2f}", na_rep="–").map(lambda v: "font-weight: bold; color: #b3261e" if v > claimed else "")
-
-# %% [markdown]
-# *Lower bounds on ε at 95 %. The claim is {glue:text}`trust_claimed` in every cell; what exceeds it is bold. The last two rows audit a real step of `heads.train_heads`, noise included.*
+bold = wide.style.format("{:.2f}", na_rep="–").map(lambda v: "font-weight: bold; color: #b3261e" if v > claimed else "")
+display(bold)
+display(
+    Markdown(
+        f"*Lower bounds on ε at 95 %, from {releases:,} releases with the canary and as many without. The claim is {claimed:.2f} in every cell; what exceeds it is bold. The last "
+        "two rows audit a real step of `heads.train_heads`, noise included.*"
+    )
+)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Lower bounds on epsilon of the correct step and of each wrong one, against the claimed epsilon"}}
 sns.set_theme(style="whitegrid", palette=plots.PALETTE, font_scale=0.95)
@@ -322,18 +323,24 @@ grid = pd.DataFrame(rows).set_index(["training", "data set", "ε"])
 claims = grid.index.get_level_values("ε")
 saved = 100 * (1 - grid["pld"] / grid["rdp"])
 ratio = grid["mistake"] / claims
-glue("trust_ratio", f"{ratio.min():.1f} to {ratio.max():.1f}", display=False)
-glue("trust_saved", f"{saved.min():.1f} to {saved.max():.1f} %", display=False)
 shown = grid[["q", "T", "rdp", "prv", "pld", "mistake"]].rename(
     columns={"rdp": "σ (RDP)", "prv": "σ (PRV)", "pld": "σ (PLD)", "mistake": "ε at 2C"}
 )
 shown.insert(5, "saved (%)", saved)
-shown.style.format(precision=3).format("{:.4f}", subset=["q"]).format("{:.1f}", subset=["saved (%)", "ε at 2C"])
+display(
+    shown.style.format(precision=3).format("{:.4f}", subset=["q"]).format("{:.1f}", subset=["saved (%)", "ε at 2C"])
+)
+display(
+    Markdown(
+        "*Noise multipliers by three accountants at the settings of the paper, the noise that PLD saves over RDP, and (last) the ε that is really spent where the noise of the RDP "
+        f"column meets a sensitivity of 2C.* The mistake costs {ratio.min():.1f} to {ratio.max():.1f} times the claim. A tighter bound than RDP's would have saved {saved.min():.1f} to "
+        f"{saved.max():.1f} % of the noise, for the price of some computing time."
+    )
+)
 
 # %% [markdown]
-# *Noise multipliers by three accountants at the settings of the paper, the noise that PLD saves over RDP, and (last) the ε that is really spent where the noise of the RDP column meets a sensitivity of 2C.* The mistake costs
-# {glue:text}`trust_ratio` times the claim: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`Why microbatches fail </microbatches>`). The paper calibrates by RDP, and so do we where we compare with
-# it; a tighter bound would have saved {glue:text}`trust_saved` of the noise, for the price of some computing time.
+# Why the mistake costs more at a larger ε: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`Why microbatches fail </microbatches>`). The paper calibrates by RDP, and so do we where we compare with
+# it.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Epsilon really spent against epsilon claimed if the sensitivity is twice what the noise was made for"}}
 figure, ax = plt.subplots(figsize=(6, 3.6))
@@ -362,15 +369,18 @@ figure
 
 # %% tags=["hide-input"]
 worse = (grid["shuffle"] > claims).sum()
-glue("trust_worse", f"{worse} of {len(grid)}", display=False)
-grid[["shuffle", "order"]].rename(
+other = grid[["shuffle", "order"]].rename(
     columns={"shuffle": "one shuffle: ε is at least", "order": "file order: ε (RDP)"}
-).style.format("{:.1f}")
+)
+display(other.style.format("{:.1f}"))
+display(
+    Markdown(
+        "*ε by Poisson accounting (last column of the row's name), and with the same noise under two other ways to form batches.* "
+        f"In {worse} of {len(grid)} rows one shuffle is provably worse than what it is usually accounted as."
+    )
+)
 
 # %% [markdown]
-# *ε by Poisson accounting (last column of the row's name), and with the same noise under two other ways to form batches.* In {glue:text}`trust_worse` rows one shuffle is provably worse than what it is
-# usually accounted as.
-#
 # ## The best test epoch
 #
 # A table that reports the best test accuracy over the epochs does two things wrong. The figure is too high, being the largest of many noisy ones. And the choice looks at test images without any
@@ -387,15 +397,14 @@ for _ in range(repeats):
     gains.append(hits.max() / images - true)
     without = (hits[:, None] - right).argmax(0)  # the choice if image j had not been there
     decided.append((without != hits.argmax()).any())
-glue("trust_gain", f"{100 * np.mean(gains):.1f}", display=False)
-glue("trust_decided", f"{100 * np.mean(decided):.0f} %", display=False)
 Markdown(
-    f"*Simulated test sets of {counted(images, 'image')}: {repeats}; {counted(last, 'epoch')} of true accuracy {true:.0%} each.*"
+    f"*Simulated test sets of {counted(images, 'image')}: {repeats}; {counted(last, 'epoch')} of true accuracy {true:.0%} each.* "
+    f"The best epoch looks {100 * np.mean(gains):.1f} percentage points better than it is, and in {100 * np.mean(decided):.0f} % of the test sets there is an image whose absence "
+    "would have changed which epoch is released."
 )
 
 # %% [markdown]
-# The best epoch looks {glue:text}`trust_gain` percentage points better than it is, and in {glue:text}`trust_decided` of the test sets there is an image whose absence would have changed which epoch is
-# released. So here the last step counts, always ({doc}`Experimental setup </setup>`).
+# So here the last step counts, always ({doc}`Experimental setup </setup>`).
 #
 # ## Killed and started again
 #

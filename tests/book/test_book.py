@@ -130,12 +130,9 @@ def test_other_numbers_are_not_taken_for_accuracies(text):
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=names(NOTEBOOKS))
-def test_every_glued_number_in_prose_is_glued_by_its_page(page):
-    text = page.read_text()
-    used = set(re.findall(r"\{glue:\w*\}`([\w-]+)(?::[^`]*)?`", text))
-    made = set(re.findall(r"glue\(\s*f?[\"']([\w-]+)[\"']", text))
-    computed = "glue(f" in text or re.search(r"glue\(\s*[a-z_]+\s*,", text)
-    assert computed or used <= made, used - made
+def test_no_number_in_prose_is_glued(page):
+    """Neither JupyterLab nor papermill knows what the book has glued: such a number would be missing there."""
+    assert "glue" not in page.with_suffix(".py").read_text()
 
 
 # Names.
