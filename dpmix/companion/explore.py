@@ -204,8 +204,12 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     far = 1.1 * max(clip_norm, np.abs(flat).max())
     for ax in (left, right):
         ax.set(xlabel="along the first public direction", ylabel="along the second")
-    left.set(title="Averaged (faint), clipped to the circle C", xlim=(-far, far), ylim=(-far, far), aspect="equal")
-    right.set(title="Summed, and 60 noisy sums; circles σC", aspect="equal", adjustable="datalim")
+        ax.locator_params(nbins=4)
+    # A title that says where it stands need not look for its place.
+    left.set_title("Averaged (faint), clipped to the circle C", y=1.0)
+    right.set_title("Summed, and 60 noisy sums; circles σC", y=1.0)
+    left.set(xlim=(-far, far), ylim=(-far, far), aspect="equal")
+    right.set(aspect="equal", adjustable="datalim")
     moved = min(clip_norm, float(norms[without - 1]))
     words = f"Lengths before clipping ({raw.shape[1]} parameters): {norms.min():.2f} to {norms.max():.2f}; "
     words += f"{int((norms > clip_norm).sum())} of 8 are above C = {clip_norm:g}. Example {without} moves the sum by {moved:.3f}"
