@@ -38,8 +38,8 @@ class Cell(NamedTuple):
 class Preset:
     """The settings of a scale; those of the demo if nothing is said. Learning rates are those of a clip norm of 1; for
     another C they are divided by C, so that a step of clipped gradients, and the noise in it, has the same length (De et al.
-    2022). The demo draws each example's views once, which on the digits makes no difference (0.00 ± 0.03 points, 8 seeds,
-    paired), so that ten seeds take as long as three did."""
+    2022). The demo draws each example's views once, which on the digits makes no difference that 20 seeds can see
+    (`benchmarks/choices.py`), so that ten seeds take as long as three did."""
 
     dataset: str = "digits"
     models: tuple[str, ...] = ("tiny-vit", "tiny-convnext")
