@@ -31,6 +31,7 @@ from dpmix.companion.report import label
 from dpmix.core import files, views
 from dpmix.images import data
 from dpmix.runs import passes
+from dpmix.runs.material import SCALED
 from dpmix.runs.result import Result, choose_learning_rate, frame
 from dpmix.runs.run import look_up
 from dpmix.runs.spec import ComputeFlags
@@ -180,9 +181,11 @@ MEASURED: dict[str, Callable[[Sequence[int], ComputeFlags], pd.DataFrame]] = {
 
 def measure(name: str, seeds: int, compute: ComputeFlags) -> None:
     start, (table, dataset) = time.time(), name.split("/")
-    runs = MEASURED[name](range(seeds), compute).drop(columns=["date", "device", "versions"], errors="ignore")
     p = grids.preset("laptop", dataset)
-    made = passes.provenance(compute.where(), data.load(dataset, image_size=p.image_size).digest)
+    # Asked first: what cannot be opened is told before the work.
+    images = data.load(dataset, image_size=p.image_size if dataset in SCALED else None).digest
+    runs = MEASURED[name](range(seeds), compute).drop(columns=["date", "device", "versions"], errors="ignore")
+    made = passes.provenance(compute.where(), images)
     hours = (time.time() - start) / 3600
     about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels")
     path = evidence.FOLDER / table / f"{dataset}.json"
