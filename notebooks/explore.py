@@ -129,7 +129,7 @@ live(explore.example_views, example_controls, {"mix": "cutmix", "k_diff": 0}, {"
 # Each budget $(\varepsilon, \delta)$ asks for a noise multiplier σ ({doc}`Differential privacy and DP-SGD </dp_sgd>`). The noise on a mean gradient grows with the number of parameters $D'$, the gradient of an example never exceeds $C$.
 # Below are ε by the three accountants, and ε of a run that makes a mistake and adds the same noise: pairs of examples clipped as one ({doc}`Why microbatches fail </microbatches>`), each view clipped by itself
 # ({doc}`Why the sensitivity stays C </sensitivity>`), or batches that were shuffled and not sampled, for which an attack proves the number ({doc}`Can you trust it? <trust>`). Bars are logarithmic. The numbers come from the accountants on
-# coarser grids than elsewhere in this book: within 3 %.
+# coarser grids than elsewhere in this book: at most 3 % too high.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 sizes = {f"{facts.train:,}: {report.label(name)}": facts.train for name, facts in paper.DATASETS.items()}
@@ -181,7 +181,12 @@ def chosen(*, pair, methods):
 
 
 result_controls = {
-    "pair": one_of("data and model", [(f"{report.label(d)}, {report.label(m)}", (d, m)) for d, m in pairs], pairs[0]),
+    "pair": w.Dropdown(
+        options=[(f"{report.label(d)}, {report.label(m)}", (d, m)) for d, m in pairs],
+        value=pairs[0],
+        description="data and model",
+        layout={"width": "auto"},
+    ),
     "methods": w.SelectMultiple(
         options=[(report.label(m), m) for m in methods], value=methods, rows=min(7, len(methods)), description="methods"
     ),

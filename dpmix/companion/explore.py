@@ -191,7 +191,7 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     cut = flat * (clip_norm / norms[order]).clamp(max=1)[:, None].numpy()
     path, noise = np.vstack([np.zeros(2), cut.cumsum(0)]), rng.generator(seed, "explore noise").normal(size=(2, 60, 2))
     figures = [Figure(figsize=(4.4, 4.1)) for _ in range(2)]
-    left, right = (figure.subplots() for figure in figures)
+    left, right = (figure.subplots(gridspec_kw={"left": 0.2, "right": 0.95}) for figure in figures)
     arrow: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.006, color=[BLUE] * 7 + [ORANGE])
     left.quiver(*np.zeros((2, 8)), *flat.T, alpha=0.3, **arrow)
     left.quiver(*np.zeros((2, 8)), *cut.T, **arrow)

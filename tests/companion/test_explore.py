@@ -72,6 +72,18 @@ def test_budgets_are_those_of_the_accountants(accountant, q, steps, epsilon):
     )
 
 
+@pytest.mark.parametrize("q, steps", [(0.0009, 2_000), (0.02, 500), (0.02, 12_500), (1.0, 1)])
+@pytest.mark.parametrize("epsilon, delta", [(0.1, 1e-8), (0.3, 1e-3), (50.0, 1e-5)])
+def test_at_the_ends_of_the_knobs_too_a_coarser_grid_costs_no_more_than_three_percent(epsilon, delta, q, steps):
+    sigma = budgets.calibrated(epsilon, delta, q, steps, "rdp")
+    for accountant, neighbours in (("prv", "join"), ("pld", "join"), ("pld", "change")):
+        # By PLD, whose own grid costs up to two percent where epsilon is small and steps are many.
+        fine = accounting.epsilon_spent(
+            noise_multiplier=sigma, delta=delta, sample_rate=q, steps=steps, accountant="pld", neighbours=neighbours
+        )
+        assert 0.98 < budgets.spent(sigma, delta, q, steps, accountant, neighbours) / fine < 1.03
+
+
 @pytest.mark.parametrize("sigma", [0.11, 0.5, 1.8, 40.0, 2_000.0])
 def test_the_order_that_bisection_finds_is_the_best_of_all(sigma):
     for q, steps, delta in ((0.01, 1, 1e-3), (0.02, 350, 1e-5), (0.3, 3_000, 1e-8), (1.0, 50, 1e-5)):
@@ -143,6 +155,17 @@ def test_a_large_clip_norm_clips_nothing_and_no_noise_shows_the_example():
     shown = explore.step(**STEP | {"clip_norm": 2.0, "sigma": 0.0})
     assert "0 of 8 are above C = 2" in shown and "without noise, that shows" in shown
     assert shown.count("<img") == 2 and "1.00 standard deviations" not in shown
+
+
+@pytest.mark.parametrize("clip_norm, sigma", [(0.5, 1.0), (2.0, 4.0), (0.05, 0.3), (2.0, 0.0)])
+def test_nothing_that_is_drawn_is_cut_at_the_edge(clip_norm, sigma, monkeypatch):
+    drawn, runs = [], explore.results()
+    monkeypatch.setattr(explore, "_embedded", lambda figure, *rest: drawn.append(figure) or "")
+    explore.step(**STEP | {"clip_norm": clip_norm, "sigma": sigma})
+    explore.curves(dataset=runs["dataset"][0], model=runs["model"][0], methods=tuple(runs["method"]))
+    for figure in drawn:
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
 
 
 # Results.
