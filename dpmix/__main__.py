@@ -1,7 +1,10 @@
 """`python -m dpmix check | train | predict | card`: one's own images from a command line."""
 
 import argparse
+import functools
+import io
 import sys
+import warnings
 from pathlib import Path
 
 import dpmix
@@ -41,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """The exit status: 0, or 2 after one line that says what is wrong, or 130 after an interrupt."""
+    warnings.showwarning = lambda message, *_, **__: _warn(str(message))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without the letter ε must not cost what was computed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     asked = vars(parser().parse_args(words))
     command = asked.pop("command")
     try:
@@ -57,13 +64,25 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
+@functools.cache
+def _warn(message: str) -> None:
+    """A warning as one line, and once: a folder is looked at several times."""
+    print(f"dpmix: {message}", file=sys.stderr)
+
+
 def _predict(release: str, images: list[str], weights: str | None) -> None:
     import pandas as pd
+
+    from dpmix.images.image_cache import printable
 
     folders = [name for name in images if Path(name).expanduser().is_dir()]
     require(len(images) == 1 or not folders, "images", images, "give files, or one folder")
     found = dpmix.predict(release, images[0] if len(images) == 1 else images, weights=weights)
-    columns = {"image": found.sources, "class": found.class_names, "probability": found.probabilities.max(1)}
+    columns = {
+        "image": list(map(printable, found.sources)),
+        "class": found.class_names,
+        "probability": found.probabilities.max(1),
+    }
     pd.DataFrame(columns).to_csv(sys.stdout, index=False, float_format="%.4f")
 
 

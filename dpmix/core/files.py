@@ -152,7 +152,7 @@ def load_tensors(
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         wrong = f"it cannot be read, {type(error).__name__}"
     if wrong:
-        raise Damaged(f"{said}: damaged ({wrong}); remove it to start afresh")
+        raise Damaged(f"{said}: damaged ({wrong}); remove it to start afresh, or fetch it again")
     differs = "" if spec is None else differences(about["spec"], json.loads(json.dumps(spec)))
     if differs:
         raise ValueError(f"{said}: belongs to another run ({differs}); give another path or remove it")
@@ -171,7 +171,7 @@ def lock(path: Path) -> Iterator[None]:
     path = Path(path)
     taken = filelock.FileLock(path, mode=0o600)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         taken.acquire()
     try:
         yield

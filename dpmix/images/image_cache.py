@@ -173,6 +173,7 @@ def _write(
     """Decode everything into `entry`. Holds one image a thread in memory."""
     partial = entry.with_name(f"{entry.name}.u8.{os.getpid()}.tmp")
     try:
+        partial.touch(0o600)  # images that their owner keeps from others are kept from them here
         # The pool is left before the file: no thread may write to a file that is closed.
         with partial.open("wb") as out, decoding.bombs_refused(), _pool() as pool:
             unknown = size is None or channels is None
@@ -214,7 +215,7 @@ def _write(
     record["copies"] = duplicates([h for _, h, *_ in told], train)
     record["pixels"] = _checksum(entry.with_suffix(".u8"))
     record["content"] = hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest()
-    whole_files.write_json(entry.with_suffix(".json"), record)
+    whole_files.write_json(entry.with_suffix(".json"), record, private=True)
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -205,13 +205,13 @@ def _open_clip(name: str, weights: str | Path | None, image_size: int | None) ->
 def _timm(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
     import timm
 
-    packed, weights = name in LITE and weights is None, weights_of(name, weights)
+    weights = weights_of(name, weights)
     arch = f"tf_{name.replace('-', '_')}" if name in LITE else name.partition(":")[2]
     one_of("timm model", arch.partition(".")[0], timm.list_models())
     network: Any = _fixed(lambda: timm.create_model(arch, pretrained=False, num_classes=0))
     published = timm.data.resolve_model_data_config(network)
     if weights != "random":
-        fill(network, Path(weights), dropped=network.pretrained_cfg.get("classifier") or (), by_place=packed)
+        fill(network, Path(weights), dropped=network.pretrained_cfg.get("classifier") or (), by_place=name in LITE)
     return _published(network, name, image_size, published["input_size"], published)
 
 

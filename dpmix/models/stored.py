@@ -88,8 +88,9 @@ class Block:
     def allocate(self) -> None:
         """Take the room on the disk, so that it cannot run out later; nobody else may read the file."""
         if self.rows is None:
-            self.journal.unlink(missing_ok=True)
-            self.path.touch(0o600)
+            for path in (self.journal, self.path):
+                path.unlink(missing_ok=True)
+                path.touch(0o600)
             with self.path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self.size)
 
@@ -134,7 +135,7 @@ class StoredViews:
             other = files.differences(files.read_json(self.folder / "store.json") or about, about)
             said = f"holds other views ({other}); remove it: rm -r {self.folder}"
             checks.require(not other, "store", str(self.folder), said)
-            files.write_json(self.folder / "store.json", about)
+            files.write_json(self.folder / "store.json", about, private=True)
             self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
             tick = time.perf_counter()
             if todo := sorted(set().union(*(block.missing for block in self.blocks))):

@@ -52,10 +52,10 @@ def of_package(name: str) -> Path:
 
 def fill(network: nn.Module, path: Path, dropped: str | Sequence[str] = (), by_place: bool = False) -> nn.Module:
     """Load a file of tensors into `network`, every one; `dropped` names the heads that it has done without. With
-    `by_place` its tensors are those of `network`, and then its classifier's, in this order, under other names."""
+    `by_place` its tensors may be those of `network`, and then its classifier's, in this order, under other names."""
     state, wanted = read(path), network.state_dict()
     heads = tuple(f"{head}." for head in ([dropped] if isinstance(dropped, str) else dropped))
-    if by_place:
+    if by_place and not wanted.keys() & state.keys():
         named = [*wanted, *(f"{head}{kind}" for head in heads for kind in ("weight", "bias"))]
         state = dict(zip(named, state.values(), strict=False)) if len(named) == len(state) else state
     # files of parallel training put "module." before each name; old transformers saved the constant position_ids

@@ -51,7 +51,7 @@ def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
     that training reads. Raises as `train` would."""
     p = plan(folder, epsilon, **settings)
     m = mechanism(p.spec, p.listing.train)
-    p.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    p.make_private()
     decoded = data.opened(p.spec.dataset, p.listing, image_size=p.encoder.image_size, cache=p.compute.cache)
     sections = {"The images": _images(p, decoded) + _synthetic(p, decoded), "The run": _run(p, m)}
     return Checked(p, sections | {"What it takes": _cost(p, m, decoded), "What it may be worth": _worth(p)})

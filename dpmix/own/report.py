@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from dpmix.core import files
 from dpmix.core.checks import counted
+from dpmix.images.image_cache import printable
 
 SHOWN = 30  # errors of the text; the JSON has all
 
@@ -58,7 +59,7 @@ def text(seen: dict[str, Any], release: Path, private: Path) -> str:
         f"**{100 * seen['accuracy']:.1f} % of {counted(seen['images'], 'test image')}** classified correctly "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}; the largest class alone is {100 * seen['largest_class']:.1f}). "
         f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.\n\n"
-        f"Released: `{release}`. Private, with seed, log and errors: `{private}`.\n\n"
+        f"Released: `{printable(release)}`. Private, with seed, log and errors: `{printable(private)}`.\n\n"
     ) + table(("class", "test images", "right (%)"), rows)
 
 

@@ -18,6 +18,7 @@ CLIP_NORMS = {"mixed-ghost": 0.05}  # a method is its recipe and its clip norm; 
 STEPS, MOST_STEPS = 200, 100_000
 # Length of an encoder's features on photographs; of others it is measured on public images.
 LENGTHS = {"efficientnet-lite0": 15.0, "efficientnet-lite2": 15.0, "tiny-convnext": 1.0, "tiny-vit": 1.0}
+OURS = ("cache", "runs")  # folders of `private`; a third has the name of the release
 SEARCHED = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the recommended rate, on public images
 
 
@@ -64,12 +65,13 @@ class Settings:
 
 
 def _as(kind: type, name: str, value: Any) -> Any:
-    """The value as a finite float, as int, bool or text."""
+    """The value as a positive finite float or int, as bool or text."""
     if kind in (float, int):
         with contextlib.suppress(ValueError):
             value = float(value) if isinstance(value, str) else value
         checks.finite(name, value)
         checks.require(kind is float or float(value).is_integer(), name, value, "must be a whole number")
+        checks.positive(name, kind(value))
         return kind(value)
     truth = isinstance(value, bool)
     if kind is bool:
@@ -98,12 +100,20 @@ class Plan:
     def report(self) -> Path:
         return self.private / self.out.name
 
+    def make_private(self) -> None:
+        """The folders of what is private, for their owner alone; one that is called so already is left as it is."""
+        for folder in (self.private, *(self.private / name for name in OURS)):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
 
 def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     """Look at the folder's names and at the encoder, not at a pixel, and fill in what was not said; `settings` as in
     `Settings`. Raises ValueError and FileNotFoundError in one line, before any work."""
     asked = Settings.of(folder=folder, epsilon=epsilon, **settings)
     base = Path(asked.folder).expanduser()
+    out = Path(asked.out).expanduser() if asked.out else base.with_name(f"{base.resolve().name}-release")
+    private = out.parent / "private"
+    _check_places(base, out, private)
     listing = layouts.list_folder(base)
     n, why = listing.train, dict[str, str]()
 
@@ -135,12 +145,21 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     run |= dict(feature_scaling=asked.feature_scaling)
     recipe = views.METHODS[asked.method].for_data(asked.mirror)
     spec = RunSpec(dataset=f"folder:{base}", model=model, recipe=recipe, **run)
-    out = Path(asked.out).expanduser() if asked.out else base.with_name(f"{base.resolve().name}-release")
-    private = out.parent / "private"
     flags = {name: getattr(asked, name) for name in ("device", "physical_batch", "progress")}
     compute = ComputeFlags(cache=str(private / "cache"), **flags)
     where: dict[str, Any] = dict(listing=listing, encoder=encoder, out=out, private=private)
     return Plan(spec=spec, compute=compute, rates=rates, reasons=why, **where)
+
+
+def _check_places(base: Path, out: Path, private: Path) -> None:
+    """Photographs, release and what is private lie apart: a folder among the classes would be one of them."""
+    said = f"is the name of a folder for what is private ({', '.join(OURS)}, private); name the release otherwise"
+    checks.require(out.name not in (*OURS, "private"), "out", str(out), said)
+    photos, ours = base.resolve(), private.resolve()
+    said = f"lies inside the folder of images, {base}, among its classes; name a folder beside it"
+    checks.require(not out.resolve().is_relative_to(photos), "out", str(out), said)
+    said = f"lies in {private}, where what is private will go; name an out in another folder"
+    checks.require(not photos.is_relative_to(ours), "folder", str(base), said)
 
 
 def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float, scaled: bool) -> float:
@@ -157,7 +176,8 @@ def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilo
 
 def _model(files: list[Path]) -> tuple[str, str]:
     """The encoder for such images, by the headers of a few of them."""
-    some = [h for h in map(decoding.header, files[:: max(1, len(files) // 100)]) if h]
+    with decoding.bombs_refused():
+        some = [h for h in map(decoding.header, files[:: max(1, len(files) // 100)]) if h]
     if some and all(h.grey and max(h.width, h.height) <= 32 for h in some):
         return "tiny-convnext", "small and grey, as what it was made of"
     return "efficientnet-lite0", "ImageNet features that fit a CPU"

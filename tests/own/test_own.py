@@ -1,10 +1,13 @@
 """One's own images: check, train, predict, the report, the command line; what people got wrong before."""
 
+import io
 import json
+import os
 import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ import dpmix
 from dpmix.__main__ import main
 from dpmix.companion import paper
 from dpmix.core import accounting, rng, views
-from dpmix.images import data
+from dpmix.images import data, layouts
 from dpmix.own import report, settings
 from dpmix.own import train as training
 
@@ -104,11 +107,43 @@ def test_what_was_cut_off_before_its_release_is_not_trained_again(trained, photo
             dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
     assert not again.exists() and "stopped: KeyboardInterrupt" in (again.parent / "private/again/log.txt").read_text()
     found = dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
+    assert "trained before this call in" in (found.private / "log.txt").read_text()
+    assert "before this call" not in (trained.private / "log.txt").read_text()
     ours, theirs = (load_file(t.release / "model.safetensors") for t in (found, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in ("weight", "bias")) and found.report == trained.report
     with pytest.raises(pytest.fail.Exception, match="trained"):  # another budget is another run
         dpmix.train(photos, 7, out=photos.with_name("third"), delta=1e-4, **QUICK)
     shutil.rmtree(again)
+
+
+def test_release_photographs_and_what_is_private_lie_apart(photos, tmp_path):
+    with pytest.raises(ValueError, match=r"out='.*release': lies inside the folder of images, .*, among its classes"):
+        dpmix.train(photos, 8, out=photos / "release", delta=1e-4, **QUICK)
+    assert sorted(p.name for p in photos.iterdir()) == ["test", "train"]
+    moved = shutil.copytree(photos, tmp_path / "private")
+    for folder in (moved, moved / "train"):
+        with pytest.raises(ValueError, match=r"folder='.*private.*': lies in .*private, where what is private will go"):
+            dpmix.train(folder, 8, out=tmp_path / "release", delta=1e-4, **QUICK)
+    assert [p.name for p in tmp_path.iterdir()] == ["private"]
+    assert sorted(p.name for p in Path(moved).iterdir()) == ["test", "train"]
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"out='.*link': is there already"):
+        dpmix.train(photos, 8, out=tmp_path / "link", delta=1e-4, **QUICK)
+
+
+def test_a_private_folder_of_somebodys_own_is_left_as_it_is(photos, tmp_path):
+    tool, elsewhere = tmp_path / "private" / "tool.sh", tmp_path / "elsewhere.txt"
+    tool.parent.mkdir(mode=0o755)
+    for path, mode in ((tool, 0o755), (elsewhere, 0o644)):
+        path.touch()
+        path.chmod(mode)
+    (tool.parent / "link").symlink_to(elsewhere)
+    (tool.parent / "broken").symlink_to("nowhere")
+    found = dpmix.train(photos, 8, out=tmp_path / "release", delta=1e-4, **QUICK | dict(epochs=2))
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (tool.parent, tool, elsewhere)] == [0o755, 0o755, 0o644]
+    assert stat.S_IMODE(found.private.stat().st_mode) == 0o700
+    ours = [p for name in ("cache", "runs", "release") for p in (tool.parent / name).rglob("*")]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in ours} == {0o700, 0o600}
 
 
 KILLED = """
@@ -131,6 +166,7 @@ def test_killed_in_the_middle_and_started_again(photos, tmp_path):
     killed = subprocess.run([*command, "kill"], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["private"]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*")} == {0o700, 0o600}, "also in the middle"
     done = subprocess.run([*command, "go"], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["private", "release"] and len(list(out.iterdir())) == 4
@@ -199,6 +235,10 @@ def test_another_encoder_another_model_and_damage_are_refused(trained, photos, t
     with pytest.raises(FileNotFoundError, match=r"no privacy_card\.json there"):
         dpmix.predict(folder, photos / "test")
     path.write_text(card)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"release='.*model\.safetensors': damaged .* or fetch it again"):
+        dpmix.predict(folder, photos / "test")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors there"):
         dpmix.predict(folder, photos / "test")
@@ -280,12 +320,17 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(epsilon=float("nan")), "epsilon=nan: must be a finite number"),
         (dict(epsilon=True), "epsilon=True: must be a finite number"),
         (dict(epsilon=0), "epsilon=0.0: must be a positive finite number"),
+        (dict(epsilon=-1), "epsilon=-1.0: must be a positive finite number"),
+        (dict(clip_norm=0), "clip_norm=0.0: must be a positive finite number"),
+        (dict(out="cache"), "out='cache': is the name of a folder for what is private"),
+        (dict(out="private"), "out='private': is the name of a folder for what is private"),
         (dict(batch_size=2.5), "batch_size=2.5: must be a whole number"),
         (dict(batch_size=401), "batch_size=401: must be at most the 400 training images"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(learning_rate=0), r"learning_rate=0\.0: must be a positive finite number"),
         (dict(epochs=1e9), r"epochs=1000000000\.0: these are 1e\+09 steps; at most 100,000"),
-        (dict(delta=0), r"delta=0\.0: must lie strictly between 0 and 1"),
+        (dict(delta=0), r"delta=0\.0: must be a positive finite number"),
+        (dict(delta=1), r"delta=1\.0: must lie strictly between 0 and 1"),
         (dict(method="mixself"), "method='mixself': unknown; did you mean 'mix-self'"),
         (dict(epsilom=2), "argument='epsilom': unknown; did you mean 'epsilon'"),
         (dict(model="tiny-convnet"), "unknown; did you mean 'tiny-convnext'"),
@@ -293,7 +338,8 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(delta=1e-30), "delta|accountant"),
     ],
 )
-def test_what_cannot_be_is_one_line_before_any_work(photos, tmp_path, change, said):
+def test_what_cannot_be_is_one_line_before_any_work(photos, tmp_path, change, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     asked = dict(folder=photos, epsilon=2.0, out=tmp_path / "out", progress=False) | change
     for call in (dpmix.train, dpmix.check):
         with pytest.raises(ValueError, match=said) as caught:
@@ -382,6 +428,43 @@ def test_the_command_line(trained, photos, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["train", str(photos)])
     assert "--epsilon" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_letters_costs_nothing(trained, photos, tmp_path, monkeypatch):
+    image = Path(shutil.copy(next((photos / "test" / "digit 0").iterdir()), tmp_path / os.fsdecode(b"caf\xe9.png")))
+    for words, said in ((["card"], b"\\u03b5 (PLD)"), (["predict", str(image)], rb"caf\xe9.png,digit ")):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+        assert main([words[0], str(trained.release), *words[1:]]) == 0
+        sys.stdout.flush()
+        assert said in out.getvalue()
+
+
+def test_a_folder_in_any_encoding_can_be_trained_on(photos, tmp_path):
+    base = shutil.copytree(photos, tmp_path / os.fsdecode(b"caf\xe9"))
+    found = dpmix.train(base, 8, delta=1e-4, **QUICK | dict(epochs=2))
+    assert os.fsencode(found.release.name) == b"caf\xe9-release" and rb"`" in os.fsencode(str(found))
+    assert r"caf\xe9-release" in (found.private / "report.md").read_text() + str(found)
+
+
+def test_a_command_warns_once_and_in_one_line(photos, tmp_path, capsys):
+    base = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (base / "train" / "digit 5" / "x.heic").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        words = ["--epsilon", "8", "--delta", "1e-4", "--epochs", "2", "--no-progress"]
+        assert main(["train", str(base), "--out", str(tmp_path / "out"), *words]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if ".heic" in line]
+    assert said == [f"dpmix: dataset='folder:{base}': files left out: 1 .heic; taken are {' '.join(layouts.SUFFIXES)}"]
+
+
+def test_a_photograph_that_is_too_large_is_not_spoken_of_without_its_name(tmp_path, monkeypatch, recwarn):
+    for c, i in [(c, i) for c in "ab" for i in range(5)]:
+        (tmp_path / "photos" / c).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "photos" / c / f"{i}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    settings.plan(tmp_path / "photos", 2)
+    assert [str(w.message) for w in recwarn.list] == []
 
 
 def test_the_face():
