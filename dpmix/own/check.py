@@ -129,16 +129,14 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> Rows:
     encoder.features(transforms.as_float(fresh.images[:, 0]).to(device))
     each = (time.perf_counter() - start) / len(some)
     many = spec.recipe.views * (m.steps * spec.batch_size if spec.redraw else n)
-    encoding = _time(each * (many + 2 * tested))
+    what = f"{counted(many, 'view')} and twice {counted(tested, 'test image')}"
+    encoding = f"{_time(each * (many + 2 * tested))}: {what}"
     # Six operations a feature and class; to read a feature takes as long as sixty.
     operations = m.steps * spec.batch_size * spec.recipe.views * encoder.dim * (6 * len(p.listing.class_names) + 60)
     kept = decoded.images.numel() + (0 if spec.redraw else many * encoder.dim * 2)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
-        (
-            "encoding",
-            f"{encoding}: {counted(many, 'view')} and twice {counted(tested, 'test image')}, {1000 * each:.1f} ms each",
-        ),
+        ("encoding", f"{encoding}, {1000 * each:.1f} ms each"),
         ("steps", f"about {_time(operations / 2e10)}, on two cores"),
         ("memory", f"{memory:.1f} GiB so far; images and features lie on disk"),
         ("disk", f"{kept / 1e9:.2g} GB in {p.private}, {p.compute.cache} among it"),

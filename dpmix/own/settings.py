@@ -155,11 +155,10 @@ def _check_places(base: Path, out: Path, private: Path) -> None:
     """Photographs, release and what is private lie apart: a folder among the classes would be one of them."""
     said = f"is the name of a folder for what is private ({', '.join(OURS)}, private); name the release otherwise"
     checks.require(out.name not in (*OURS, "private"), "out", str(out), said)
-    photos, ours = base.resolve(), private.resolve()
     said = f"lies inside the folder of images, {base}, among its classes; name a folder beside it"
-    checks.require(not out.resolve().is_relative_to(photos), "out", str(out), said)
+    checks.require(not out.resolve().is_relative_to(base.resolve()), "out", str(out), said)
     said = f"lies in {private}, where what is private will go; name an out in another folder"
-    checks.require(not photos.is_relative_to(ours), "folder", str(base), said)
+    checks.require(not base.resolve().is_relative_to(private.resolve()), "folder", str(base), said)
 
 
 def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float, scaled: bool) -> float:
