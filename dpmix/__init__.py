@@ -40,25 +40,7 @@ _HOME = {
     "load": "images.data",
     "encoder": "models.encoders",
 }
-__all__ = [
-    "METHODS",
-    "ComputeFlags",
-    "Recipe",
-    "RunSpec",
-    "check",
-    "clipped_gradient_sum",
-    "clipped_head_sums",
-    "encoder",
-    "epsilon_spent",
-    "load",
-    "make_views",
-    "noise_multiplier",
-    "predict",
-    "release",
-    "run",
-    "run_all",
-    "train",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -78,11 +78,8 @@ def _predict(release: str, images: list[str], weights: str | None) -> None:
     folders = [name for name in images if Path(name).expanduser().is_dir()]
     require(len(images) == 1 or not folders, "images", images, "give files, or one folder")
     found = dpmix.predict(release, images[0] if len(images) == 1 else images, weights=weights)
-    columns = {
-        "image": list(map(printable, found.sources)),
-        "class": found.class_names,
-        "probability": found.probabilities.max(1),
-    }
+    names, surest = map(printable, found.sources), found.probabilities.max(1)
+    columns = {"image": list(names), "class": found.class_names, "probability": surest}
     pd.DataFrame(columns).to_csv(sys.stdout, index=False, float_format="%.4f")
 
 
