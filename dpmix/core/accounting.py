@@ -42,6 +42,7 @@ NEIGHBOURS = {"join": NeighboringRelation.ADD_OR_REMOVE_ONE, "change": Neighbori
 EPSILON_RANGE = (1e-3, 50.0)
 SIGMA_RANGE = (0.2, 1e4)
 SECONDS = 9.0
+MOST_STEPS = 1_000_000
 RDP_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, *range(64, 256, 8), *range(256, 1025, 64)]
 
 
@@ -229,12 +230,14 @@ def _refine(excess: Excess, start: float) -> float | None:
 
 
 def steps_for(*, n: int, batch_size: int, epochs: float) -> int:
-    """T = round(epochs * N / B), at least one: how many Poisson steps make `epochs` epochs."""
+    """T = round(epochs * N / B), at least one and at most `MOST_STEPS`: how many Poisson steps make `epochs` epochs."""
     checks.whole("n", n, 1)
     checks.positive("epochs", epochs)
     allowed = f"must be a whole number from 1 to the {checks.counted(n, 'training example')}"
     checks.require(isinstance(batch_size, int) and 1 <= batch_size <= n, "batch_size", batch_size, allowed)
-    return max(1, round(epochs * n / batch_size))
+    steps = max(1, round(epochs * n / batch_size))
+    checks.require(steps <= MOST_STEPS, "epochs", epochs, f"these are {steps:.3g} steps; at most {MOST_STEPS:,}")
+    return steps
 
 
 def poisson_batch(n: int, sample_rate: float, *, seed: rng.Seed, step: int) -> Int64[Tensor, " b"]:

@@ -181,10 +181,13 @@ def test_steps():
     assert steps_for(n=11, batch_size=4, epochs=1.0) == 3, "2.75: to the nearest, not down"
     assert steps_for(n=9, batch_size=4, epochs=1.0) == 2, "2.25: not up"
     assert steps_for(n=3, batch_size=1, epochs=2.0) == 6
+    assert steps_for(n=10, batch_size=5, epochs=500_000.0) == 1_000_000
     for bad, name in (
         (dict(batch_size=11), "batch_size=11"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(epochs=0.0), "epochs="),
+        (dict(epochs=1e9), r"epochs=1000000000\.0: these are 2e\+09 steps; at most 1,000,000"),
+        (dict(epochs=500_001.0), "epochs=500001.0"),
     ):
         with pytest.raises(ValueError, match=name):
             steps_for(**{**dict(n=10, batch_size=5, epochs=1.0), **bad})

@@ -509,8 +509,13 @@ def test_copies_within_and_across_are_reported(load, tmp_path):
             "1 among the training images, 1 of a training image among the test images .train/dog/same.png equals "
             "train/cat/000.png, test/cat/other.bmp equals train/cat/001.png.; .* not for release"
         )
-        with pytest.warns(UserWarning, match=said):
+        with pytest.warns(UserWarning, match=said) as told:
             load(f"folder:{base}")
+        assert "test accuracy is too high" in str(told[0].message)
+    (base / "test" / "cat" / "other.bmp").unlink()
+    with pytest.warns(UserWarning, match="1 among the training images, 0 of a training image among the test") as told:
+        load(f"folder:{base}")
+    assert not any("too high" in str(w.message) for w in told), "no test image is a copy"
 
 
 def test_copies_in_cifar_are_reported(load, tmp_path, monkeypatch):

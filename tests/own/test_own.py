@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import dpmix
 from dpmix.__main__ import main
-from dpmix.companion import paper
+from dpmix.companion import examples, paper
 from dpmix.core import accounting, rng, views
 from dpmix.images import data, layouts
 from dpmix.own import report, settings
@@ -211,6 +211,16 @@ def test_files_arrays_pictures_and_a_folder_are_one_thing(trained, photos):
     assert np.abs(dpmix.predict(trained.release, colour).probabilities - by_folder.probabilities).max() < 1e-6
 
 
+def test_a_picture_has_its_true_class_under_it(trained, photos):
+    files = sorted((photos / "test" / "digit 3").iterdir())[:2]
+    found = dpmix.predict(trained.release, files)
+    shown = [axes.texts[0].get_text() for axes in examples.predicted(found, ["digit 3", "digit 9"]).axes]
+    assert ["".join(text.split()).partition("true:")[2] for text in shown] == ["digit3", "digit9"]
+    assert all(
+        "".join(text.split()).startswith(c.replace(" ", "")) for text, c in zip(shown, found.class_names, strict=True)
+    )
+
+
 def test_a_stranger_with_the_folder_alone_classifies_in_one_line(trained, photos, tmp_path):
     folder = shutil.copytree(trained.release, tmp_path / "given")
     image = shutil.copy(next((photos / "test" / "digit 0").iterdir()), tmp_path / "image.png")
@@ -328,7 +338,7 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(batch_size=401), "batch_size=401: must be at most the 400 training images"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(learning_rate=0), r"learning_rate=0\.0: must be a positive finite number"),
-        (dict(epochs=1e9), r"epochs=1000000000\.0: these are 1e\+09 steps; at most 100,000"),
+        (dict(epochs=1e9), r"epochs=1000000000\.0: these are 1e\+09 steps; at most 1,000,000"),
         (dict(delta=0), r"delta=0\.0: must be a positive finite number"),
         (dict(delta=1), r"delta=1\.0: must lie strictly between 0 and 1"),
         (dict(method="mixself"), "method='mixself': unknown; did you mean 'mix-self'"),
