@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from dpmix.core import checks, views
+from dpmix.core import checks, files, views
 from dpmix.core.transforms import as_float
 from dpmix.images import data, decoding, layouts
 from dpmix.models import encoders
@@ -101,9 +101,10 @@ class Plan:
         return self.private / self.out.name
 
     def make_private(self) -> None:
-        """The folders of what is private, for their owner alone; one that is called so already is left as it is."""
-        for folder in (self.private, *(self.private / name for name in OURS)):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """The folders of what is private, for their owner alone and never for git; another's `private` stays as it is."""
+        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in (*OURS, self.out.name):
+            files.write(self.private / name / ".gitignore", b"*\n", private=True)
 
 
 def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:

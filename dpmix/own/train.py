@@ -134,7 +134,6 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
 def _logged(p: Plan) -> Iterator[logging.Logger]:
     """A log of the call in the private folder, also of one that is stopped."""
     p.make_private()
-    p.report.mkdir(exist_ok=True, mode=0o700)
     log, path = logging.getLogger("dpmix.train"), p.report / "log.txt"
     path.touch(0o600)
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

@@ -102,11 +102,12 @@ def _not_accounted_for(result: Result, store: Store) -> list[str]:
 
     others = [r for r in store.all() if r.key != result.key and same_images(r)]
     compared = [r for r in others if r.diagnostics.validation_accuracy is not None]
+    split = "the choice of the learning rate and of other settings on the validation split"
     known = "the number of training examples, from which the sampling rate and the number of steps follow"
     return [
         f"the choice of this run: the store has {checks.counted(len(others), 'other run')} on the same private data set, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",
-        "the choice of the learning rate and of other settings on the validation split",
+        *([split] if result.spec.validation else []),
         "other models released from the same data: their budgets add up",
         "floating-point noise",
         *([known] if result.spec.population is None else []),

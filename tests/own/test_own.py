@@ -54,7 +54,15 @@ def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
     assert sorted(p.name for p in trained.release.iterdir()) == names
     private = photos.parent / "private"
     assert trained.private == private / "release"
-    assert sorted(p.name for p in trained.private.iterdir()) == ["confusion.png", "log.txt", "report.json", "report.md"]
+    kept = [".gitignore", "confusion.png", "log.txt", "report.json", "report.md"]
+    assert sorted(p.name for p in trained.private.iterdir()) == kept
+    if shutil.which("git"):
+        subprocess.run(["git", "init", "-q"], cwd=photos.parent, check=True)
+        listed = subprocess.run(
+            ["git", "add", "-An"], cwd=photos.parent, capture_output=True, text=True, check=True
+        ).stdout
+        shutil.rmtree(photos.parent / ".git")
+        assert "private/" not in listed and "release/README.md" in listed
     modes = {stat.S_IMODE(p.stat().st_mode) for p in [private, *private.rglob("*")]}
     assert modes == {0o700, 0o600}
     assert sorted(p.name for p in photos.parent.iterdir()) == ["photos", "private", "release"]
@@ -63,6 +71,7 @@ def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
     card = json.loads((trained.release / "privacy_card.json").read_text())["content"]
     assert card["spec"]["delta"] == 1e-4 and card["images"] == [1, 16, 16] and card["spec"]["redraw"] is False
     assert card["guarantee"]["epsilon"]["pld"] == pytest.approx(8, abs=0.01)
+    assert not any("validation split" in line for line in card["not_accounted_for"]), "there was none"
 
 
 def test_nothing_private_is_in_the_release(trained, photos):
