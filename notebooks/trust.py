@@ -203,7 +203,7 @@ Markdown(
     f"""**What the data decide.** Of the {len(unsafe)} unsafe steps, natural images show {len(seen["natural"])} ({", ".join(seen["natural"]) or "none"}), the blank set
 {len(seen["blank"])}, the opponents {len(seen["opponents"])}. A step is no safer for hiding on natural images: the promise is for every data set.
 
-**What the statistics decide.** Without supposing anything, {releases} releases prove {len(strict)} wrong ({", ".join(strict) or "none"}): an ε much above {np.log(releases) - 2:.0f} cannot be
+**What the statistics decide.** Without supposing anything, {releases:,} releases prove {len(strict)} wrong ({", ".join(strict) or "none"}): an ε much above {np.log(releases) - 2:.0f} cannot be
 bounded by counting so few. The method is flagged in {honest["flagged"].sum()} of {len(honest)} audits, and its bounds of up to {honest["Gaussian DP"].max():.2f} come near the claim
 of {claimed:.2f}: the attack is a strong one."""
 )
@@ -292,7 +292,7 @@ verdict = "finds" if "2C" in found_out else "misses"
 Markdown(
     f"""With the 2C mistake the run spends ε = {spent["2C"]:.1f} instead of {run_epsilon:g}, and the audit of one run can prove {bound["2C"]:.2f}. It **{verdict} a factor of two**, which the
 canary of a step finds in seconds; it finds {", ".join(found_out) or "none of the mistakes"}. The correct run is bounded by {bound["none"]:.2f}. One-run audits are smoke detectors: cheap, indifferent to how
-the code looks inside, and silent about small fires. (Canaries: {canaries}; digits: {len(digits)}; steps: {run_steps}.)"""
+the code looks inside, and silent about small fires. (Canaries: {canaries:,}; digits: {len(digits):,}; steps: {run_steps}.)"""
 )
 
 # %% [markdown]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from opacus import PrivacyEngine, optimizers
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -139,7 +140,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
 
     In training mode `model` then takes one input [b, K, ...] and answers for b * K rows; in evaluation mode nothing
     changes. The loss is a mean over all rows (with loss_reduction="sum" a sum; the mean over K is taken here). A layer's
-    rows are averaged as soon as Opacus has made them: gradients take the memory of b rows.
+    rows are averaged as soon as Opacus has made them, so that gradients take the memory of b rows; with "ew" at the step.
 
     Args:
         model: what `make_private` returned; with wrap_model=False your own network.
@@ -147,7 +148,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
         views: K, the augmentation multiplicity.
 
     Raises ValueError, in training too, for inputs that are not [b, K, ...], and by name for what cannot work: ghost
-    clipping, a batch in the second dimension.
+    clipping, a batch in the second dimension, accumulated batches with "ew".
     """
     checks.whole("views", views, 1)
     kind = type(optimizer)
@@ -164,9 +165,15 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     averaged: ViewAveraging = object.__new__(subclass)
     averaged.__dict__.update(vars(optimizer) | {"views": views})
 
+    # "ew" adds up the calls of a layer itself: its rows stay whole until the optimizer reads them.
+    adds = isinstance(model, GradSampleModuleExpandedWeights)
+
     def to_rows(module: nn.Module, inputs: tuple) -> tuple | None:
         if not module.training:
             return None
+        old = adds and any(getattr(p, "grad_sample", None) is not None for p in module.parameters())
+        said = "adds rows of an earlier batch to those of this one: call optimizer.zero_grad() before the model"
+        checks.require(not old, "grad_sample_mode", "ew", said)
         shapes = [tuple(x.shape) for x in inputs]
         good = len(shapes) == 1 and len(shapes[0]) > 1 and shapes[0][1] == views
         checks.require(good, "input", shapes, f"in training must be one tensor [b, K={views}, ...], by position")
@@ -179,7 +186,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     model.register_forward_pre_hook(to_rows)
     for module in model.modules():
         own = any(p.requires_grad for p in module.parameters(recurse=False))
-        if own:  # as Opacus chooses; hooks run in order, so its own come first
+        if own and not adds:  # as Opacus chooses; hooks run in order, so its own come first
             module.register_full_backward_hook(to_means)
     return averaged
 
