@@ -21,7 +21,7 @@ from dpmix.images import data, layouts
 from dpmix.images.image_cache import Decoded, printable
 from dpmix.images.overlap import overlap
 from dpmix.own.report import table
-from dpmix.own.settings import Plan, plan
+from dpmix.own.settings import OURS, Plan, plan
 from dpmix.runs.spec import Mechanism, mechanism, no_meaningful_guarantee
 
 MEASURED = 50
@@ -51,7 +51,7 @@ def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
     that training reads. Raises as `train` would."""
     p = plan(folder, epsilon, **settings)
     m = mechanism(p.spec, p.listing.train)
-    p.make_private()
+    p.make_private(*OURS)
     decoded = data.opened(p.spec.dataset, p.listing, image_size=p.encoder.image_size, cache=p.compute.cache)
     sections = {"The images": _images(p, decoded) + _synthetic(p, decoded), "The run": _run(p, m)}
     return Checked(p, sections | {"What it takes": _cost(p, m, decoded), "What it may be worth": _worth(p)})

@@ -100,10 +100,10 @@ class Plan:
     def report(self) -> Path:
         return self.private / self.out.name
 
-    def make_private(self) -> None:
-        """The folders of what is private, for their owner alone and never for git; another's `private` stays as it is."""
+    def make_private(self, *names: str) -> None:
+        """Folders of what is private, for their owner alone and never for git; a `private` of others stays as it is."""
         self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for name in (*OURS, self.out.name):
+        for name in names:
             files.write(self.private / name / ".gitignore", b"*\n", private=True)
 
 

@@ -14,7 +14,7 @@ from dpmix.core import checks, files
 from dpmix.images import data
 from dpmix.images.image_cache import printable
 from dpmix.own import report
-from dpmix.own.settings import Plan, plan
+from dpmix.own.settings import OURS, Plan, plan
 from dpmix.runs.identity import Contents, Identity
 from dpmix.runs.predict import predict, read_card
 from dpmix.runs.release import release
@@ -133,7 +133,7 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
 @contextmanager
 def _logged(p: Plan) -> Iterator[logging.Logger]:
     """A log of the call in the private folder, also of one that is stopped."""
-    p.make_private()
+    p.make_private(*OURS, p.out.name)
     log, path = logging.getLogger("dpmix.train"), p.report / "log.txt"
     path.touch(0o600)
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

@@ -298,6 +298,7 @@ def test_check_counts_names_and_spends_nothing(photos, tmp_path, monkeypatch):
     sigma = accounting.noise_multiplier(epsilon=2.0, delta=1e-4, sample_rate=1.0, steps=200, accountant="pld")
     assert f"| noise multiplier, σ | {sigma:.4g} |" in text
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "photos-release").exists()
+    assert sorted(p.name for p in (tmp_path / "private").iterdir()) == ["cache", "runs"]
 
 
 def test_check_and_train_agree(photos):
