@@ -38,11 +38,11 @@ def fid_of_methods(
     """Table 7: the Fréchet distance of one epoch of a method's views to the training and to the test images. One row a
     `model` (the encoder), seed, method and reference ("train", "test"): `distance` (times 1,000 where features have unit
     norm), and `n`, the number of views. `asked`: `encoders`, `seeds` (they key the views) and `image_size`. `examples` bounds
-    how many training examples give views (None: all). Kept in the store."""
+    how many training examples give views, drawn by the seed (None: all). Kept in the store."""
     compute = compute or ComputeFlags()
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:
-        train = splits.train if examples is None else splits.train.subset(slice(examples))
+        train = some_of(splits.train, examples, seed)
         recipes = [recipe(m, dataset).for_data(train.flip) for m in methods]
         synthetic = any(r.k_diff for r in recipes)
         public = data.public_images(dataset, compute.root, like=train, cache=compute.cache) if synthetic else None
@@ -65,6 +65,13 @@ def fid_of_methods(
 
     what = {"table": 7, "recipes": {m: repr(recipe(m, dataset)) for m in methods}, "examples": examples}
     return _distances(what, rows, compute, dataset, **asked)
+
+
+def some_of(images: data.ImageSet, examples: int | None, seed: int) -> data.ImageSet:
+    """As many of the images, drawn without replacement: folders are sorted by class, the first ones would be one class."""
+    return (
+        images.subset(rng.generator(seed, "fid examples").permutation(len(images))[:examples]) if examples else images
+    )
 
 
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:

@@ -206,3 +206,16 @@ def test_the_samples_of_table_8_are_of_one_size():
     assert (
         test["distance"].nunique() == 2 and (test["distance"] > 1000 * whole).all()
     )  # fewer images, a larger distance
+
+
+def test_some_examples_are_of_every_class_and_drawn_by_the_seed():
+    """A data set of folders is sorted by class."""
+    images = torch.arange(300, dtype=torch.int32).to(torch.uint8)[:, None, None, None].repeat(1, 1, 4, 4)
+    whole = data.ImageSet(images, torch.arange(300) // 100, ("a", "b", "c"))
+    found = [grids_fid.some_of(whole, 60, seed) for seed in (0, 0, 1)]
+    assert all(len(some) == 60 and some.labels.bincount().min() > 8 for some in found)
+    assert torch.equal(found[0].images, found[1].images) and not torch.equal(found[0].images, found[2].images)
+    assert len(set(found[0].images[:, 0, 0, 0].tolist())) > 40, (
+        "without replacement, but for the 44 that 256 values repeat"
+    )
+    assert grids_fid.some_of(whole, None, 0) is whole
