@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 from dpmix.companion import grids
+from dpmix.core.precision import bfloat16_is_fast
 from dpmix.runs import passes
 from dpmix.runs.run import run_all
 from dpmix.runs.spec import ComputeFlags
@@ -66,6 +68,8 @@ def stored(seeds: int) -> dict[str, Any]:
 
 
 def bfloat16(seeds: int) -> dict[str, Any]:
+    if not bfloat16_is_fast(torch.device("cpu")):
+        raise SystemExit("bfloat16: this processor has no instructions for it, so that both would be float32")
     cells = middle("laptop", "caltech101", ["dp-sgd"], (1, 2, 4, 8), seeds)
     both = [accuracies(cells, ComputeFlags(dtype=dtype, workers=1)) for dtype in ("bfloat16", "float32")]
     return {"what": "the encoder in bfloat16 minus in float32", "cells": len(cells) // seeds, **compared(*both)}

@@ -152,7 +152,7 @@ pd.DataFrame({"measured": {name: f"{clock:.2f}" for name, (clock, _) in once["ra
 kept = report.benchmark("choices")
 Markdown(
     f"*Medians of one run: {once['date'][:10]}, commit {once['commit'][:7]}, {once['machine']}, {counted(once['threads'], 'thread')}, torch {once['torch']}, load at the start "
-    f"{once['load at the start']:.1f}.*\n\nWhat these choices do to accuracy (`python benchmarks/choices.py`), in points, with the interval of 95 % over the seeds:\n\n"
+    f"{once['load at the start']:.1f}; bfloat16: {'yes' if once['bfloat16'] else 'this processor has none'}.*\n\nWhat these choices do to accuracy (`python benchmarks/choices.py`), in points, with the interval of 95 % over the seeds:\n\n"
     + "\n".join(
         f"- {of['what']}: {of['difference']:+.2f} [{of['interval_95'][0]:+.2f}, {of['interval_95'][1]:+.2f}], {counted(of['seeds'], 'seed')}, "
         f"mean over {counted(of['cells'], 'run')} of each"
