@@ -93,7 +93,7 @@ caught = [name for name, found in measured.items() if not found.holds]
 display(table.style.format("{:.3f}", subset=["add or remove (C)", "replace (C)", "off the oracle (C)"]))
 display(
     Markdown(
-        f"The method reaches {measured['the method'].largest('add'):.6f} clip norms and keeps to the bound but for rounding; {len(caught)} others are caught. *Clip, then average* "
+        f"The method reaches {measured['the method'].largest('add'):.6f} clip norms and keeps to the bound but for rounding. Caught of the others: {len(caught)}. *Clip, then average* "
         f"passes, as it should: it is private, but it is another algorithm, {distance['clip, then average']:.2f} clip norms away on six ordinary images. Only the oracle tells."
     )
 )
@@ -376,7 +376,7 @@ display(other.style.format("{:.1f}"))
 display(
     Markdown(
         "*ε by Poisson accounting (last column of the row's name), and with the same noise under two other ways to form batches.* "
-        f"In {worse} of {len(grid)} rows one shuffle is provably worse than what it is usually accounted as."
+        f"Rows in which one shuffle is provably worse than what it is usually accounted as: {worse} of {len(grid)}."
     )
 )
 
