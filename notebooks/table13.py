@@ -138,9 +138,13 @@ Markdown(
 
 # %% tags=["hide-input"]
 once = report.benchmark("encoding")
-named = {name.removeprefix("a view, ").split(" px, "): s for name, s in once["seconds"].items() if " px, " in name}
-rates = pd.Series({(int(size), engine): 1 / clock for (size, engine), (clock, _) in named.items()})
-rates.unstack().rename_axis(index="pixels", columns=None).map(lambda v: "–" if pd.isna(v) else f"{v:,.0f}")
+named = [(*name.removeprefix("a view, ").split(" px, "), s) for name, s in once["seconds"].items() if " px, " in name]
+rates = pd.DataFrame(
+    [(int(size), engine, 1 / clock) for size, engine, (clock, _) in named], columns=["pixels", "engine", "rate"]
+)
+rates.pivot(index="pixels", columns="engine", values="rate").rename_axis(columns=None).map(
+    lambda v: "–" if pd.isna(v) else f"{v:,.0f}"
+)
 
 # %% [markdown]
 # Ratios of times on the same machine, beside what was aimed at, and what encoding CIFAR-10 for five methods and training a grid of heads on it would take, reckoned from these rates:
