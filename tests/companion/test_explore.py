@@ -215,7 +215,7 @@ BAD = {
     "no such folder": (explore.example_views, EXAMPLE | {"dataset": "folder:/nowhere/at all"}, "nowhere"),
     "a delta of 1/N": (budgets.budget, BUDGET | {"delta": 1 / 50_000}, "delta=2e-05: must be below 1/N = 2e-05"),
     "an epsilon above all": (budgets.budget, BUDGET | {"epsilon": 60.0}, "epsilon=60.0: must lie between 0.001 and 50"),
-    "out of reach": (budgets.budget, BUDGET | dict(epsilon=0.001, n=9, batch_size=9, epochs=1e9), "out of reach at q=1"),
+    "out of reach": (budgets.budget, BUDGET | dict(epsilon=0.001, n=9, batch_size=9, epochs=1e6), "out of reach at q=1"),
     "a batch above N": (budgets.budget, BUDGET | {"n": 500}, "batch_size=1000"),
     "no method": (explore.curves, {"dataset": "digits", "model": "nothing", "methods": ()}, "no runs of them"),
     "nobody left out": (explore.step, STEP | {"without": 9}, "without=9: must be one of the examples 1 to 8"),
