@@ -12,6 +12,7 @@ from torch import nn
 
 from dpmix import models
 from dpmix.core import rng
+from dpmix.core.precision import bfloat16_is_fast
 from dpmix.images import data
 from dpmix.models import engine, weights
 
@@ -62,7 +63,9 @@ def test_engines_agree_and_an_image_never_sees_its_neighbours(made, name):
         off = float((found - exact).norm() / exact.norm())
         # Lite-ReLU networks amplify the eight bits of bfloat16, in PyTorch as in OpenVINO.
         assert off <= (1e-4 if dtype == torch.float32 else 0.12 if "lite" in name else 6e-2), (kind, dtype, off)
-        assert dtype == torch.float32 or off > 1e-5, "a control: it does compute in bfloat16"
+        # OpenVINO computes float32 where the processor has no bfloat16.
+        wide = dtype == torch.float32 or kind == "openvino" and not bfloat16_is_fast(torch.device("cpu"))
+        assert wide or off > 1e-5, "a control: it does compute in bfloat16"
         for size in (1, 5, 40):
             some = torch.from_numpy(draw.permutation(40)[:size])
             assert torch.equal(features(images[some]), found[some]), (kind, dtype, size)
