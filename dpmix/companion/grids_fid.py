@@ -69,9 +69,8 @@ def fid_of_methods(
 
 def some_of(images: data.ImageSet, examples: int | None, seed: int) -> data.ImageSet:
     """As many of the images, drawn without replacement: folders are sorted by class, the first ones would be one class."""
-    return (
-        images.subset(rng.generator(seed, "fid examples").permutation(len(images))[:examples]) if examples else images
-    )
+    order = rng.generator(seed, "fid examples").permutation(len(images))
+    return images.subset(order[:examples]) if examples else images
 
 
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:
