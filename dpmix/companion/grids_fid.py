@@ -67,10 +67,9 @@ def fid_of_methods(
     return _distances(what, rows, compute, dataset, **asked)
 
 
-def some_of(images: data.ImageSet, examples: int | None, seed: int) -> data.ImageSet:
+def some_of(images: data.ImageSet, n: int | None, seed: int) -> data.ImageSet:
     """As many of the images, drawn without replacement: folders are sorted by class, the first ones would be one class."""
-    order = rng.generator(seed, "fid examples").permutation(len(images))
-    return images.subset(order[:examples]) if examples else images
+    return images.subset(rng.generator(seed, "fid examples").permutation(len(images))[:n]) if n else images
 
 
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:
