@@ -204,6 +204,7 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     far = 1.1 * max(clip_norm, np.abs(flat).max())
     for ax in (left, right):
         ax.set(xlabel="along the first public direction", ylabel="along the second")
+        ax.locator_params(nbins=4)  # fewer ticks are drawn sooner
     # A title that says where it stands need not look for its place.
     left.set_title("Averaged (faint), clipped to the circle C", y=1.0)
     right.set_title("Summed, and 60 noisy sums; circles σC", y=1.0)

@@ -69,7 +69,7 @@ def fid_of_methods(
 
 def some_of(images: data.ImageSet, n: int | None, seed: int) -> data.ImageSet:
     """As many of the images, drawn without replacement: folders are sorted by class, the first ones would be one class."""
-    return images.subset(rng.generator(seed, "fid examples").permutation(len(images))[:n]) if n else images
+    return images if n is None else images.subset(rng.generator(seed, "fid examples").permutation(len(images))[:n])
 
 
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:

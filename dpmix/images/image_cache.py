@@ -233,20 +233,20 @@ def _seal(body: object) -> str:
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
-def _map(path: Path, shape: Sequence[int]) -> UInt8[Tensor, "n C H W"]:
+def mapped(path: Path, shape: Sequence[int]) -> UInt8[Tensor, "n ..."]:
     """The file as a tensor over a private map: read on demand, and writing to it never reaches the file."""
     flags = mmap.MAP_PRIVATE | _NORESERVE
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    images = torch.frombuffer(pages, dtype=torch.uint8).view(*shape)
-    _MAPS[images.untyped_storage().data_ptr()] = pages
-    return images
+    content = torch.frombuffer(pages, dtype=torch.uint8).view(*shape)
+    _MAPS[content.untyped_storage().data_ptr()] = pages
+    return content
 
 
-def forget(images: Tensor) -> None:
-    """Give back the memory of mapped images that were looked at; they are read again where they are asked for again. What
-    was written into the map is lost. Nothing happens to images that are not mapped."""
-    pages = _MAPS.get(images.untyped_storage().data_ptr())
+def forget(content: Tensor) -> None:
+    """Give back the memory of what was looked at in a mapped file; it is read again where it is asked for again. What was
+    written into the map is lost. Nothing happens to a tensor that is not mapped."""
+    pages = _MAPS.get(content.untyped_storage().data_ptr())
     if pages is not None:
         pages.madvise(mmap.MADV_DONTNEED)
 
@@ -273,7 +273,7 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
-    return Decoded(_map(pixels, shape), body["content"], copies, body["odd"])
+    return Decoded(mapped(pixels, shape), body["content"], copies, body["odd"])
 
 
 def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:

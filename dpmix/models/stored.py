@@ -9,7 +9,6 @@ only what was under way is encoded again. A store comes from private data withou
 
 import copy
 import hashlib
-import mmap
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from dpmix.core import augmentations, checks, files, rng, transforms, views
 from dpmix.core.sources import FreshViews, Scaling, lap, named, scaled
+from dpmix.images import image_cache
 from dpmix.models import engine
 from dpmix.models.encoders import Encoder
 
@@ -72,13 +72,12 @@ class Block:
 
     def map(self) -> None:
         """Map the file; its rows are read where they lie."""
-        with self.path.open("rb") as file:
-            self._pages = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
-        self.rows = np.frombuffer(self._pages, np.uint8).reshape(self.shape)
+        self._content = image_cache.mapped(self.path, self.shape)
+        self.rows = self._content.numpy()
 
     def forget(self) -> None:
         """Give back the memory of the rows that were read."""
-        self._pages.madvise(mmap.MADV_DONTNEED)
+        image_cache.forget(self._content)
 
     def _checksum(self, chunk: int) -> str:
         found = hashlib.sha256(self.rows[chunk * CHUNK : (chunk + 1) * CHUNK]).hexdigest()

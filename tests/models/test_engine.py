@@ -64,8 +64,8 @@ def test_engines_agree_and_an_image_never_sees_its_neighbours(made, name):
         # Lite-ReLU networks amplify the eight bits of bfloat16, in PyTorch as in OpenVINO.
         assert off <= (1e-4 if dtype == torch.float32 else 0.12 if "lite" in name else 6e-2), (kind, dtype, off)
         # OpenVINO computes float32 where the processor has no bfloat16.
-        wide = dtype == torch.float32 or (kind == "openvino" and not bfloat16_is_fast(torch.device("cpu")))
-        assert wide or off > 1e-5, "a control: it does compute in bfloat16"
+        in_float32 = dtype == torch.float32 or (kind == "openvino" and not bfloat16_is_fast(torch.device("cpu")))
+        assert in_float32 or off > 1e-5, "a control: it does compute in bfloat16"
         for size in (1, 5, 40):
             some = torch.from_numpy(draw.permutation(40)[:size])
             assert torch.equal(features(images[some]), found[some]), (kind, dtype, size)

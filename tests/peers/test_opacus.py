@@ -156,16 +156,24 @@ def test_the_sum_is_that_of_autograd_and_of_our_engines(name, mode, loss):
     assert max((e - w).abs().max() for e, w in zip(each, want, strict=True)) > 0.1 * clip_norm  # K rows, K examples
 
 
+def in_opacus(mode="hooks", *, clip_norm=1.0, batch_size=5):
+    """The small network, the same in Opacus' hands, and its optimizer without noise."""
+    model = network("conv")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters()),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=batch_size,
+    )
+    return model, prepare_module(model, grad_sample_mode=mode), optimizer
+
+
 def test_a_loop_over_the_views_in_one_backward_pass_is_the_same_sum():
     """What the page says of Opacus by itself: calls of one backward pass are added up for each example."""
     images, targets = batch()
     clip_norm = clip_that_bites(network("conv"), images, targets)
     want, _ = oracle(network("conv"), images, targets, clip_norm)
-    model = network("conv")
-    hooked = prepare_module(model, grad_sample_mode="hooks")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=clip_norm, expected_batch_size=1
-    )
+    model, hooked, optimizer = in_opacus(clip_norm=clip_norm, batch_size=1)
     (sum(F.cross_entropy(hooked(images[:, k]), targets[:, k]) for k in range(4)) / 4).backward()
     optimizer.step()
     for p, w in zip(model.parameters(), want, strict=True):
@@ -174,11 +182,7 @@ def test_a_loop_over_the_views_in_one_backward_pass_is_the_same_sum():
 
 def test_rows_are_averaged_in_the_backward_pass_and_once():
     images, targets = batch()
-    model = network("conv")
-    hooked = prepare_module(model, grad_sample_mode="hooks")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=5
-    )
+    model, hooked, optimizer = in_opacus()
     optimizer = peer.average_views(hooked, optimizer, 4)
     F.cross_entropy(hooked(images), targets.flatten(0, 1)).backward()
     before = [p.grad_sample for p in model.parameters()]
@@ -303,11 +307,7 @@ def test_an_example_may_be_a_single_number():
 def test_accumulated_batches_average_their_own_views():
     images, targets = batch(b=6)
     want, _ = oracle(network("conv"), images, targets, 0.05)
-    model = network("conv")
-    hooked = prepare_module(model, grad_sample_mode="hooks")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=0.05, expected_batch_size=3
-    )
+    model, hooked, optimizer = in_opacus(clip_norm=0.05, batch_size=3)
     optimizer = peer.average_views(hooked, optimizer, 4)
     for part in (slice(2), slice(2, 6)):
         F.cross_entropy(hooked(images[part]), targets[part].flatten(0, 1)).backward()
@@ -319,11 +319,7 @@ def test_accumulated_batches_average_their_own_views():
 
 def test_expanded_weights_would_mix_the_examples_of_accumulated_batches_and_are_refused():
     images, targets = batch()
-    model = network("conv")
-    hooked = prepare_module(model, grad_sample_mode="ew")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=5
-    )
+    _, hooked, optimizer = in_opacus("ew")
     optimizer = peer.average_views(hooked, optimizer, 4)
     F.cross_entropy(hooked(images), targets.flatten(0, 1)).backward()
     with pytest.raises(ValueError, match=r"grad_sample_mode='ew': adds rows .*call optimizer\.zero_grad"):
@@ -399,11 +395,7 @@ def test_ghost_clipping_is_refused_by_name_and_works_without_us_on_a_head():
 
 def test_what_does_not_fit_is_refused_in_one_line():
     images, _ = batch()
-    model = network("conv")
-    hooked = prepare_module(model, grad_sample_mode="hooks")
-    plain = DPOptimizer(
-        torch.optim.SGD(model.parameters()), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=5
-    )
+    model, hooked, plain = in_opacus()
     with pytest.raises(ValueError, match="views=0: must be a whole number of at least 1"):
         peer.average_views(hooked, plain, 0)
     with pytest.raises(ValueError, match="optimizer='SGD': is none of DPOptimizer"):
