@@ -103,6 +103,10 @@ def _as_the_paper(path: Path) -> tuple[int, str]:
     return (LAPTOP.index(path.stem) if path.stem in LAPTOP else len(LAPTOP), path.stem)
 
 
+def _part(about: dict[str, Any]) -> str:
+    return f"**{about['examples']:,} of the training images**, " if "examples" in about else ""
+
+
 def _unpacked(text: str, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=size).astype(bool)
 
@@ -119,7 +123,7 @@ def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Mark
         none = "No runs on the paper's own kind of data came with the repository for this page."
         return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [
-        f"- {label(a['dataset'])}: {a['encoder']}, {counted(len(a['seeds']), 'seed')}, "
+        f"- {label(a['dataset'])}: {a['encoder']}, {_part(a)}{counted(len(a['seeds']), 'seed')}, "
         f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "
         f"data {a['data'][:9]}"
         for a in about
