@@ -33,7 +33,7 @@ browse: $(READY)  ## open every page of the built book, and three notebooks in J
 	$(BIN)/python tests/lab.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     mechanism(p.spec, p.listing.train)
     store, partial = Store(p.private / "runs"), p.report / "release.partial"
     with _logged(p) as log:
-        log.info(f"training on {checks.counted(p.listing.train, 'image')} of {p.spec.dataset}")
+        log.info(f"training on {checks.counted(p.listing.train, 'image')} of {printable(p.spec.dataset)}")
         spec = _with_rate(p, store, log)
         before = _finished(spec, p, store)
         result = before or run(spec, compute=p.compute, store=store)
@@ -77,7 +77,7 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
         _explain(release(result, partial, store=store))
         seen = _report(partial, p, result)
         partial.rename(p.out)
-        log.info(f"released to {p.out}; test accuracy {seen['accuracy']:.4f}")
+        log.info(f"released to {printable(p.out)}; test accuracy {seen['accuracy']:.4f}")
     return Trained(p.out, p.report, seen)
 
 
