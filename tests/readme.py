@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from dpmix.companion import evidence, ledger, plots
-from dpmix.companion.report import label
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "book" / "_static" / "reproduced.png"
@@ -16,7 +15,8 @@ def words() -> str:
     runs = ledger.committed()
     found = ledger.decide(runs)
     about = [a for name in runs for a in evidence.read(name).attrs["about"]]
-    sets, encoders = (", ".join(dict.fromkeys(label(a[k]) for a in about)) for k in ("dataset", "encoder"))
+    encoders = ", ".join(dict.fromkeys(a["encoder"] for a in about))
+    sets = ", ".join(dict.fromkeys(evidence.images_of(a) for a in about))
     return (
         "![Each claim's published effect as a ring, the measured one as a dot with its interval](book/_static/reproduced.png)\n\n"
         f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}; {encoders}): {ledger.counts(found)}. "

@@ -103,12 +103,13 @@ def _as_the_paper(path: Path) -> tuple[int, str]:
     return (LAPTOP.index(path.stem) if path.stem in LAPTOP else len(LAPTOP), path.stem)
 
 
-def _part(about: dict[str, Any]) -> str:
-    return f"**{about['examples']:,} of the training images**, " if "examples" in about else ""
-
-
 def _unpacked(text: str, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=size).astype(bool)
+
+
+def images_of(about: dict[str, Any]) -> str:
+    """ "CIFAR-10 (10,000 of its training images)": the data set of a file, and how much of it where that is not all."""
+    return label(about["dataset"]) + (f" ({about['examples']:,} of its training images)" if "examples" in about else "")
 
 
 def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Markdown:
@@ -117,13 +118,11 @@ def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Mark
     if not about:
         rest = "There is nothing to show yet; the last lines of the page say what makes them."
         if demo:
-            rest = (
-                "What stands beside the published numbers is the demo: it shows that the code runs, and decides little."
-            )
+            rest = "Beside the published numbers stands the demo: it shows that the code runs, and decides little."
         none = "No runs on the paper's own kind of data came with the repository for this page."
         return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [
-        f"- {label(a['dataset'])}: {a['encoder']}, {_part(a)}{counted(len(a['seeds']), 'seed')}, "
+        f"- {images_of(a)}: {a['encoder']}, {counted(len(a['seeds']), 'seed')}, "
         f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "
         f"data {a['data'][:9]}"
         for a in about

@@ -124,6 +124,32 @@ def test_which_images_a_stored_run_gets_right_adds_up_to_its_accuracy():
     assert [100 * r.mean() for r in scored["right"]] == pytest.approx(scored["accuracy"].tolist())
 
 
+def test_a_part_has_as_many_images_of_each_class_and_the_whole_test_set(tmp_path):
+    there = {"cifar10/train": 5, "cifar10/test": 3, "synthetic/cifar10": 4}
+    for folder, n in there.items():
+        for kind, i in [(k, i) for k in "ab" for i in range(n)]:
+            (tmp_path / folder / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / kind / f"{i}.png").write_text(f"{folder} {kind} {i}")
+    part = maker.part_of("cifar10", 4, tmp_path)
+    assert maker.part_of("cifar10", 4, tmp_path) == part, "once more"
+    for folder, n in {"cifar10/train": 2, "cifar10/test": 3, "synthetic/cifar10": 2}.items():
+        found = {p.relative_to(part / folder).as_posix(): p.read_text() for p in (part / folder).glob("*/*")}
+        assert found == {f"{k}/{i}.png": f"{folder} {k} {i}" for k in "ab" for i in range(n)}
+    with pytest.raises(SystemExit, match="dataset='eurosat': has no folder"):
+        maker.part_of("eurosat", 4, tmp_path)
+
+
+def test_a_part_takes_longer_steps_and_no_batch_larger_than_itself():
+    (cell,) = grids.methods_grid("laptop", methods=["dp-sgd"], eps=1, seeds=[0], learning_rates=2.0, batch_size=45_000)
+    public = grids.changed_cells([cell], "alone", **grids.NO_NOISE)
+    assert maker.for_part([cell, *public], None) == [cell, *public]
+    mine, same = maker.for_part([cell, *public], 10_000)
+    assert (mine.spec.learning_rate, mine.spec.batch_size) == (2.0 * maker.LONGER, 9_000) and [same] == public
+    said = {"dataset": "cifar10", "examples": 10_000}
+    assert evidence.images_of(said) == "CIFAR-10 (10,000 of its training images)"
+    assert evidence.images_of({"dataset": "cifar10"}) == "CIFAR-10"
+
+
 def test_every_set_of_runs_names_cells_that_can_be_run():
     """Specs are checked as they are made; a set has passes to share, and its rates can be chosen."""
     for name, wanted in maker.SETS.items():
