@@ -92,24 +92,28 @@ def mixing(dataset: str, seeds: Sequence[int]) -> list[Cell]:
 
 
 def same_epsilon(dataset: str, seeds: Sequence[int]) -> list[Cell]:
-    """A waterfall: each step keeps those before it."""
+    """A waterfall: each step keeps those before it. A step's rates are so many times those before it, from the pilot of
+    `LONGER`: more steps, and momentum, want shorter ones, and scaled features are shorter themselves."""
     n = {"cifar10": 45_000, "eurosat": 19_440}[dataset]
-    changes: dict[str, dict[str, Any]] = {
-        "the paper's settings": {},
-        "PLD instead of RDP": {"accountant": "pld"},
-        "features scaled by public constants": {"feature_scaling": "public"},
-        "every example in each of 200 steps": {"batch_size": n, "epochs": 200.0},
-        "momentum of 0.9": {"momentum": 0.9},
+    changes: dict[str, tuple[float, dict[str, Any]]] = {
+        "the paper's settings": (1, {}),
+        "PLD instead of RDP": (1, {"accountant": "pld"}),
+        "every example in each of 200 steps": (1 / 2, {"batch_size": n, "epochs": 200.0}),
+        "momentum of 0.9": (1 / 8, {"momentum": 0.9}),
+        "features scaled by public constants": (12, {"feature_scaling": "public"}),
     }
     if not grids.with_public(["mix-diff"], dataset):
         del changes["features scaled by public constants"]  # they are those of D
-    plain, settings, cells = methods(dataset, ["dp-sgd"], (1, 8), seeds), dict[str, Any](), []
-    for name, change in changes.items():
-        settings |= change
-        cells += grids.changed_cells(plain, name, **settings)
-    for method in grids.with_public(["mix-self", "mix-diff"], dataset):
-        cells += grids.changed_cells(methods(dataset, [method], (1, 8), seeds), f"then {label(method)}", **settings)
-    return cells
+    rate, settings, cells = 1.0, dict[str, Any](), []
+
+    def step(method: str, name: str) -> list[Cell]:
+        changed = grids.changed_cells(methods(dataset, [method], (1, 8), seeds), name, **settings)
+        return [Cell(c.labels, replace(c.spec, learning_rate=c.spec.learning_rate * rate)) for c in changed]
+
+    for name, (factor, change) in changes.items():
+        rate, settings = rate * factor, settings | change
+        cells += step("dp-sgd", name)
+    return cells + step("mix-self", f"then {label('mix-self')}")
 
 
 def scratch(seeds: Sequence[int]) -> list[Cell]:

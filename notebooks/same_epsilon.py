@@ -32,10 +32,10 @@ value = "accuracy"  # what is compared
 #
 # 1. **the paper's settings**, plain DP-SGD: one view, C = 1;
 # 2. **PLD instead of RDP**: a tighter bound on the same mechanism, so less noise for the same ε;
-# 3. **features scaled by public constants**: centred and divided by the mean and deviation of the synthetic images' features (where there are some);
-# 4. **every example in each of 200 steps**: the batch is the training set; noise is averaged over more examples;
-# 5. **momentum** of 0.9;
-# 6. **then DP-MixSelf**, or **DP-MixDiff**, on top.
+# 3. **every example in each of 200 steps**: the batch is the training set; noise is averaged over more examples;
+# 4. **momentum** of 0.9;
+# 5. **features scaled by public constants**: centred and divided by the mean and deviation of the synthetic images' features (where there are some);
+# 6. **then DP-MixSelf** on top.
 #
 # ## Accuracy
 #
