@@ -139,12 +139,16 @@ def test_a_part_has_as_many_images_of_each_class_and_the_whole_test_set(tmp_path
         maker.part_of("eurosat", 4, tmp_path)
 
 
-def test_a_part_takes_longer_steps_and_no_batch_larger_than_itself():
-    (cell,) = grids.methods_grid("laptop", methods=["dp-sgd"], eps=1, seeds=[0], learning_rates=2.0, batch_size=45_000)
-    public = grids.changed_cells([cell], "alone", **grids.NO_NOISE)
-    assert maker.for_part([cell, *public], None) == [cell, *public]
-    mine, same = maker.for_part([cell, *public], 10_000)
-    assert (mine.spec.learning_rate, mine.spec.batch_size) == (2.0 * maker.LONGER, 9_000) and [same] == public
+def test_a_part_takes_longer_steps_a_rate_more_and_no_batch_larger_than_itself():
+    asked = dict(methods=["dp-sgd"], seeds=[0], learning_rates=[2.0, 4.0], batch_size=45_000)
+    cells = grids.methods_grid("laptop", eps=[1, 8], **asked)
+    public = grids.changed_cells(cells[:1], "alone", **grids.NO_NOISE)
+    assert maker.for_part([*cells, *public], None) == [*cells, *public]
+    found = maker.for_part([*cells, *public], 10_000)
+    rates = {e: sorted(c.spec.learning_rate for c in found if c.spec.epsilon == e) for e in (1, 8)}
+    assert rates[1] == rates[8] == pytest.approx([maker.LONGER * r for r in (1, 2, 4)])
+    assert {c.spec.batch_size for c in found} == {9_000}
+    assert [c.spec.learning_rate for c in found if c.spec.epsilon is None] == [2.0]
     said = {"dataset": "cifar10", "examples": 10_000}
     assert evidence.images_of(said) == "CIFAR-10 (10,000 of its training images)"
     assert evidence.images_of({"dataset": "cifar10"}) == "CIFAR-10"
