@@ -167,13 +167,12 @@ def for_part(cells: Sequence[Cell], examples: int | None) -> list[Cell]:
     larger than the part."""
     if examples is None:
         return list(cells)
-    most, found, seen = round(0.9 * examples), list[Cell](), set[RunSpec]()
-    for c in sorted(cells, key=lambda c: c.spec.learning_rate):  # the least of each condition comes first
+    most, found = round(0.9 * examples), list[Cell]()
+    conditions = [replace(c.spec, learning_rate=1.0) for c in cells]
+    for c, condition in zip(cells, conditions, strict=True):
         rate, spec = c.spec.learning_rate, replace(c.spec, batch_size=min(c.spec.batch_size, most))
-        rates = [rate] if spec.epsilon is None else [LONGER * rate]
-        if spec.epsilon is not None and (one := replace(spec, learning_rate=1.0)) not in seen:
-            seen.add(one)
-            rates = [LONGER * rate / 2, *rates]
+        lowest = rate == min(o.spec.learning_rate for o, k in zip(cells, conditions, strict=True) if k == condition)
+        rates = [rate] if spec.epsilon is None else [LONGER * rate / 2] * lowest + [LONGER * rate]
         found += [Cell(c.labels, replace(spec, learning_rate=r)) for r in rates]
     return found
 
