@@ -379,3 +379,16 @@ def test_a_search_that_would_last_too_long_says_so(by, monkeypatch):
         ValueError, match=rf"epsilon=8\.0: the (rdp|{by}) accountant did not reach this budget in 0\.05 s"
     ):
         accounting.noise_multiplier(epsilon=8.0, delta=1.2e-5, sample_rate=0.02, steps=500, accountant=by)
+
+
+@pytest.mark.parametrize("slope", [-1.5, -0.8])
+def test_a_start_within_the_budget_is_refined_in_three_evaluations(slope):
+    """With a bracket it takes eight, of seconds each. The budget is kept exactly at -0.07."""
+    asked = []
+
+    def excess(x):
+        asked.append(x)
+        return slope * (x + 0.07)
+
+    found = accounting._refine(excess, 0.0)
+    assert -1e-4 <= slope * (found + 0.07) <= 0 and len(asked) == 3
