@@ -589,10 +589,10 @@ def test_a_cache_may_be_larger_than_the_memory(tmp_path):
     size = psutil.virtual_memory().total + psutil.swap_memory().total + (1 << 30) >> 20 << 20
     (tmp_path / "sparse").touch()
     os.truncate(tmp_path / "sparse", size)
-    images = image_cache._map(tmp_path / "sparse", (size >> 20, 1, 1024, 1024))
+    images = image_cache.mapped(tmp_path / "sparse", (size >> 20, 1, 1024, 1024))
     images[-1, 0, -1] = 7  # in memory only
     assert images[-1].sum() == 7 * 1024
-    assert image_cache._map(tmp_path / "sparse", (size >> 20, 1, 1024, 1024))[-1].sum() == 0
+    assert image_cache.mapped(tmp_path / "sparse", (size >> 20, 1, 1024, 1024))[-1].sum() == 0
 
 
 def flip_byte(path: Path) -> None:
