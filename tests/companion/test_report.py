@@ -72,6 +72,9 @@ def test_published_then_real_data_then_what_was_made_now():
     )
     alone = report.tables(s._replace(real=RUNS.iloc[:0]))
     assert [c.split(",")[0] for c, _ in alone] == ["Published", "Published", "Made now"]
+    other = paper.table(3).query("dataset == 'caltech256'")
+    elsewhere = report.tables(report.Sources(other, RUNS.assign(dataset="cifar10"), RUNS.assign(dataset="digits")))
+    assert [c.split(",")[0] for c, _ in elsewhere] == ["Published", "Published", "Real data", "Made now"]
 
 
 def test_chosen_rates_are_in_units_of_one_over_c_and_ends_are_starred():
