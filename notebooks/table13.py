@@ -65,7 +65,9 @@ report.made_note(
 # %% tags=["hide-input"]
 published = paper.table(13).assign(unit="minutes")
 alone = timed[timed["method"] != "bank"].assign(unit="seconds")
-found = report.Sources(published, evidence.read("table13"), alone, scale)
+real = evidence.read("table13")
+real = real.assign(unit="minutes", seconds=real["seconds"] / 60) if len(real) else real
+found = report.Sources(published, real, alone, scale)
 report.tables(found, columns=("unit",), value="seconds")
 
 # %% tags=["hide-input"]
