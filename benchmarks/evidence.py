@@ -139,17 +139,21 @@ SETS: dict[str, Set] = {
 def part_of(dataset: str, examples: int, root: Path = data.ROOT) -> Path:
     """A data root of links: so many training images (and synthetic ones), the first of each class by name; all test images."""
     part = root / "parts" / f"{dataset}-{examples}"
+    there = [sum(1 for _ in kind.iterdir()) for kind in (root / dataset / "train").glob("*") if kind.is_dir()]
+    if not there:
+        raise SystemExit(f"dataset={dataset!r}: has no folder {root / dataset / 'train'} of classes to take a part of")
+    if examples < 1 or examples % len(there) or examples // len(there) > min(there):
+        said = f"must be a multiple of {len(there)}, the classes of {dataset}, and at most {len(there) * min(there):,}"
+        raise SystemExit(f"examples={examples}: {said}")
     for folder in (root / dataset / "train", root / "synthetic" / dataset, root / dataset / "test"):
         classes = sorted(p for p in folder.glob("*") if p.is_dir())
-        each = None if folder.name == "test" else examples // max(len(classes), 1)
+        each = None if folder.name == "test" else examples // len(there)
         for kind in classes:
             (part / kind.relative_to(root)).mkdir(parents=True, exist_ok=True)
             for image in sorted(kind.iterdir())[:each]:
                 link = part / image.relative_to(root)
                 if not link.exists():
                     link.hardlink_to(image)  # a symbolic link would leave the data root, which is refused
-    if not (part / dataset).is_dir():
-        raise SystemExit(f"dataset={dataset!r}: has no folder {root / dataset / 'train'} of classes to take a part of")
     return part
 
 
@@ -355,7 +359,7 @@ def main() -> None:
         raise SystemExit(f"names={unknown}: unknown; --list names them")
     for name in names:
         compute = ComputeFlags(workers=asked.workers)
-        if asked.examples:
+        if asked.examples is not None:
             compute = replace(compute, root=str(part_of(name.partition("/")[2], asked.examples)))
         if name in SETS:
             make(name, asked.seeds, compute, asked.export, asked.examples)

@@ -67,7 +67,7 @@ shown = verdicts.page(found, pairs, value=value, per=("dataset", "epsilon")) if 
 report.Tables((caption, table.drop(columns="published")) for caption, table in shown) or "no runs"
 
 # %% [markdown]
-# The steps were fixed before the runs, and their order is one of several. None is a matter of this paper's methods: whoever trains a head on a frozen encoder with differential privacy can take them.
+# The steps were fixed before the runs, their order and rates after a pilot with a seed of its own, in which scaling brought nothing; other orders are possible. None is a matter of this paper's methods: whoever trains a head on a frozen encoder with differential privacy can take them.
 #
 # ## Run it again
 #

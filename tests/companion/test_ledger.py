@@ -137,6 +137,11 @@ def test_a_part_has_as_many_images_of_each_class_and_the_whole_test_set(tmp_path
         assert found == {f"{k}/{i}.png": f"{folder} {k} {i}" for k in "ab" for i in range(n)}
     with pytest.raises(SystemExit, match="dataset='eurosat': has no folder"):
         maker.part_of("eurosat", 4, tmp_path)
+    for wrong in (0, -2, 3, 12):
+        with pytest.raises(
+            SystemExit, match=f"examples={wrong}: must be a multiple of 2, the classes of cifar10, and at most 10"
+        ):
+            maker.part_of("cifar10", wrong, tmp_path)
 
 
 def test_a_part_takes_longer_steps_a_rate_more_and_no_batch_larger_than_itself():
