@@ -2,12 +2,14 @@
 
     python benchmarks/choices.py [stored] [bfloat16] [--out benchmarks/results/choices.json] [--seeds N]
 
-stored     each example's views drawn once against anew at every step: the digits at demo scale, tiny ConvNeXt, Self-Aug and
-           DP-MixSelf, 20 seeds
-bfloat16   the encoder in bfloat16 against float32: Caltech-101 at laptop scale, one plain view, 5 seeds
+stored     each example's views drawn once against anew at every step: the digits at demo scale, both tiny encoders, the
+           three methods that augment, all budgets and rates, 20 seeds. Runs differ in their noise too: the mean over many
+           cells has less of it.
+bfloat16   the encoder in bfloat16 against float32: Caltech-101 at laptop scale, one plain view, all budgets, the middle
+           rate of each, 5 seeds
 
-One learning rate, the middle of the grid. A seed's accuracy is the mean over methods and budgets; the interval is
-Student's, of the differences. What was measured before and is not asked for now stays in the file.
+A seed's accuracy is the mean over these cells; the interval is Student's, of the differences. What was measured before and
+is not asked for now stays in the file.
 """
 
 import argparse
@@ -32,12 +34,8 @@ from dpmix.runs.store import Store
 SEEDS = {"stored": 20, "bfloat16": 5}
 
 
-def middle(
-    scale: str, dataset: str, models: Sequence[str], methods: Sequence[str], eps: Sequence[float], seeds: int
-) -> list[grids.Cell]:
-    """The grid's cells at its middle learning rate."""
-    asked = dict(models=list(models), methods=methods, eps=list(eps), seeds=list(range(seeds)))
-    cells = grids.methods_grid(scale, dataset=dataset, **asked)
+def middle(cells: Sequence[grids.Cell]) -> list[grids.Cell]:
+    """Those of a grid at its middle learning rate."""
     rates: dict[tuple, list[float]] = {}
     for c in cells:
         rates.setdefault((c.labels["method"], c.spec.epsilon), []).append(c.spec.learning_rate)
@@ -66,7 +64,7 @@ def compared(first: dict[int, float], second: dict[int, float]) -> dict[str, Any
 
 
 def stored(seeds: int) -> dict[str, Any]:
-    cells = middle("demo", "digits", ["tiny-convnext"], ["self-aug", "mix-self"], (1, 8), seeds)
+    cells = grids.methods_grid("demo", methods=["self-aug", "mix-self", "mix-diff"], seeds=list(range(seeds)))
     both = [accuracies(grids.changed_cells(cells, None, redraw=redraw), ComputeFlags()) for redraw in (False, True)]
     return {"what": "views drawn once minus drawn at every step", "cells": len(cells) // seeds, **compared(*both)}
 
@@ -74,7 +72,7 @@ def stored(seeds: int) -> dict[str, Any]:
 def bfloat16(seeds: int) -> dict[str, Any]:
     if not bfloat16_is_fast(torch.device("cpu")):
         raise SystemExit("bfloat16: this processor has no instructions for it, so that both would be float32")
-    cells = middle("laptop", "caltech101", ["efficientnet-lite0"], ["dp-sgd"], (1, 2, 4, 8), seeds)
+    cells = middle(grids.methods_grid("laptop", dataset="caltech101", methods=["dp-sgd"], seeds=list(range(seeds))))
     both = [accuracies(cells, ComputeFlags(dtype=dtype, workers=1)) for dtype in ("bfloat16", "float32")]
     return {"what": "the encoder in bfloat16 minus in float32", "cells": len(cells) // seeds, **compared(*both)}
 
