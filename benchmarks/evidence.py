@@ -167,9 +167,10 @@ def for_part(cells: Sequence[Cell], examples: int | None) -> list[Cell]:
     larger than the part."""
     if examples is None:
         return list(cells)
-    most, found = round(0.9 * examples), list[Cell]()
+    found = list[Cell]()
     conditions = [replace(c.spec, learning_rate=1.0) for c in cells]
     for c, condition in zip(cells, conditions, strict=True):
+        most = round(0.9 * examples) // (2 if "half" in c.spec.train_on else 1)
         rate, spec = c.spec.learning_rate, replace(c.spec, batch_size=min(c.spec.batch_size, most))
         lowest = rate == min(o.spec.learning_rate for o, k in zip(cells, conditions, strict=True) if k == condition)
         rates = [rate] if spec.epsilon is None else [LONGER * rate / 2] * lowest + [LONGER * rate]

@@ -153,6 +153,8 @@ def test_a_part_takes_longer_steps_a_rate_more_and_no_batch_larger_than_itself()
     rates = {e: sorted(c.spec.learning_rate for c in found if c.spec.epsilon == e) for e in (1, 8)}
     assert rates[1] == rates[8] == pytest.approx([maker.LONGER * r for r in (1, 2, 4)])
     assert {c.spec.batch_size for c in found} == {9_000}
+    half = maker.for_part(grids.halves_grid("laptop", dataset="eurosat", eps=2, seeds=[0], batch_size=19_440), 10_000)
+    assert {c.spec.batch_size for c in half} == {4_500}
     assert [c.spec.learning_rate for c in found if c.spec.epsilon is None] == [2.0]
     said = {"dataset": "cifar10", "examples": 10_000}
     assert evidence.images_of(said) == "CIFAR-10 (10,000 of its training images)"
