@@ -178,8 +178,8 @@ def main() -> None:
             ratios[f"OpenVINO / PyTorch, {size} px, {dtype} (goal: at least 2.5)"] = [
                 a / b for a, b in zip(found[f"torch {dtype}"], found[f"openvino {dtype}"], strict=True)
             ]
-    for size in sorted({64, 96} & set(args.sizes)) or [64]:
-        found = whole_path(size, data, public, args.repeats)
+    paths = {s: whole_path(s, data, public, args.repeats) for s in sorted({64, 96} & set(args.sizes)) or [64]}
+    for size, found in paths.items():
         seconds |= {f"a view, {size} px, {name}": s for name, s in found.items()}
         ratios[f"whole path / engine, {size} px (goal: at least 0.85)"] = [
             a / b for a, b in zip(found["engine"], found["whole path"], strict=True)
@@ -194,7 +194,8 @@ def main() -> None:
     ratios["stored / fresh, 10 epochs (goal: at least 8)"] = [
         a / b for a, b in zip(*reversed(runs.values()), strict=True)
     ]
-    kept = [found["engine"][i] / found["whole path"][i] for i in (0, 1)]  # of the largest size it was measured at
+    largest = paths[max(paths)]
+    kept = [engine / path for engine, path in zip(largest["engine"], largest["whole path"], strict=True)]
     for size, goal in ((64, 45), (128, 60), (224, 140)):
         if size in by_size:
             encoding, training_s = by_size[size][f"openvino {name_of(FAST)}"], trained["training from the store"]
