@@ -112,8 +112,22 @@ def same_epsilon(dataset: str, seeds: Sequence[int]) -> list[Cell]:
     return cells
 
 
-def scratch(seeds: Sequence[int]) -> list[Cell]:
-    return networks.microbatch_grid(networks.network_preset("laptop"), eps=8, seeds=list(seeds))
+def more_views(seeds: Sequence[int]) -> list[Cell]:
+    cells = networks.augmentations_grid(
+        "laptop", networks.network_preset("laptop"), seeds=list(seeds), network_seeds=[0]
+    )
+    return [c for c in cells if not c.spec.from_scratch]
+
+
+def scratch(table: str, seeds: Sequence[int], **changed: Any) -> list[Cell]:
+    """The networks of Table 1, 2 or 5 (of Table 5 the rows that a claim names); `changed` settings of the preset."""
+    p, asked = networks.changed(networks.network_preset("laptop"), **changed), {"eps": 8, "seeds": list(seeds)}
+    if table == "table1":
+        return networks.microbatch_grid(p, **asked)
+    if table == "table2":
+        return [c for m in ("self-aug", "mix-self") for c in networks.network_cells(p, m, p.views_of(m), **asked)]
+    cells = networks.augmentations_grid("laptop", p, counts=(16, 32), network_seeds=list(seeds), seeds=[0])
+    return [c for c in cells if c.spec.from_scratch]
 
 
 CLAIMED = ("blur", "sobel", "all")  # of Table 4's transformations
@@ -132,7 +146,10 @@ SETS: dict[str, Set] = {
     "same-epsilon/cifar10": Set(partial(same_epsilon, "cifar10")),
     "same-epsilon/eurosat": Set(partial(same_epsilon, "eurosat")),
     "table9/cifar10": Set(k_cells, seeds=3, by=("k_base", "k_self", "k_diff"), note="244 views an example"),
-    "table1/cifar10": Set(scratch, seeds=3, by=(), note="networks from scratch: hours"),
+    "table5/cifar10": Set(more_views, note="linear layers; the networks are a set of their own"),
+    "table1/cifar10": Set(partial(scratch, "table1"), seeds=3, by=(), note="networks from scratch: hours"),
+    "table2/cifar10": Set(partial(scratch, "table2"), by=(), note="networks from scratch: hours"),
+    "table5/cifar10/scratch": Set(partial(scratch, "table5"), by=(), note="networks from scratch: hours"),
 }  # fmt: skip
 
 
@@ -224,7 +241,7 @@ MEASURED: dict[str, Callable[[Sequence[int], ComputeFlags, int | None], pd.DataF
 
 
 def measure(name: str, seeds: int, compute: ComputeFlags, examples: int | None) -> None:
-    start, (table, dataset) = time.time(), name.split("/")
+    start, (_, dataset) = time.time(), name.split("/")
     p = grids.preset("laptop", dataset)
     # Asked first: what cannot be opened is told before the work.
     images = data.load(dataset, compute.root, image_size=p.image_size if dataset in SCALED else None).digest
@@ -232,16 +249,22 @@ def measure(name: str, seeds: int, compute: ComputeFlags, examples: int | None) 
     made = passes.provenance(compute.where(), images)
     hours = (time.time() - start) / 3600
     about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels")
-    path = evidence.FOLDER / table / f"{dataset}.json"
+    path = place(name)
     write(path, runs, about | {"dirty": made["dirty"]} | ({"examples": examples} if examples else {}))
     print(f"{name}: rows: {len(runs)}, {60 * hours:.0f} min: {path}", flush=True)
+
+
+def place(name: str) -> Path:
+    """The file of a set: TABLE/DATASET.json, or TABLE/DATASET-KIND.json."""
+    table, *rest = name.split("/")
+    return evidence.FOLDER / table / f"{'-'.join(rest)}.json"
 
 
 def described(
     name: str, runs: pd.DataFrame, first: dict[str, Any], last: dict[str, Any], hours: float, encoder: str
 ) -> dict[str, Any]:
     """What stands beside the rows of a set: from where, when and what they are."""
-    table, dataset = name.split("/")
+    table, dataset, *_ = name.split("/")
     return {
         "table": table, "dataset": dataset, "seeds": sorted(int(s) for s in set(runs["seed"])), "runs": len(runs),
         "encoder": encoder, "commit": last["commit"] or "", "code": last["code"], "data": last["splits"],
@@ -287,20 +310,24 @@ def export(
     runs = runs.assign(right=[scored.get(k) for k in runs["key"]]).drop(
         columns=["key", "device", "versions", "weights"]
     )
-    table, dataset = name.split("/")
     first, last = (pick((r.provenance for r in results), key=lambda p: p["date"]) for pick in (min, max))
     size = runs["image_size"].iloc[0]
+    # Seconds of passes that ran side by side, each of which had a share of the machine.
     hours = sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600
+    hours /= compute.workers or 1
     encoder = label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels")
+    if results[0].spec.from_scratch:
+        encoder += f" from scratch, {runs['epochs'].iloc[0]:g} epochs"
+        jpeg = next((Path(compute.root) / runs["dataset"].iloc[0] / "train").rglob("*.jp*g"), None)
+        encoder += ", on a JPEG copy" if jpeg else ""
     about = described(name, runs, first, last, hours, encoder) | {
         "dirty": any(r.provenance["dirty"] for r in results),
         "test_images": max((len(r) for r in scored if r is not None), default=0),
     }
     if examples:
         about["examples"] = examples
-    path = evidence.FOLDER / table / f"{dataset}.json"
-    write(path, runs, about)
-    return path
+    write(place(name), runs, about)
+    return place(name)
 
 
 def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool, examples: int | None = None) -> None:
@@ -322,7 +349,7 @@ def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool,
                 ]
                 cells = [Cell(c.labels, replace(c.spec, validation=0.0)) for c in mine]
             if only_export:
-                there = look_up([c.spec for c in cells], store=store)
+                there = look_up([c.spec for c in cells], compute=compute, store=store)
                 cells = [c for c, r in zip(cells, there, strict=True) if r is not None]
             if not cells:
                 continue
@@ -361,7 +388,7 @@ def main() -> None:
     for name in names:
         compute = ComputeFlags(workers=asked.workers)
         if asked.examples is not None:
-            compute = replace(compute, root=str(part_of(name.partition("/")[2], asked.examples)))
+            compute = replace(compute, root=str(part_of(name.split("/")[1], asked.examples)))
         if name in SETS:
             make(name, asked.seeds, compute, asked.export, asked.examples)
         else:

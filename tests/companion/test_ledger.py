@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from dpmix.companion import evidence, grids, ledger, paper, plots
+from dpmix.core import files
 
 ROOT = Path(__file__).resolve().parents[2]
 place = importlib.util.spec_from_file_location("maker", ROOT / "benchmarks" / "evidence.py")
@@ -86,7 +87,8 @@ def test_a_claim_is_decided_where_it_is_made():
 
 def test_what_came_with_the_repository_names_its_origin():
     for path in sorted(evidence.FOLDER.glob("*/*.json")):
-        (about,) = [a for a in evidence.read(path.parent.name).attrs["about"] if a["dataset"] == path.stem]
+        about = files.read_json(path)["about"]
+        assert path.stem.partition("-")[0] == about["dataset"] and path.parent.name == about["table"], path
         for name in ("commit", "machine", "seeds", "data", "hours", "until", "versions"):
             assert about[name] not in ("", None, []), f"{path}: {name}"
     ledger.decide(ledger.committed())
