@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measurements on a GPU, in parts that fail alone, each with a limit of its own; key numbers on stdout, JSON in a folder.
 #   benchmarks/gpu.sh [--device cpu --smoke] [--out FOLDER] [--data FOLDER] [--seconds S] [--limit S] [checks] [network] [scratch]
-# checks: the guarantee (tests, gpu_checks.py); network: against plain SGD and peers; scratch: CIFAR-10 in S seconds.
+# checks: the guarantee (tests, gpu_checks.py); network: against plain SGD and peers; scratch: Tables 1, 2 and 5 on CIFAR-10 in S seconds.
 # --data: where cifar10 lies. --limit: seconds of "network". Without a GPU, and without --device cpu, it says so and exits 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -43,10 +43,8 @@ for part in "${parts[@]}"; do
                 "${sizes[@]}" --limit "$limit" --json "$out/gpu-network.json" 2>"$out/gpu-network.log" || { failed=1 && tail -5 "$out/gpu-network.log"; }
             ;;
         scratch)
-            sizes=(--seconds "$seconds")
-            [ -z "$smoke" ] || sizes+=(--model wrn-10-1 --batch 50 --physical 8 --cuts 8)
-            timeout $((seconds + 90)) "$python" benchmarks/gpu_scratch.py --device "$device" --data "$data" "${sizes[@]}" \
-                --json "$out/gpu-scratch.json" 2>&1 | grep --line-buffered -v Warning || failed=1
+            timeout $((seconds + 60)) "$python" benchmarks/gpu_scratch.py --device "$device" --data "$data" --seconds "$seconds" $smoke \
+                --json "$out/gpu-scratch.json" 2>&1 | tr '\r' '\n' | grep --line-buffered -v -E "Warning|%\|" || failed=1
             ;;
     esac
     echo "== $part: $((SECONDS - began)) s"
