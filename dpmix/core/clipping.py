@@ -75,7 +75,7 @@ def clipped_head_sums(
         chosen = row.nonzero()[:, 0]
         # a slice is not copied
         members = slice(None) if len(groups) == 1 else torch.tensor(together, device=weights.device)
-        x, y = (features, targets) if len(chosen) == k else (features[:, chosen], targets[:, chosen])
+        x, y = (features, targets) if len(chosen) == k else (t.index_select(1, chosen) for t in (features, targets))
         averaged = row[chosen].to(weights.dtype)
         with precision.full(weights.device):
             sums[members], bias_sums[members], norms[:, members] = _of_a_group(
@@ -96,9 +96,10 @@ def _of_a_group(
     """The sums and norms of heads that average the same views, with the same weights `averaged` [K]."""
     heads, num_classes, dim = weights.shape
     b, k, _ = features.shape
-    flat = features.reshape(b * k, dim)
-    # The logit gradients delta, [b, views, heads, classes], in the memory of the logits.
-    logits = torch.addmm(biases.reshape(-1), flat, weights.reshape(-1, dim).T)
+    flat, w, bias = features.reshape(b * k, dim), weights.reshape(-1, dim), biases.reshape(-1)
+    # The logit gradients delta, [b, views, heads, classes], in the memory of the logits. A product with few columns takes
+    # half the time when they are its rows.
+    logits = torch.addmm(bias[:, None], w, flat.T).T.contiguous() if len(w) <= 64 else torch.addmm(bias, flat, w.T)
     delta = _softmax(logits.view(b, k, heads, num_classes)).sub_(targets[:, :, None])
     gram = (features @ features.mT).add_(1.0).mul_(torch.outer(averaged, averaged))
     # |G|^2 = sum_k delta_k . (sum_l gram_kl delta_l): one matrix product an example, whatever the number of heads.
@@ -123,7 +124,7 @@ def _of_a_group(
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension. Of many heads with few classes it is four times as fast across the heads (on a CPU)."""
-    if logits.device.type == "cpu" and logits.shape[-2] >= 8 and logits.shape[-1] <= 64:
+    """Over the last dimension. Below 16 classes a CPU is three times as fast across the heads."""
+    if logits.device.type == "cpu" and logits.shape[-1] < 16:
         return logits.mT.contiguous().softmax(dim=-2).mT.contiguous()
     return logits.softmax(dim=-1)

@@ -31,7 +31,7 @@ from dpmix.models import engine
 from dpmix.models.encoders import Encoder
 
 CHUNK = 64  # rows a line of a journal
-AT_A_TIME = 2**24  # bytes of views that are made while the engine is at work on as many
+AT_A_TIME = 2**25  # bytes of views, at most, that are made while the engine is at work on as many
 TARGET = np.dtype([("place", np.int32, 2), ("value", np.float32, 2)])
 
 
@@ -181,7 +181,7 @@ class StoredViews:
     def _encode(self, made: FreshViews, todo: list[int]) -> None:
         """Make the views of what comes next and write what came before, while the engine is at work."""
         each = self.union.views * made.images[0].numel() * 4
-        step = max(1, min(CHUNK, AT_A_TIME // each))
+        step = 1 << max(1, min(CHUNK, AT_A_TIME // each)).bit_length() - 1  # the engine's chunks are filled then
         said = f"encoding (views: {self.union.views})"
         bar, before = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress), None
         with ThreadPoolExecutor(1) as engine_thread, bar:

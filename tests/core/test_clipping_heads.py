@@ -41,8 +41,10 @@ def problem(b=5, k=6, d=7, classes=4, heads=3, seed=0, dtype=torch.float64):
     return features, targets, weights, biases, torch.linspace(0.3, 1.0, heads, dtype=dtype), view_weights
 
 
-def test_equals_the_oracle_with_clipping_biting():
-    args = problem()
+@pytest.mark.parametrize("classes", [4, 20, 70])  # each takes another of the fast ways to logits and softmax
+def test_equals_the_oracle_with_clipping_biting(classes):
+    *args, clips, view_weights = problem(classes=classes)
+    args += [clips / 2, view_weights]
     sums = clipped_head_sums(*args)
     total_w, total_b, norms = oracle(*args)
     assert (norms > args[4]).any() and (norms[:, 2] > args[4][2]).any(), "the test must clip to mean anything"
