@@ -43,8 +43,8 @@ for part in "${parts[@]}"; do
                 "${sizes[@]}" --limit "$limit" --json "$out/gpu-network.json" 2>"$out/gpu-network.log" || { failed=1 && tail -5 "$out/gpu-network.log"; }
             ;;
         scratch)
-            timeout $((seconds + 60)) "$python" benchmarks/gpu_scratch.py --device "$device" --data "$data" --seconds "$seconds" $smoke \
-                --json "$out/gpu-scratch.json" 2>&1 | tr '\r' '\n' | grep --line-buffered -v -E "Warning|%\|" || failed=1
+            timeout $((seconds + 60)) "$python" benchmarks/gpu_tables.py --device "$device" --data "$data" --seconds "$seconds" $smoke \
+                --json "$out/gpu-tables.json" 2>&1 | tr '\r' '\n' | grep --line-buffered -v -E "Warning|%\|" || failed=1
             ;;
     esac
     echo "== $part: $((SECONDS - began)) s"

@@ -1,6 +1,6 @@
 """Tables 1, 2 and 5 from scratch on one GPU in a budget of time: the networks of laptop scale, on real CIFAR-10, epsilon = 8.
 
-    python benchmarks/gpu_scratch.py --data data/datasets --seconds 500
+    python benchmarks/gpu_tables.py --data data/datasets --seconds 500
 
 Everything is fixed before a weight is trained (`networks.network_preset("laptop")`), but for the number of epochs: the most
 of `EPOCHS` with which three seeds of every row take about half of the time. It follows from throw-away networks (seed 100, half
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--physical", type=int, default=280, help="examples at a time: four times that hold a batch")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--smoke", action="store_true", help="tiny networks, a hundredth of an epoch")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu-scratch.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu-tables.json")
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
     changed: dict[str, Any] = {"model": "wrn-10-1", "epochs": 0.01, "batch_size": 100} if asked.smoke else {}
