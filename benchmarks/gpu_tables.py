@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu-tables.json")
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
-    changed: dict[str, Any] = {"model": "wrn-10-1", "epochs": 0.01, "batch_size": 100} if asked.smoke else {}
+    tiny = {"model": "wrn-10-1", "epochs": 0.01, "batch_size": 100}
+    changed: dict[str, Any] = tiny if asked.smoke else {"model": "wrn-10-2"}
     compute = ComputeFlags(
         device=asked.device, root=str(asked.data), workers=asked.workers, physical_batch=asked.physical
     )
