@@ -96,10 +96,10 @@ def _of_a_group(
     """The sums and norms of heads that average the same views, with the same weights `averaged` [K]."""
     heads, num_classes, dim = weights.shape
     b, k, _ = features.shape
-    flat, w, bias = features.reshape(b * k, dim), weights.reshape(-1, dim), biases.reshape(-1)
-    # The logit gradients delta, [b, views, heads, classes], in the memory of the logits. A product with few columns takes
-    # half the time when they are its rows.
-    logits = torch.addmm(bias[:, None], w, flat.T).T.contiguous() if len(w) <= 64 else torch.addmm(bias, flat, w.T)
+    flat = features.reshape(b * k, dim)
+    # The logit gradients delta, [b, views, heads, classes], in the memory of the logits. Views are the rows of the product:
+    # as its columns some kernels round the last ones otherwise, and an example's rounding would depend on its place.
+    logits = torch.addmm(biases.reshape(-1), flat, weights.reshape(-1, dim).T)
     delta = _softmax(logits.view(b, k, heads, num_classes)).sub_(targets[:, :, None])
     gram = (features @ features.mT).add_(1.0).mul_(torch.outer(averaged, averaged))
     # |G|^2 = sum_k delta_k . (sum_l gram_kl delta_l): one matrix product an example, whatever the number of heads.

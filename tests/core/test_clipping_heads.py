@@ -195,3 +195,30 @@ def test_rows_that_fill_up_a_batch_add_exactly_nothing(filling):
     assert torch.equal(got.norms[:3].isfinite(), want.norms.isfinite()) and (got.norms[3:] == 0).all()
     with pytest.raises(ValueError, match=r"present=6: must lie in 0\.\.5"):
         clipped_head_sums(features, targets, *others, present=6)
+
+
+@pytest.mark.parametrize(
+    ("b", "classes", "k", "heads"),
+    [(62, 2, 1, 1), (7, 10, 1, 1), (37, 3, 1, 1), (33, 2, 5, 20), (32, 10, 19, 1), (37, 20, 3, 3)],
+)
+def test_where_an_example_stands_moves_no_bit_of_its_logits(b, classes, k, heads):
+    """The first example leaves and all others move up a place: the sum moves by C at most. Features are large and their
+    logits cancel, so that another rounding would give another gradient. (Views as the columns of the product: 2.4 C.)"""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        weights = torch.randn(heads, classes, 64, generator=g)
+        seen = weights.flatten(0, 1).double()
+        features = torch.randn(b, k, 64, generator=g).double()
+        features = (1e5 * (features - features @ (torch.linalg.pinv(seen) @ seen).T)).float()
+        targets, averages = torch.full((b, k, classes), 1 / classes), torch.full((heads, k), 1 / k)
+
+        def total(rows, features=features, targets=targets, weights=weights, averages=averages):
+            fill = (0, 0) * 2 + (0, b - len(rows))
+            given = (torch.nn.functional.pad(t[rows], fill) for t in (features, targets))
+            about = torch.zeros(heads, classes), torch.full((heads,), 0.01), averages, len(rows)
+            sums = clipped_head_sums(*given, weights, *about)
+            return torch.cat([sums.weights.flatten(1), sums.biases.flatten(1)], dim=1).double()
+
+        everybody = torch.arange(b)
+        moved = (total(everybody) - total(everybody[1:])).norm(dim=1)
+        assert moved.max() <= 0.01 * (1 + 1e-5), f"seed {seed}: {moved.max() / 0.01:.6f} C"
