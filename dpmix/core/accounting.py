@@ -130,13 +130,7 @@ def _pld(sigma: float, *, delta: float, sample_rate: float, steps: int, neighbou
 
 @functools.lru_cache(maxsize=4096)
 def noise_multiplier(
-    *,
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    accountant: str = "rdp",
-    neighbours: str = "join",
+    *, epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "rdp", neighbours: str = "join"
 ) -> float:
     """The smallest sigma (to 0.01 %) whose `epsilon_spent` does not exceed `epsilon`: it was evaluated at what is returned.
 

@@ -43,7 +43,7 @@ _REASONS = {
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into one line that says what to do."""
     try:
         yield
@@ -68,7 +68,7 @@ def write(path: Path, data: bytes, *, private: bool = False) -> None:
     path = Path(path)
     temporary = None
     try:
-        with _explained(path):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")  # 0600
             temporary = Path(name)
@@ -170,7 +170,7 @@ def lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock between processes: a second holder waits. Released by the system if the process dies."""
     path = Path(path)
     taken = filelock.FileLock(path, mode=0o600)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         taken.acquire()
     try:

@@ -97,7 +97,7 @@ class FreshViews:
         self.seed = rng.as_seed(seed)  # a fresh one is drawn once, so that views that are not redrawn stay
         self.ids = torch.arange(n) if ids is None else ids
         self.redraw, self.scaling, self.seconds = redraw, scaling, {"views": 0.0, "encoder": 0.0}
-        self.name = named(encoder.name, redraw, scaling)
+        self.name = named(encoder.name, None if redraw else self.seed, scaling)
 
     def made(self, places: Int64[Tensor, " b"], step: int) -> views.Views:
         """The union's views of these examples, not yet encoded."""
@@ -115,10 +115,12 @@ class FreshViews:
         return features, made.targets
 
 
-def named(encoder: str, redraw: bool, scaling: Scaling | None) -> str:
-    """The name of a source: that of its encoder, and what else decides its features."""
+def named(encoder: str, once: int | None, scaling: Scaling | None) -> str:
+    """The name of a source: that of its encoder, and what else decides its features (`once`: the seed of views that are drawn
+    once)."""
     constants = "" if scaling is None else f", scaled ({files.digest(*(v.numpy().tobytes() for v in scaling))[:16]})"
-    return encoder + ("" if redraw else ", views drawn once") + constants
+    drawn = "" if once is None else f", views drawn once ({files.digest(repr(('stored views', once)))[:16]})"
+    return encoder + drawn + constants
 
 
 def scaled(features: Float[Tensor, "*b D"], scaling: Scaling | None) -> Float[Tensor, "*b D"]:

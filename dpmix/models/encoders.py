@@ -154,7 +154,7 @@ def _wrap(network: nn.Module, name: str, size: int, channels: tuple[int, ...], *
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
     check_no_mixing(frozen.network, (len(frozen.mean), size, size), f"encoder {name!r}")
     frozen.examined = True
-    about = repr((type(network).__name__, size, channels, frozen.mean, frozen.std, frozen.mode))
+    about = repr((network, size, channels, frozen.mean, frozen.std, frozen.mode))
     tensors = (
         (k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel()
     )

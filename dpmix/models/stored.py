@@ -10,6 +10,7 @@ only what was under way is encoded again. A store comes from private data withou
 import copy
 import hashlib
 import os
+import re
 import shutil
 import time
 import warnings
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from dpmix.core import augmentations, checks, files, rng, transforms, views
 from dpmix.core.sources import FreshViews, Scaling, lap, named, scaled
 from dpmix.images import image_cache
-from dpmix.models import engine
+from dpmix.models import encoders, engine, tiny
 from dpmix.models.encoders import Encoder
 
 CHUNK = 64  # rows a line of a journal
@@ -62,8 +63,8 @@ class Block:
         """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones."""
         if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
             self.map()
-            lines = [line.split() for line in self.journal.read_text().splitlines()]
-            recorded = {int(chunk): wanted for chunk, wanted in (line for line in lines if len(line) == 2)}
+            lines = re.findall(rb"^([0-9]{1,12}) ([0-9a-f]{64})$", self.journal.read_bytes(), re.MULTILINE)
+            recorded = {int(chunk): wanted.decode() for chunk, wanted in lines}
             self.whole = {c for c, wanted in recorded.items() if self._checksum(c) == wanted}
             if damaged := sorted(recorded.keys() - self.whole):
                 said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
@@ -87,11 +88,12 @@ class Block:
     def allocate(self) -> None:
         """Take the room on the disk, so that it cannot run out later; nobody else may read the file."""
         if self.rows is None:
-            for path in (self.journal, self.path):
-                path.unlink(missing_ok=True)
-                path.touch(0o600)
-            with self.path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, self.size)
+            with files.explained(self.path):
+                for path in (self.journal, self.path):
+                    path.unlink(missing_ok=True)
+                    path.touch(0o600)
+                with self.path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, self.size)
 
 
 class StoredViews:
@@ -125,7 +127,7 @@ class StoredViews:
         checks.require(encoder.digest != "", "encoder", encoder.name, said)
         self.n, self.dim, self.num_classes, self.union = made.n, made.dim, num_classes, made.union
         self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
-        self.name, self.progress = named(encoder.name, False, scaling), progress
+        self.name, self.progress = named(encoder.name, made.seed, scaling), progress
         self.places: Tensor | None = None
         about = _about(made, encoder)
         self.folder = Path(folder) / files.digest(repr(about))[:32]
@@ -151,7 +153,8 @@ class StoredViews:
             mixed = key[0] == "public" or (key[0] == "mix" and key[3] > 0)
             stem, start = files.digest(repr(key), public if mixed else "")[:24], 0
             while start < count:
-                there = {int(p.stem.rpartition("-")[2]) for p in self.folder.glob(f"{stem}-{start}-*.views")}
+                ends = (p.stem.rpartition("-")[2] for p in self.folder.glob(f"{stem}-{start}-*.views"))
+                there = {int(end) for end in ends if re.fullmatch("[0-9]{1,9}", end)}
                 for stop in [*sorted(there, reverse=True), count]:
                     columns = slice(column + start, column + min(stop, count))
                     path = self.folder / f"{stem}-{start}-{stop}.views"
@@ -181,7 +184,7 @@ class StoredViews:
     def _encode(self, made: FreshViews, todo: list[int]) -> None:
         """Make the views of what comes next and write what came before, while the engine is at work."""
         each = self.union.views * made.images[0].numel() * 4
-        step = 1 << max(1, min(CHUNK, AT_A_TIME // each)).bit_length() - 1  # the engine's chunks are filled then
+        step = 1 << max(1, min(CHUNK, AT_A_TIME // each)).bit_length() - 1  # parts of one size
         said = f"encoding (views: {self.union.views})"
         bar, before = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress), None
         with ThreadPoolExecutor(1) as engine_thread, bar:
@@ -282,7 +285,9 @@ def _content(*tensors: Any) -> str:
 
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
     """What decides the features of a store's views, but for their recipes and public images."""
-    code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, engine)]
+    code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, encoders, engine, tiny)]
     about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision)}
     about |= {"content of the examples": _content(made.images, made.labels, made.ids), "code": files.digest("1", *code)}
+    about |= {"libraries": f"{encoders.package_of(encoder.name)}, torch {torch.__version__}"}
+    about |= {"engine": type(encoder.features).__name__}
     return about | {"examples": made.n, "seed (digest)": files.digest(repr(("stored views", made.seed)))[:16]}

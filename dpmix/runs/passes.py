@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpmix.core import accounting, heads, network, rng, views
+from dpmix.core import accounting, files, heads, network, rng, views
 from dpmix.core.checks import counted
 from dpmix.core.sources import FreshViews, Scaling, Source, public_scaling
 from dpmix.models import encoders
@@ -147,7 +147,8 @@ def _stored(
     **about: Any,
 ) -> StoredViews:
     folder = Path(compute.cache).expanduser() / "views"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the names below follow from the images
+    with files.explained(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the names below follow from the images
     about |= dict(num_classes=part.whole.num_classes, ids=part.rows, device=compute.where(), progress=compute.progress)
     return StoredViews(encoder, part.images, part.labels, recipes, seed=seed, folder=folder, **about)
 
@@ -208,16 +209,8 @@ def compute_network(
     on_gpu, precision, many = device.type == "cuda", compute.precision(), train.whole.num_classes
     model = wide_resnet(*spec.network, many, channels=train.images.shape[1], seed=spec.seed)
     physical = compute.physical_batch or (64 if on_gpu else 8)
-    names = (
-        "clip_norm",
-        "learning_rate",
-        "momentum",
-        "weight_decay",
-        "ema_decay",
-        "microbatch",
-        "microbatch_mix",
-        "seed",
-    )
+    names = ["clip_norm", "learning_rate", "momentum", "weight_decay", "ema_decay"]
+    names += ["microbatch", "microbatch_mix", "seed"]
     mechanism: dict[str, Any] = _of_spec(spec, *names) | dict(
         num_classes=many, sample_rate=m.sample_rate, steps=m.steps
     )

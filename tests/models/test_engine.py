@@ -178,6 +178,9 @@ def test_the_weights_of_the_package_are_those_of_the_network(made, tmp_path, mon
         models.encoder("efficientnet-lite2")
 
 
+ACTIVATIONS = (torch.nn.ReLU(), torch.nn.GELU(), torch.nn.LeakyReLU(0.1), torch.nn.LeakyReLU(0.2))
+
+
 def test_the_digest_is_that_of_the_content():
     one, two = models.encoder("tiny-vit"), models.encoder("tiny-vit")
     assert one.digest == two.digest == one.to("cpu", torch.bfloat16).digest and len(one.digest) == 64
@@ -186,7 +189,9 @@ def test_the_digest_is_that_of_the_content():
     about = dict(image_size=16, channels=1, mean=0.5, std=0.5)
     digests = {models.encoder(n, **about).digest for n in (one.features.network, changed)}
     digests |= {models.encoder(changed, **{**about, "mean": 0.4}).digest}
-    assert len(digests) == 3
+    layers = torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten()
+    digests |= {models.encoder(torch.nn.Sequential(layers[0], a, layers[1]), **about).digest for a in ACTIVATIONS}
+    assert len(digests) == 3 + len(ACTIVATIONS), "layers without weights count"
 
 
 def test_making_and_running_an_encoder_writes_nothing(tmp_path):

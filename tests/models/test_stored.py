@@ -1,5 +1,6 @@
 """Views that are stored: the same head as from fresh ones, encoded once, resumed, refused; and who may read them."""
 
+import errno
 import re
 import shutil
 import signal
@@ -109,6 +110,7 @@ def test_other_runs_read_the_store_and_other_content_does_not(data, tmp_path, co
         store(encoder.to(dtype=torch.bfloat16), data, tmp_path),
     ]
     assert len({o.folder for o in others} | {source.folder}) == 6
+    assert others[1].name != source.name, "or runs on other views would share their noise"
     turned = torch.flip(torch.arange(len(public)), (0,))
     before = sum(seen)
     other = store(encoder, (private, public.subset(turned)), tmp_path)
@@ -142,6 +144,18 @@ def test_a_damaged_chunk_is_encoded_again_with_a_warning(data, tmp_path, counted
     block.path.write_bytes(content[:-1])
     store(encoder, data, tmp_path)
     assert block.path.stat().st_size == block.size, "a file that was cut short is made anew"
+
+
+@pytest.mark.parametrize("more", [b"x abc\n", b"\0\0\0 1", b"\xff\xfe\n", b"3 12\n", b"\xc2\xb2 " + 64 * b"a" + b"\n"])
+def test_lines_that_a_crash_left_in_a_journal_are_no_lines(data, tmp_path, counted, more):
+    encoder, seen = counted
+    source = store(encoder, data, tmp_path)
+    for block in source.blocks:
+        block.journal.write_bytes(more + b"\n" + block.journal.read_bytes() + more)
+        block.path.with_name(f"{block.path.stem.rpartition('-')[0]}-x.views").touch()
+    before = sum(seen)
+    again = store(encoder, data, tmp_path)
+    assert sum(seen) == before and torch.equal(again.batch(torch.arange(N), 0)[0], source.batch(torch.arange(N), 0)[0])
 
 
 def test_a_store_is_private_and_says_how_large_it_is_and_how_to_remove_it(data, tmp_path, counted, capsys):
@@ -187,6 +201,14 @@ def test_what_cannot_be_stored_is_one_line_before_any_work(data, tmp_path, count
         ) as e:
             store(encoder, data, tmp_path)
         assert "\n" not in str(e.value)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(stored.os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"cannot write .*\.views: the disk is full; free some space and run again"):
+            store(encoder, data, tmp_path)
     with pytest.raises(ValueError, match="labels=2: must lie in"):
         store(encoder, data, tmp_path, num_classes=2)
     own = models.Encoder(lambda x: x.flatten(1), 4, 16, (1,), "own")
