@@ -326,7 +326,8 @@ def export(
     hours /= compute.workers or 1
     encoder = label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels")
     if results[0].spec.from_scratch:
-        encoder += f" from scratch, {runs['epochs'].iloc[0]:g} epochs"
+        epochs = runs["epochs"].iloc[0]
+        encoder += f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
         jpeg = next((Path(compute.root) / runs["dataset"].iloc[0] / "train").rglob("*.jp*g"), None)
         encoder += ", on a JPEG copy" if jpeg else ""
     about = described(name, runs, first, last, hours, encoder) | {
