@@ -397,7 +397,8 @@ def main() -> None:
         raise SystemExit(f"names={unknown}: unknown; --list names them")
     for name in names:
         # A small network takes its examples together at thrice the speed.
-        short = {"engine": "grouped", "physical_batch": 16} if SETS.get(name, Set(list)).by == () else {}
+        from_scratch = name in SETS and not SETS[name].by
+        short = {"engine": "grouped", "physical_batch": 16} if from_scratch else {}
         compute = ComputeFlags(workers=asked.workers, **short)
         if asked.examples is not None:
             compute = replace(compute, root=str(part_of(name.split("/")[1], asked.examples)))

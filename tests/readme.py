@@ -15,11 +15,14 @@ def words() -> str:
     runs = ledger.committed()
     found = ledger.decide(runs)
     about = [a for name in runs for a in evidence.read(name).attrs["about"]]
-    encoders = ", ".join(dict.fromkeys(a["encoder"] for a in about))
-    sets = ", ".join(dict.fromkeys(evidence.images_of(a) for a in about))
+    whole: dict[str, list[str]] = {}  # of each encoder or network, what it saw
+    for a in about:
+        seen = whole.setdefault(a["encoder"], [])
+        seen += [images] if (images := evidence.images_of(a)) not in seen else []
+    sets = "; ".join(f"{encoder}: {', '.join(seen)}" for encoder, seen in whole.items())
     return (
         "![Each claim's published effect as a ring, the measured one as a dot with its interval](book/_static/reproduced.png)\n\n"
-        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}; {encoders}): {ledger.counts(found)}. "
+        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}): {ledger.counts(found)}. "
         "Rings are published effects, dots measured ones with 95 % intervals; the rows are explained on the page of that name.*\n"
     )
 

@@ -131,8 +131,7 @@ class StoredViews:
         self.places: Tensor | None = None
         about = _about(made, encoder)
         self.folder = Path(folder) / files.digest(repr(about))[:32]
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with files.lock(self.folder / "lock"):
+        with files.lock(self.folder / "lock"):  # which makes the folder, for one's own eyes
             other = files.differences(files.read_json(self.folder / "store.json") or about, about)
             said = f"holds other views ({other}); remove it: rm -r {self.folder}"
             checks.require(not other, "store", str(self.folder), said)

@@ -41,7 +41,7 @@ def problem(b=5, k=6, d=7, classes=4, heads=3, seed=0, dtype=torch.float64):
     return features, targets, weights, biases, torch.linspace(0.3, 1.0, heads, dtype=dtype), view_weights
 
 
-@pytest.mark.parametrize("classes", [4, 20, 70])  # each takes another of the fast ways to logits and softmax
+@pytest.mark.parametrize("classes", [4, 20])  # either way of the softmax
 def test_equals_the_oracle_with_clipping_biting(classes):
     *args, clips, view_weights = problem(classes=classes)
     args += [clips / 2, view_weights]
