@@ -4,6 +4,7 @@
     python benchmarks/evidence.py table3/cifar10        # one set, or several; "all" for all of them
     python benchmarks/evidence.py table3/cifar10 --examples 10000     # of a part of the training images, where hours are few
     python benchmarks/evidence.py table3/cifar10 --seeds 2 --export   # write what is there, run nothing
+    python benchmarks/evidence.py table3/cifar10 --seeds 3-4    # further seeds, in a file of their own beside the first
 
 Interrupted, the same line goes on: results are in the store (data/runs, or $DPMIX_STORE), a pass has checkpoints, views
 are encoded once. After each seed the file of the set is written anew, so that what is there can be looked at. A learning
@@ -14,6 +15,7 @@ all training images ("refit"), from the stored views.
 import argparse
 import base64
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 import dpmix
 from dpmix.companion import diagnostics, evidence, grids, grids_fid, networks
@@ -249,24 +252,25 @@ MEASURED: dict[str, Callable[[Sequence[int], ComputeFlags, int | None], pd.DataF
 }
 
 
-def measure(name: str, seeds: int, compute: ComputeFlags, examples: int | None) -> None:
+def measure(name: str, seeds: Sequence[int], compute: ComputeFlags, examples: int | None) -> None:
     start, (_, dataset) = time.time(), name.split("/")
     p = grids.preset("laptop", dataset)
     # Asked first: what cannot be opened is told before the work.
     images = data.load(dataset, compute.root, image_size=p.image_size if dataset in SCALED else None).digest
-    runs = MEASURED[name](range(seeds), compute, examples).drop(columns=["date", "device", "versions"], errors="ignore")
+    runs = MEASURED[name](seeds, compute, examples).drop(columns=["date", "device", "versions"], errors="ignore")
     made = passes.provenance(compute.where(), images)
     hours = (time.time() - start) / 3600
-    about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels")
-    path = place(name)
+    about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels{rounded(compute)}")
+    path = place(name, seeds)
     write(path, runs, about | {"dirty": made["dirty"]} | ({"examples": examples} if examples else {}))
     print(f"{name}: rows: {len(runs)}, {60 * hours:.0f} min: {path}", flush=True)
 
 
-def place(name: str) -> Path:
-    """The file of a set: TABLE/DATASET.json, or TABLE/DATASET-KIND.json."""
+def place(name: str, seeds: Sequence[int] = (0,)) -> Path:
+    """The file of a set: TABLE/DATASET.json, or TABLE/DATASET-KIND.json; seeds beyond the first ones stand beside it."""
     table, *rest = name.split("/")
-    return evidence.FOLDER / table / f"{'-'.join(rest)}.json"
+    further = [f"seeds-{seeds[0]}-{seeds[-1]}"] if seeds[0] else []
+    return evidence.FOLDER / table / f"{'-'.join(rest + further)}.json"
 
 
 def described(
@@ -280,6 +284,11 @@ def described(
         "machine": f"{last['device']} ({last['platform']})", "versions": last["versions"],
         "from": first["date"], "until": last["date"], "hours": hours,
     }  # fmt: skip
+
+
+def rounded(compute: ComputeFlags) -> str:
+    """What the encoder, or the network, was rounded to; nothing is said of float32."""
+    return ", in bfloat16" if compute.precision() == torch.bfloat16 else ""
 
 
 def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[Result]]:
@@ -311,6 +320,7 @@ def export(
     final: pd.DataFrame,
     compute: ComputeFlags,
     examples: int | None,
+    path: Path,
 ) -> Path:
     """Write what there is of a set: all runs, and which test images those in `final` got right."""
     scored = (
@@ -330,56 +340,100 @@ def export(
         encoder += f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
         jpeg = next((Path(compute.root) / runs["dataset"].iloc[0] / "train").rglob("*.jp*g"), None)
         encoder += ", on a JPEG copy" if jpeg else ""
+    encoder += rounded(compute)
     about = described(name, runs, first, last, hours, encoder) | {
         "dirty": any(r.provenance["dirty"] for r in results),
         "test_images": max((len(r) for r in scored if r is not None), default=0),
     }
     if examples:
         about["examples"] = examples
-    write(place(name), runs, about)
-    return place(name)
+    write(path, runs, about)
+    return path
 
 
-def make(name: str, seeds: int | None, compute: ComputeFlags, only_export: bool, examples: int | None = None) -> None:
-    wanted, start = SETS[name], time.time()
-    count = seeds or wanted.seeds
-    store = Store()
+def beside(name: str, seeds: Sequence[int], examples: int | None) -> pd.DataFrame:
+    """The runs of the set that lie there for other seeds, of as many images: further seeds have a share in the choice of a
+    learning rate, and do not choose for themselves."""
+    first = place(name)
+    further = [p.name for p in first.parent.glob(f"{first.stem}-seeds-*.json")]
+    if not seeds[0]:
+        if further:
+            raise SystemExit(
+                f"seeds: {', '.join(further)} has further ones, chosen with the first; remove it to begin anew"
+            )
+        return pd.DataFrame({"seed": [], "refit": []})
+    found = [evidence.read(first.parent.name, name=name) for name in (first.name, *further)]
+    for about in (a for runs in found for a in runs.attrs["about"]):
+        if about.get("examples") != examples:
+            raise SystemExit(f"examples={examples}: the seeds beside it are of {about.get('examples') or 'all'} images")
+    runs = pd.concat(found, ignore_index=True)
+    return runs[~runs["seed"].isin(seeds)].astype({"refit": bool})
+
+
+def together(frames: Sequence[pd.DataFrame], others: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([*frames, *([others] if len(others) else [])], ignore_index=True)
+
+
+def make(
+    name: str, seeds: Sequence[int], compute: ComputeFlags, only_export: bool, examples: int | None = None
+) -> None:
+    wanted, start, path = SETS[name], time.time(), place(name, seeds)
+    store, by = Store(), list(wanted.by)
+    others = beside(name, seeds, examples)
     frames, results = [], list[Result]()
     for stage in ("search", "refit") if wanted.refit else ("search",):
-        for some in [range(count)] if compute.workers > 1 else [[seed] for seed in range(count)]:
+        rates = pd.Series(dtype=float)
+        if stage == "refit":
+            best = choose_learning_rate(together(frames, others).query("not refit"), by)
+            rates = best.drop_duplicates(by).set_index(by)["learning_rate"]
+        # A choice that the further seeds changed is trained again for the others too.
+        more = sorted({int(s) for s in others["seed"]}) if stage == "refit" else []
+        for some in [[*more, *seeds]] if compute.workers > 1 else [[seed] for seed in (*more, *seeds)]:
             cells = for_part(wanted.cells(some), examples)
             if stage == "refit":
-                best = choose_learning_rate(pd.concat(frames).query("not refit"), wanted.by)
-                rate = best.drop_duplicates(list(wanted.by)).set_index(list(wanted.by))["learning_rate"]
-                mine = [
-                    c
-                    for c in cells
-                    if c.spec.learning_rate
-                    == rate[tuple({**c.labels, "epsilon": c.spec.epsilon}[b] for b in wanted.by)]
+                there = list(
+                    others[others["refit"]]
+                    .get([*by, "learning_rate", "seed"], others[:0])
+                    .itertuples(index=False, name=None)
+                )
+                mine = [(c, tuple({**c.labels, "epsilon": c.spec.epsilon}[b] for b in by)) for c in cells]
+                cells = [
+                    Cell(c.labels, replace(c.spec, validation=0.0))
+                    for c, at in mine
+                    if c.spec.learning_rate == rates[at] and (*at, c.spec.learning_rate, c.spec.seed) not in there
                 ]
-                cells = [Cell(c.labels, replace(c.spec, validation=0.0)) for c in mine]
             if only_export:
-                there = look_up([c.spec for c in cells], compute=compute, store=store)
-                cells = [c for c, r in zip(cells, there, strict=True) if r is not None]
+                known = look_up([c.spec for c in cells], compute=compute, store=store)
+                cells = [c for c, r in zip(cells, known, strict=True) if r is not None]
             if not cells:
                 continue
-            found, more = run(cells, compute)
-            frames, results = [*frames, found.assign(refit=stage == "refit")], [*results, *more]
+            found, got = run(cells, compute)
+            frames, results = [*frames, found.assign(refit=stage == "refit")], [*results, *got]
             runs = pd.concat(frames, ignore_index=True)
             again = runs[runs["refit"]]
-            final = again if len(again) else evidence.choose(runs, wanted.by)
-            path = export(name, runs, results, final, compute, examples)
+            chosen = evidence.choose(together([runs], others), by)
+            final = again if len(again) else chosen[chosen["seed"].isin(runs["seed"])]
+            export(name, runs, results, final, compute, examples, path)
             print(
                 f"{name}: {stage}, seeds {list(some)}, runs: {len(runs)}, {(time.time() - start) / 60:.0f} min: {path}",
                 flush=True,
             )
 
 
+def seeds_asked(text: str | None, otherwise: int) -> list[int]:
+    """ "5": the first five; "3-4": those."""
+    asked = re.fullmatch(r"(?:(\d+)-)?(\d+)", text or str(otherwise))
+    found = range(int(asked[1] or 0), int(asked[2]) + bool(asked[1])) if asked else range(0)
+    if not found:
+        raise SystemExit(f"seeds={text!r}: names none; 5 are the first five, 3-4 two further ones")
+    return list(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", help="how many (5), or which further ones (3-4)")
     parser.add_argument("--examples", type=int, help="take so many training images, as many of each class, and say so")
     parser.add_argument("--export", action="store_true", help="write what the store has, run nothing")
     parser.add_argument("--workers", type=int, default=1, help="seeds at a time (1: it has all the threads)")
@@ -403,9 +457,9 @@ def main() -> None:
         if asked.examples is not None:
             compute = replace(compute, root=str(part_of(name.split("/")[1], asked.examples)))
         if name in SETS:
-            make(name, asked.seeds, compute, asked.export, asked.examples)
+            make(name, seeds_asked(asked.seeds, SETS[name].seeds), compute, asked.export, asked.examples)
         else:
-            measure(name, asked.seeds or 5, compute, asked.examples)
+            measure(name, seeds_asked(asked.seeds, 5), compute, asked.examples)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main() -> None:
     print(figures, flush=True)
     for name in NAMES:
         SETS[name] = replace(SETS[name], cells=partial(SETS[name].cells, **changed))
-        make(name, len(SEEDS), compute, only_export=True)
+        make(name, SEEDS, compute, only_export=True)
 
 
 if __name__ == "__main__":

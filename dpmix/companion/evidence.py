@@ -65,11 +65,11 @@ def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: 
     return runs.assign(right=right)
 
 
-def read(table: str, folder: Path | None = None) -> pd.DataFrame:
-    """The runs that came for a table ("table3"), of all its data sets; empty where none came. `attrs["about"]` lists what
-    each file says of itself."""
+def read(table: str, folder: Path | None = None, name: str = "*.json") -> pd.DataFrame:
+    """The runs that came for a table ("table3"), of all its files or of those named so; empty where none came.
+    `attrs["about"]` lists what each file says of itself. Further seeds of a data set lie in files of their own."""
     frames, about = [], []
-    for path in sorted(((folder or FOLDER) / table).glob("*.json"), key=_as_the_paper):
+    for path in sorted(((folder or FOLDER) / table).glob(name), key=_as_the_paper):
         content = files.read_json(path)
         if content is None:
             continue
@@ -93,14 +93,17 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
     parts = []
     for _, part in runs.groupby("dataset", sort=False):
         again = part["refit"].astype(bool) if "refit" in part else pd.Series(False, index=part.index)
-        parts.append(part[again] if again.any() else choose(part, by))
+        found = choose(part[~again], by)
+        # Further seeds may have changed a choice: what was retrained for an earlier one is no result.
+        parts.append(part[again].merge(found[[*by, "learning_rate"]].drop_duplicates()) if again.any() else found)
     found = pd.concat(parts, ignore_index=True) if parts else runs
     found.attrs["about"] = runs.attrs["about"]
     return found
 
 
 def _as_the_paper(path: Path) -> tuple[int, str]:
-    return (LAPTOP.index(path.stem) if path.stem in LAPTOP else len(LAPTOP), path.stem)
+    dataset = path.stem.partition("-")[0]
+    return (LAPTOP.index(dataset) if dataset in LAPTOP else len(LAPTOP), path.stem)
 
 
 def _unpacked(text: str, size: int) -> np.ndarray:
