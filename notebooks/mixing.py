@@ -31,6 +31,9 @@ value = "accuracy"  # what is compared
 # - **α = 1** and **λ = ½**: mixtures of any share, or of equal halves, in place of the paper's faint ones.
 # - **CutMix** {cite:p}`Yun-2019`: a rectangle of one member is pasted into the other.
 # - **D as views, unmixed**: 16 views and the two synthetic images, each with its own label, and no mixture.
+# - **of features**: what the encoder made of two members is mixed, in place of their pixels. It needs no encoding of its own.
+# - **images only** and **labels only**: mixed pixels with the label of the member that has the larger share, or that member with the mixed label.
+# - **mixtures weigh ¼** and **¾**: their weight in the average over an example's views, which is about a half in the paper (18 of 34, or of 36). Clipping comes after the average, so the guarantee is the same.
 #
 # ## Accuracy
 #
@@ -57,12 +60,20 @@ pairs = [
     Comparison("DP-MixSelf, α = 1", "DP-MixSelf"),
     Comparison("DP-MixSelf, λ = ½", "DP-MixSelf"),
     Comparison("CutMix of itself", "DP-MixSelf"),
+    Comparison("DP-MixSelf of features", "DP-MixSelf"),
+    Comparison("DP-MixSelf, mixtures weigh ¼", "DP-MixSelf"),
+    Comparison("DP-MixSelf, mixtures weigh ¾", "DP-MixSelf"),
     Comparison("DP-MixDiff", "DP-MixSelf"),
     Comparison("D as views, unmixed", "16 views"),
     Comparison("DP-MixDiff", "D as views, unmixed"),
     Comparison("DP-MixDiff, α = 1", "DP-MixDiff"),
     Comparison("DP-MixDiff, λ = ½", "DP-MixDiff"),
     Comparison("CutMix with D", "DP-MixDiff"),
+    Comparison("DP-MixDiff of features", "DP-MixDiff"),
+    Comparison("DP-MixDiff, images only", "DP-MixDiff"),
+    Comparison("DP-MixDiff, labels only", "DP-MixDiff"),
+    Comparison("DP-MixDiff, mixtures weigh ¼", "DP-MixDiff"),
+    Comparison("DP-MixDiff, mixtures weigh ¾", "DP-MixDiff"),
 ]
 verdicts.page(found, pairs, value=value) if len(runs) else "no runs"
 
@@ -70,5 +81,7 @@ verdicts.page(found, pairs, value=value) if len(runs) else "no runs"
 # ## Run it again
 #
 # ```console
-# $ python benchmarks/evidence.py mixing/caltech101 mixing/cifar10
+# $ python benchmarks/evidence.py mixing/cifar10 --examples 10000
+# $ python benchmarks/mixing.py cifar10 --examples 10000      # features, images or labels alone, weights
+# $ python benchmarks/evidence.py mixing/caltech101 && python benchmarks/mixing.py caltech101
 # ```

@@ -283,7 +283,7 @@ def make_union(recipes: Sequence[Recipe]) -> Union:
 
 
 def mixing_draws(
-    recipe: Recipe, ids: Int64[Tensor, " b"], *, seed: int, step: int
+    recipe: Recipe, ids: Int64[Tensor, " b"], *, seed: int, step: int | None
 ) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
     """Which two members of the pool the mixtures of `make_views` take, and their lambda (mixup): what a picture of them needs."""
     key, count = next((key, count) for key, count in recipe.parts.items() if key[0] == "mix")
