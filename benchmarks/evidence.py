@@ -115,6 +115,30 @@ def same_epsilon(dataset: str, seeds: Sequence[int]) -> list[Cell]:
     return cells
 
 
+# On what does the gain of views depend? One setting changed at a time; "as in Table 3" is 96 pixels, a crop out of an image
+# padded by an eighth, views drawn once.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "as in Table 3": {},
+    "64 pixels": {"image_size": 64},
+    "128 pixels": {"image_size": 128},
+    "mirrors, no crops": {"transform": "flip"},
+    "64 pixels, views drawn anew": {"image_size": 64, "redraw": True},
+    "224 pixels": {"image_size": 224},
+}
+
+
+def conditions(names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    cells = list[Cell]()
+    for name in names:
+        settings = dict(CONDITIONS[name])
+        transform = settings.pop("transform", None)
+        for c in methods("cifar10", ["dp-sgd", "self-aug", "mix-self"], (1, 8), seeds, **settings):
+            plain = transform is None or c.labels["method"] == "dp-sgd"
+            recipe = c.spec.recipe if plain else replace(c.spec.recipe, transform=transform)
+            cells.append(Cell(c.labels | {"condition": name}, replace(c.spec, recipe=recipe)))
+    return cells
+
+
 def more_views(seeds: Sequence[int]) -> list[Cell]:
     cells = networks.augmentations_grid(
         "laptop", networks.network_preset("laptop"), seeds=list(seeds), network_seeds=[0]
@@ -157,6 +181,8 @@ SETS: dict[str, Set] = {
     "mixing/cifar10": Set(partial(mixing, "cifar10"), seeds=10),
     "same-epsilon/cifar10": Set(partial(same_epsilon, "cifar10")),
     "same-epsilon/eurosat": Set(partial(same_epsilon, "eurosat")),
+    "conditions/cifar10": Set(partial(conditions, list(CONDITIONS)[:5]), seeds=3, by=(*BY, "condition")),
+    "conditions/cifar10/224": Set(partial(conditions, list(CONDITIONS)[5:]), seeds=3, by=(*BY, "condition")),
     "table9/cifar10": Set(k_cells, seeds=3, by=("k_base", "k_self", "k_diff"), note="244 views an example"),
     "table5/cifar10": Set(more_views, note="linear layers; the networks are a set of their own"),
     "table1/cifar10": Set(partial(scratch, "table1"), seeds=3, by=(), note="networks from scratch: hours"),

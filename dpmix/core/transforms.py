@@ -56,10 +56,17 @@ def crop(images: Tensor, uniforms: Tensor, flip: bool = False) -> Tensor:
     return as_float(pixels).reshape(b, channels, k, height, width).transpose(1, 2)
 
 
+def mirror(images: Tensor, uniforms: Tensor) -> Tensor:
+    """The whole image, mirrored with probability 1/2: the framing stays. Uniform: mirror."""
+    views = identity(images, uniforms)
+    return torch.where(uniforms[..., 0, None, None, None] < 0.5, views.flip(-1), views)
+
+
 # Names: a crop or none, and what Table 4 adds to a crop. The uniforms of the crop come first.
 Crop = Callable[[Tensor, Tensor], Tensor]
 CROPS: dict[str, tuple[int, Crop]] = {
     "none": (0, identity),
+    "flip": (1, mirror),
     "crop": (3, crop),
     "crop-flip": (3, partial(crop, flip=True)),
 }
@@ -74,7 +81,7 @@ def draws(name: str, shape: Shape) -> int:
 
 def without_flip(name: str) -> str:
     """The transform for a data set in which a mirrored image has another meaning (digits: a mirrored 2 is no 2)."""
-    return name.replace("crop-flip", "crop")
+    return "none" if name == "flip" else name.replace("crop-flip", "crop")
 
 
 def apply(

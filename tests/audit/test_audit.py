@@ -66,7 +66,7 @@ def as_bytes(records: audit.Records) -> audit.Records:
 mixed = st.fixed_dictionaries({
     "k_base": st.integers(0, 5), "k_self": st.integers(0, 5), "k_diff": st.integers(1, 3),
     "mix": st.sampled_from(["mixup", "cutmix"]), "alpha": st.sampled_from([0.1, 0.2, 1.0]),
-    "transform": st.sampled_from(["none", "crop", "crop-flip"]),
+    "transform": st.sampled_from(["none", "flip", "crop", "crop-flip"]),
 })  # fmt: skip
 own = st.fixed_dictionaries({"k_base": st.integers(1, 17), "k_self": st.integers(0, 9)})
 recipes = own | mixed  # arguments: beartype draws random numbers, which Hypothesis wants outside its strategies

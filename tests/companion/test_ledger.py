@@ -167,7 +167,7 @@ def test_every_set_of_runs_names_cells_that_can_be_run():
     """Specs are checked as they are made; a set has passes to share, and its rates can be chosen."""
     for name, wanted in maker.SETS.items():
         cells = wanted.cells([0])
-        assert len({c.spec for c in cells}) == len(cells) > 0, name
+        assert len({(c.spec, *c.labels.values()) for c in cells}) == len(cells) > 0, name
         assert {c.spec.dataset for c in cells} == {name.split("/")[1]} and {c.spec.seed for c in cells} == {0}
 
 

@@ -39,6 +39,14 @@ def test_crops_equal_the_slow_version(name, shape):
             assert (made[i, k].numpy() == want.astype(np.float32)).all()
 
 
+def test_a_mirror_keeps_the_framing():
+    images = torch.arange(12, dtype=torch.uint8).reshape(1, 1, 3, 4)
+    made = transforms.apply("flip", images, torch.tensor([[[0.49], [0.5], [0.0]]]))[0]
+    whole = images[0] / 255
+    assert torch.equal(made, torch.stack([whole.flip(-1), whole, whole.flip(-1)]))
+    assert transforms.without_flip("flip") == "none" and transforms.without_flip("crop-flip+blur") == "crop+blur"
+
+
 def positions(name: str, views: int) -> tuple[np.ndarray, np.ndarray]:
     """Of an image that says where each pixel was: the original place of the middle pixel, and whether it is mirrored."""
     where = torch.arange(64, dtype=torch.float64).reshape(1, 1, 8, 8)
@@ -58,7 +66,7 @@ def test_every_shift_is_equally_likely_and_half_are_mirrored():
     assert stats.binomtest(int(mirrored.sum()), 9000).pvalue > 1e-6
 
 
-@pytest.mark.parametrize("name", ["none", *CROPS])
+@pytest.mark.parametrize("name", ["none", "flip", *CROPS])
 def test_a_view_depends_on_its_own_image_and_numbers(name):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 2, 8, 8), generator=draw, dtype=torch.uint8)
@@ -71,7 +79,7 @@ def test_a_view_depends_on_its_own_image_and_numbers(name):
     assert torch.equal(transforms.apply(name, images[2:3], numbers[2:3, 1:2])[0, 0], made[2, 1])
 
 
-@pytest.mark.parametrize("name", ["none", *CROPS])
+@pytest.mark.parametrize("name", ["none", "flip", *CROPS])
 def test_empty_batches_and_no_views(name):
     draws = transforms.draws(name, (1, 8, 8))
     for b, k in ((0, 3), (2, 0), (0, 0)):
