@@ -356,11 +356,11 @@ def export(
         columns=["key", "device", "versions", "weights"]
     )
     first, last = (pick((r.provenance for r in results), key=lambda p: p["date"]) for pick in (min, max))
-    size = runs["image_size"].iloc[0]
+    sizes = sorted({int(s) for s in runs["image_size"].dropna()})
     # Seconds of passes that ran side by side, each of which had a share of the machine.
     hours = sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600
     hours /= compute.workers or 1
-    encoder = label(runs["model"].iloc[0]) + ("" if pd.isna(size) else f" at {size:.0f} pixels")
+    encoder = label(runs["model"].iloc[0]) + (f" at {' to '.join(map(str, sizes))} pixels" if sizes else "")
     if results[0].spec.from_scratch:
         epochs = runs["epochs"].iloc[0]
         encoder += f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
@@ -391,7 +391,8 @@ def beside(name: str, seeds: Sequence[int], examples: int | None) -> pd.DataFram
     found = [evidence.read(first.parent.name, name=name) for name in (first.name, *further)]
     for about in (a for runs in found for a in runs.attrs["about"]):
         if about.get("examples") != examples:
-            raise SystemExit(f"examples={examples}: the seeds beside it are of {about.get('examples') or 'all'} images")
+            of = about.get("examples")
+            raise SystemExit(f"examples={examples}: the seeds beside it are of {f'--examples {of}' if of else 'all'}")
     runs = pd.concat(found, ignore_index=True)
     return runs[~runs["seed"].isin(seeds)].astype({"refit": bool})
 

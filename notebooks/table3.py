@@ -111,7 +111,7 @@ pairs = [
 verdicts.page(found, pairs)
 
 # %% [markdown]
-# The verdict is that of the real data where there are some. The demo shows that the code runs, and can disagree with the paper for reasons that are not the paper's: the digits are nearly solved by the
+# The verdict is that of the real data where there are some: at 96 pixels, with stored views. {doc}`On what does the gain depend? <conditions>` changes these one at a time. The demo shows that the code runs, and can disagree with the paper for reasons that are not the paper's: the digits are nearly solved by the
 # frozen encoder, small images leave little room for crops, and a mirrored digit is another digit, so the transform there is a crop by one pixel and no mirror.
 #
 # ## Learning rates

@@ -200,7 +200,7 @@ def test_a_set_is_made_and_written_with_its_refits(tmp_path, monkeypatch):
     assert sorted(best.index) == [(m, s) for m in ("dp-sgd", "mixed-ghost") for s in range(3)]
     assert (best["mixed-ghost"] == first["mixed-ghost"]).all() and (best["dp-sgd"] != first["dp-sgd"]).all()
     assert [a["seeds"] for a in evidence.read("tiny").attrs["about"]] == [[0, 1], [0, 1, 2]]
-    with pytest.raises(SystemExit, match="examples=100: the seeds beside it are of all images"):
+    with pytest.raises(SystemExit, match="examples=100: the seeds beside it are of all"):
         maker.make("tiny/digits", [3], compute, False, 100)
     with pytest.raises(SystemExit, match=r"digits-seeds-2-2\.json has further ones"):
         maker.make("tiny/digits", [0, 1], compute, False)
