@@ -130,7 +130,7 @@ def train(
                 if delta is not None and not bar.disable and (last or step % max(1, m.steps // 20) == 0):
                     bar.set_postfix_str(f"ε = {m.epsilon_spent(delta, step):.2f} of δ = {delta:g}")
                 if evaluate is not None and group[0] == 0 and (last or (evaluate_every and step % evaluate_every == 0)):
-                    run.diagnostics.append((step, evaluate(model, step)))
+                    run.diagnostics.append((step, _asked(evaluate, model, step)))
                 if last or step % checkpoint_every == 0:
                     run.keep()
     finally:
@@ -138,7 +138,7 @@ def train(
         _fill(clipper.parameters, run.state.weights)
     evaluated = run.diagnostics and run.diagnostics[-1][0] == m.steps
     if evaluate is not None and group[0] == 0 and m.steps and not evaluated:  # the last piece was interrupted before it
-        run.diagnostics.append((m.steps, evaluate(model, m.steps)))
+        run.diagnostics.append((m.steps, _asked(evaluate, model, m.steps)))
     agree_on_step(run.state.step, group[1], device)  # nobody returns before the last checkpoint is on the disk
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
@@ -299,6 +299,16 @@ def accuracy(
         pixels = views.transforms.as_float(images[rows].to(device))
         hits += int((model(pixels).argmax(1) == labels[rows].to(device)).sum())
     return hits / len(labels) if len(labels) else float("nan")
+
+
+def _asked(evaluate: Callable[[nn.Module, int], Any], model: nn.Module, step: int) -> Any:
+    """What `evaluate` says. Its modes end with it: the network goes on as the one that was checked before the first step."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return evaluate(model, step)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _fill(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:

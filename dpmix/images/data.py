@@ -134,7 +134,7 @@ def load(
 
     Args:
         name: one of `NAMES`; for `folder:PATH`, PATH holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE
-            (then a fifth of each class becomes the test set).
+            (then a fifth of the files, each by its name alone, become the test set).
         root: where the named data sets lie, each in the layout that torchvision expects; CIFAR also as class folders.
         image_size: side of the square to which image files are resized and cropped. None: as they are if all have the
             same size, else 224. Digits and CIFAR keep their own size.

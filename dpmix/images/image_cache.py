@@ -122,7 +122,7 @@ def decode(
     stats = [f.stat() for f in files]
     facts = [FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
     entry = cache / _seal(facts)[:32]
-    listing = _seal([train, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])
+    listing = _seal([train, [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)]])
     if (found := _read(entry, listing)) is not None:
         return found
     try:

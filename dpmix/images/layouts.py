@@ -1,6 +1,8 @@
 """Where image files lie on disk, and which are for training. `data.load` lists them here and decodes them after.
 
-A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`.
+A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`. A folder of
+one's own is split file by file, each by its name alone, since a split that looked at the others would let one image more
+move many between training and test.
 """
 
 import os
@@ -132,8 +134,9 @@ def _refuse_link(folder: Path) -> None:
 
 def list_folder(base: Path) -> Listing:
     """`base/train/CLASS/IMAGE` and `base/test/CLASS/IMAGE` with the same classes in both; or `base/CLASS/IMAGE`, where a
-    fifth of each class becomes the test set (`stratified_split`). Raises ValueError where classes differ or are empty, or
-    where the folders are one level too deep; FileNotFoundError where a part is absent. Warns of files that are left out."""
+    fifth of the files, by a coin that each file's name decides, become the test set: one image more or less leaves all others
+    where they are. Raises ValueError where classes differ or are empty, or where the folders are one level too deep;
+    FileNotFoundError where a part is absent. Warns of files that are left out."""
     name = f"folder:{base}"
     if not base.is_dir():
         raise FileNotFoundError(f"dataset={name!r}: no such folder; wanted are train/CLASS/IMAGE and test/CLASS/IMAGE")
@@ -141,7 +144,7 @@ def list_folder(base: Path) -> Listing:
         whole = scan(base, but=("synthetic",))
         _levels(base, name, whole)
         _left_out(name, whole.left_out)
-        return _split(whole, base, "folder")
+        return _split_by_name(whole, base, name)
     for part in ("train", "test"):
         if not (base / part).is_dir():
             raise FileNotFoundError(f"dataset={name!r}: no folder {base / part}; wanted are {part}/CLASS/IMAGE")
@@ -165,9 +168,26 @@ def _joined(base: Path, train: Found, test: Found) -> Listing:
 def _split(found: Found, base: Path, name: str) -> Listing:
     """80/20, stratified."""
     _none_empty(name, found, "")
-    labels = np.array(found.labels, dtype=np.int64)
-    train, test = stratified_split(labels, name)
-    order = np.concatenate([train, test])
+    return _ordered(found, base, *stratified_split(np.array(found.labels, dtype=np.int64), name))
+
+
+def _split_by_name(found: Found, base: Path, name: str) -> Listing:
+    """80/20 on average: whether a file is for testing follows from its path below `base` and from nothing else."""
+    _none_empty(name, found, "")
+    paths = (os.fsencode(f.relative_to(base)).hex() for f in found.files)
+    tested = np.array([generator(SPLIT_SEED, "split by name", path).random() < 0.2 for path in paths])
+    kept = {c for c, test in zip(found.labels, tested, strict=True) if not test}
+    lacking = [c for i, c in enumerate(found.classes) if i not in kept]
+    remedy = "more images, or folders train/ and test/ of your own, mend it"
+    require(
+        not lacking, "dataset", name, f"a fifth is kept for testing, and of {', '.join(lacking)} that is all; {remedy}"
+    )
+    require(bool(tested.any()), "dataset", name, f"so few images that none of them is kept for testing; {remedy}")
+    return _ordered(found, base, np.flatnonzero(~tested), np.flatnonzero(tested))
+
+
+def _ordered(found: Found, base: Path, train: np.ndarray, test: np.ndarray) -> Listing:
+    labels, order = np.array(found.labels, dtype=np.int64), np.concatenate([train, test])
     files = [found.files[i] for i in order]
     return Listing(base, files, labels[order], len(train), tuple(found.classes), found.left_out)
 

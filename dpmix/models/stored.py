@@ -60,7 +60,8 @@ class Block:
         return set(range(-(-self.n // CHUNK))) - self.whole
 
     def open(self) -> "Block":
-        """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones."""
+        """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones, without a
+        name below the folder of all stores: those follow from the images."""
         if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
             self.map()
             lines = re.findall(rb"^([0-9]{1,12}) ([0-9a-f]{64})$", self.journal.read_bytes(), re.MULTILINE)
@@ -68,7 +69,7 @@ class Block:
             self.whole = {c for c, wanted in recorded.items() if self._checksum(c) == wanted}
             if damaged := sorted(recorded.keys() - self.whole):
                 said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
-                warnings.warn(f"{self.path}: {said}", stacklevel=2)
+                warnings.warn(f"{self.path.parents[1]}: {said}", stacklevel=2)
         return self
 
     def map(self) -> None:
@@ -133,8 +134,8 @@ class StoredViews:
         self.folder = Path(folder) / files.digest(repr(about))[:32]
         with files.lock(self.folder / "lock"):  # which makes the folder, for one's own eyes
             other = files.differences(files.read_json(self.folder / "store.json") or about, about)
-            said = f"holds other views ({other}); remove it: rm -r {self.folder}"
-            checks.require(not other, "store", str(self.folder), said)
+            said = f"holds other views ({other}); remove them: rm -r {folder}"
+            checks.require(not other, "store", str(folder), said)
             files.write_json(self.folder / "store.json", about, private=True)
             self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
             tick = time.perf_counter()
@@ -176,7 +177,8 @@ class StoredViews:
             raise OSError(f"cache={str(self.folder.parent)!r}: {what} {sizes}; {remedy}")
         if self.progress:
             total = sum(block.size for block in self.blocks) / 1e9
-            tqdm.write(f"{what}: {total:.3g} GB in {self.folder}, for your eyes only; remove with rm -r {self.folder}")
+            where = self.folder.parent  # its own name is a digest of the images, and others may see a log
+            tqdm.write(f"{what}: {total:.3g} GB in {where}, for your eyes only; remove with rm -r {where}")
         for block in new:
             block.allocate()
 

@@ -136,7 +136,7 @@ class ViewAveraging(DPOptimizer):
 
 
 def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging:
-    """Opacus' `optimizer`, averaging `views` gradients an example before it clips. To be used in place of the old one.
+    """Opacus' `optimizer`, averaging `views` gradients an example before it clips. It is the same object, of another class.
 
     In training mode `model` then takes one input [b, K, ...] and answers for b * K rows; in evaluation mode nothing
     changes. The loss is a mean over all rows (with loss_reduction="sum" a sum; the mean over K is taken here). A layer's
@@ -162,8 +162,10 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     subclass = (
         ViewAveraging if kind is DPOptimizer else type(f"ViewAveraging{kind.__name__}", (ViewAveraging, kind), {})
     )
-    averaged: ViewAveraging = object.__new__(subclass)
-    averaged.__dict__.update(vars(optimizer) | {"views": views})
+    # The same object: a scheduler or a memory manager that holds it must not go on with one that does not average.
+    optimizer.__class__ = subclass
+    averaged: ViewAveraging = optimizer  # type: ignore[assignment]
+    averaged.views = views
 
     # "ew" adds up the calls of a layer itself: its rows stay whole until the optimizer reads them.
     adds = isinstance(model, GradSampleModuleExpandedWeights)

@@ -93,19 +93,13 @@ def _plain_words(result: Result) -> list[str]:
 
 
 def _not_accounted_for(result: Result, store: Store) -> list[str]:
-    def private(one: Result) -> str | None:
-        return one.provenance.get("contents", {}).get("private")
-
-    def same_images(other: Result) -> bool:
-        same = other.spec.dataset == result.spec.dataset or private(other) == private(result) is not None
-        return same and other.spec.train_on != "synthetic"
-
-    others = [r for r in store.all() if r.key != result.key and same_images(r)]
+    # Of any images: to say which runs have the same ones would tell whether one image has changed since.
+    others = [r for r in store.all() if r.key != result.key and r.spec.train_on != "synthetic"]
     compared = [r for r in others if r.diagnostics.validation_accuracy is not None]
     split = "the choice of the learning rate and of other settings on the validation split"
     known = "the number of training examples, from which the sampling rate and the number of steps follow"
     return [
-        f"the choice of this run: the store has {checks.counted(len(others), 'other run')} on the same private data set, "
+        f"the choice of this run: the store has {checks.counted(len(others), 'other run')} on private images, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",
         *([split] if result.spec.validation else []),
         "other models released from the same data: their budgets add up",

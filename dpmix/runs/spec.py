@@ -126,6 +126,8 @@ class RunSpec:
         why = "would mix private images in unprotected; it goes with train_on='half-1' only (Table 10)"
         checks.require(self.public != "half-2" or self.train_on == "half-1", "public", self.public, why)
         microbatch.check_mix(self.microbatch, self.microbatch_mix)
+        why = "does not go with microbatches, whose fixed partition has a place for each private example; leave it out"
+        checks.require(self.microbatch == 1 or self.population is None, "population", self.population, why)
         why = "the partition is one of the whole training set; take train_on='all'"
         checks.require(self.microbatch == 1 or self.train_on[:4] != "half", "microbatch", self.microbatch, why)
         unread = FOR_HEADS if self.from_scratch else FOR_NETWORKS

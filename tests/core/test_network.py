@@ -244,6 +244,21 @@ def test_evaluation_during_and_at_the_end():
     assert got.diagnostics[-1][1] == network.accuracy(model, images, labels, physical_batch=5)
 
 
+def test_modes_that_an_evaluation_sets_end_with_it():
+    """It may leave the network in another mode than the one that was checked, in which layers may do other things."""
+    model, seen = tiny().eval(), []
+
+    def evaluate(model, step):
+        seen.append({module.training for module in model.modules()})
+        model.train()
+
+    train(model, steps=3, evaluate=evaluate, evaluate_every=1)
+    assert seen == [{False}] * 3 and not any(module.training for module in model.modules())
+    with pytest.raises(RuntimeError, match="stop"):
+        train(model, steps=1, evaluate=lambda model, step: model.train() and exec("raise RuntimeError('stop')"))
+    assert not model.training
+
+
 def test_accuracy():
     class Right(nn.Module):
         def __init__(self):

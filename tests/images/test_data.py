@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets, transforms
 
-from dpmix.images import data, image_cache
+from dpmix.images import data, image_cache, layouts
 from dpmix.images.data import ImageSet, Splits
 from dpmix.images.overlap import overlap, refuse_overlap
 
@@ -399,6 +399,48 @@ def test_an_archive_that_leaves_its_folder_is_refused(load, tmp_path, monkeypatc
     assert not os.path.lexists(root / "SUN397" / "link")
 
 
+def test_a_file_more_leaves_all_others_of_a_folder_where_they_are(tmp_path):
+    """Neighbouring folders have neighbouring training sets, or the guarantee would be one of a group; a split in proportion
+    would not have: it is looked at too."""
+
+    def split(folder):
+        found = layouts.list_folder(folder)
+        names = [p.relative_to(folder).as_posix() for p in found.files]
+        assert [found.class_names[c] for c in found.labels] == [n.split("/")[0] for n in names]
+        return set(names[: found.train]), set(names[found.train :])
+
+    for kind, i in [(k, i) for k in ("cat", "dog") for i in range(400)]:
+        (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / kind / f"{i:03d}.png").touch()
+    train, test = split(tmp_path)
+    assert len(train) + len(test) == 800 and 120 < len(test) < 200, "a fifth, up to four deviations"
+    for new in ("cat/000a.png", "dog/zzz.png", "cat/2024-01-01.png"):
+        (tmp_path / new).touch()
+        more, others = split(tmp_path)
+        assert (more - train) | (others - test) == {new} and not (train - more) | (test - others)
+        (tmp_path / new).unlink()
+    labels = np.array([0] * 400 + [1] * 400)
+    before, after = (set(layouts.stratified_split(part, "folder")[1].tolist()) for part in (labels, labels[1:]))
+    assert len(before ^ {i + 1 for i in after}) > 50, "the wrong way would be seen"
+
+
+def test_a_folder_too_small_to_be_split_is_refused_in_one_line(tmp_path):
+    def tested(path):
+        return layouts.generator(0, "split by name", path.encode().hex()).random() < 0.2
+
+    for kind in ("cat", "dog"):
+        kept = [f"{kind}/{i}.png" for i in range(20) if not tested(f"{kind}/{i}.png")]
+        save(tmp_path / "few" / kept[0], 1)
+        save(tmp_path / "few" / kept[1], 2)
+    with pytest.raises(
+        ValueError, match=r"dataset='folder:.*so few images that none of them is kept for testing; more"
+    ):
+        layouts.list_folder(tmp_path / "few")
+    save(tmp_path / "few" / next(f"rat/{i}.png" for i in range(99) if tested(f"rat/{i}.png")), 1)
+    with pytest.raises(ValueError, match=r"a fifth is kept for testing, and of rat that is all; more images"):
+        layouts.list_folder(tmp_path / "few")
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "a\0b"])
 def test_class_names_that_are_no_folder_are_refused(name, tmp_path):
     assert data.folder_name("../../a") == ".._.._a" and data.folder_name("a\\b") == "a_b"
@@ -583,6 +625,17 @@ def test_a_second_load_decodes_nothing_and_changed_files_do(load, tmp_path, no_d
     os.utime(base / "train" / "cat" / "000.png", (1, 1))
     with pytest.raises(AssertionError, match="decoded"):
         load(f"folder:{base}")
+
+
+def test_an_image_of_the_same_size_with_its_time_set_back_is_decoded_again(load, tmp_path):
+    """A face that was blacked out must not be trained on because a copy kept its date."""
+    base = make_folder(tmp_path / "set", suffix="bmp")
+    path = base / "train" / "cat" / "000.bmp"
+    before, pixels = path.stat(), load(f"folder:{base}").train.images[0].clone()
+    Image.new("RGB", Image.open(path).size).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and pixels.any()
+    assert not load(f"folder:{base}").train.images[0].any()
 
 
 def test_a_cache_may_be_larger_than_the_memory(tmp_path):

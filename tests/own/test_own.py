@@ -417,6 +417,14 @@ def test_photographs_get_an_imagenet_encoder_and_a_home_is_a_home(photos, tmp_pa
     assert settings.plan(photos, 2).spec.model == "tiny-convnext"
 
 
+def test_no_one_image_decides_which_encoder_there_is(photos, tmp_path):
+    """The release names the encoder: whether one image was there must not show in it."""
+    home = shutil.copytree(photos, tmp_path / "home")
+    one = next(iter(sorted((home / "train").rglob("*.png"))))
+    Image.new("RGB", (400, 300), (200, 30, 10)).save(one)
+    assert settings.plan(home, 2).spec.model == settings.plan(photos, 2).spec.model == "tiny-convnext"
+
+
 # -------------------------------------------------------------------------------------------------- report, command line
 
 

@@ -116,7 +116,19 @@ def clip_that_bites(model, images, targets):
     return float(np.median(oracle(model, images, targets, 1.0)[1]))
 
 
-def stepped(model, images, targets, clip_norm, *, mode="hooks", average=True, kind=DPOptimizer, loss="mean", **options):
+def stepped(
+    model,
+    images,
+    targets,
+    clip_norm,
+    *,
+    mode="hooks",
+    average=True,
+    kind=DPOptimizer,
+    loss="mean",
+    before=None,
+    **options,
+):
     """(sums, optimizer) of one noiseless step, the sum being Opacus' `p.grad` times the divisor."""
     k = targets.shape[1]
     hooked = prepare_module(model, grad_sample_mode=mode, loss_reduction=loss)
@@ -124,10 +136,11 @@ def stepped(model, images, targets, clip_norm, *, mode="hooks", average=True, ki
         torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=clip_norm,
         expected_batch_size=7, loss_reduction=loss, **options,
     )  # fmt: skip
+    held = before(optimizer) if before else None
     optimizer = peer.average_views(hooked, optimizer, k) if average else optimizer
     logits = hooked(images if average else images.flatten(0, 1))
     F.cross_entropy(logits, targets.flatten(0, 1), reduction=loss).backward()
-    optimizer.step()
+    (held or optimizer).step()
     return [p.grad * (7 if loss == "mean" else 1) for p in model.parameters()], optimizer
 
 
@@ -216,6 +229,22 @@ def test_one_view_is_opacus_itself_bit_for_bit(wrap):
     ours, theirs = trained(True), trained(False)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert max((a - b).abs().max() for a, b in zip(ours, network("conv").parameters(), strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ew"])
+@pytest.mark.parametrize("before", ["scheduler", "held"])
+def test_who_has_the_optimizer_already_averages_too(mode, before):
+    """A scheduler puts a bound `step` on the optimizer, and scripts hand optimizers around: no way leads past the average."""
+    images, targets = batch()
+    clip_norm = clip_that_bites(network("conv"), images, targets)
+
+    def scheduled(optimizer):
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)
+
+    first = scheduled if before == "scheduler" else lambda optimizer: optimizer
+    want, _ = stepped(network("conv"), images, targets, clip_norm, mode=mode)
+    got, _ = stepped(network("conv"), images, targets, clip_norm, mode=mode, before=first)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_per_layer_and_adaptive_clipping_see_examples_too():

@@ -152,7 +152,7 @@ def test_a_delta_beyond_the_accountant_of_the_spec_is_refused_before_training(st
 
 def test_the_card_says_how_many_runs_it_may_have_been_chosen_from(store, tmp_path):
     alone = run(replace(SPEC, validation=0.0), compute=COMPUTE, store=store)
-    assert "has 0 other runs on the same private data set, 0 of them" in card_of(
+    assert "has 0 other runs on private images, 0 of them" in card_of(
         release(alone, tmp_path / "alone", store=store)
     )["not_accounted_for"][0]  # fmt: skip
     rates = run_all([replace(SPEC, learning_rate=rate) for rate in (1.0, 2.0, 4.0)], compute=COMPUTE, store=store)
@@ -160,7 +160,7 @@ def test_the_card_says_how_many_runs_it_may_have_been_chosen_from(store, tmp_pat
     best = max(rates, key=lambda r: r.diagnostics.validation_accuracy)
     first, second, *_ = card_of(release(best, tmp_path / "best", store=store))["not_accounted_for"]
     assert "on the validation split" in second
-    assert "the store has 3 other runs on the same private data set, 2 of them with an accuracy on private" in first
+    assert "the store has 3 other runs on private images, 2 of them with an accuracy on private" in first
 
 
 # What a stranger needs to use the weights, and what tells of their owner.
