@@ -362,7 +362,7 @@ def export(
     # Seconds of passes that ran side by side, each of which had a share of the machine.
     hours = sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600
     hours /= compute.workers or 1
-    encoder = label(runs["model"].iloc[0]) + (f" at {' to '.join(map(str, sizes))} pixels" if sizes else "")
+    encoder = label(runs["model"].iloc[0]) + (f" at {', '.join(map(str, sizes))} pixels" if sizes else "")
     if results[0].spec.from_scratch:
         epochs = runs["epochs"].iloc[0]
         encoder += f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
