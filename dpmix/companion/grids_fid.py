@@ -1,6 +1,5 @@
 """Fréchet distances behind Tables 7 and 8, kept in the store beside the runs."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -17,6 +16,7 @@ from dpmix.companion.grids import recipe
 from dpmix.companion.report import told
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
+from dpmix.images.image_cache import sha256
 from dpmix.runs.identity import Contents, code_digest
 from dpmix.runs.material import SCALED
 from dpmix.runs.passes import provenance
@@ -118,7 +118,7 @@ def _distances(
     splits = data.load(dataset, compute.root, image_size=decoded, cache=compute.cache)
     contents, synthetic = Contents(compute, store.folder), data.synthetic_folder(dataset, compute.root).is_dir()
     images = contents.private(dataset), contents.public(dataset) if synthetic else ""
-    code = files.digest(*(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (fid.__file__, __file__)))
+    code = files.digest(*(sha256(Path(f)) for f in (fid.__file__, __file__)))
     # On a GPU too: distances between sets of images are small beside what bfloat16 rounds away.
     dtype = torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
     engines = ["torch" if name == fid.INCEPTION else compute.encoder_engine for name in encoders]

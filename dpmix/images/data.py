@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dpmix.core.checks import counted, one_of, require, whole
-from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable
+from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable, sha256
 from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
 from dpmix.images.sets import ImageSet as ImageSet
 from dpmix.images.sets import Splits as Splits
@@ -251,8 +251,8 @@ def public_file(name: str, folder: Path = PUBLIC) -> Path:
     for needed in (path, sidecar):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed.name}: missing from {folder}; {remedy}")
-    found, recorded = hashlib.sha256(path.read_bytes()).hexdigest(), json.loads(sidecar.read_text())["sha256"]
-    require(found == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
+    recorded = json.loads(sidecar.read_text())["sha256"]
+    require(sha256(path) == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
     return path
 
 

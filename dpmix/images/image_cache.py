@@ -213,7 +213,7 @@ def _write(
             odd.setdefault(what, []).append(i)
     record = {"listing": listing, "shape": (len(files), depth, height, width), "odd": odd}
     record["copies"] = duplicates([h for _, h, *_ in told], train)
-    record["pixels"] = _checksum(entry.with_suffix(".u8"))
+    record["pixels"] = sha256(entry.with_suffix(".u8"))
     record["content"] = hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest()
     whole_files.write_json(entry.with_suffix(".json"), record, private=True)
 
@@ -251,7 +251,8 @@ def forget(content: Tensor) -> None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
-def _checksum(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """That of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -269,7 +270,7 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
         return _damaged(pixels, f"{state.st_size} bytes instead of {np.prod(shape)}", warn)
     seen = (str(pixels.resolve()), state.st_size, state.st_mtime_ns)
     if seen not in _VERIFIED:
-        if _checksum(pixels) != body["pixels"]:
+        if sha256(pixels) != body["pixels"]:
             return _damaged(pixels, "its sha256 differs from the record", warn)
         _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))

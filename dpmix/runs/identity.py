@@ -6,7 +6,6 @@ key of the store (`Store.name`), and tells nothing.
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from dpmix.core import files, views
 from dpmix.images import data, layouts
+from dpmix.images.image_cache import sha256
 from dpmix.models import encoders
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
@@ -64,7 +64,7 @@ def code_digest() -> str:
     here = Path(__file__).parents[1]
     sources = [p for room in ROOMS for p in sorted((here / room).glob("*.py"))]
     shipped = sorted(data.PUBLIC.glob("*.json"))
-    return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*sources, *shipped]))
+    return files.digest(*(p.name + sha256(p) for p in [*sources, *shipped]))
 
 
 _once = functools.lru_cache(maxsize=64)  # an object's own answers: `self` is part of the question
@@ -140,9 +140,3 @@ class Contents:
             with contextlib.suppress(OSError):  # a store that cannot be written can still be read
                 files.write_json(record, known, private=True)
         return known["content"]
-
-
-def sha256(path: Path) -> str:
-    """That of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,9 @@ from torch import Tensor
 from dpmix.core import checks, files, heads, transforms
 from dpmix.core.processes import device_of
 from dpmix.images import decoding, layouts
+from dpmix.images.image_cache import sha256
 from dpmix.models import encoders
 from dpmix.models.wide_resnet import wide_resnet
-from dpmix.runs.identity import sha256
 from dpmix.runs.release import card_digest
 
 AT_A_TIME = 256

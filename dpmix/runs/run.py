@@ -78,7 +78,7 @@ def look_up(
     contents, found = Contents(compute, store.folder), list[Result | None]()
     for spec in specs:
         try:
-            found.append(store.get(store.name_of(contents.identity(spec))))
+            found.append(store.get(store.name(contents.identity(spec).run)))
         except FileNotFoundError:
             found.append(None)
     return found
@@ -92,7 +92,7 @@ def ask(specs: Sequence[RunSpec], compute: ComputeFlags, store: Store) -> list[A
         if spec.seed is None:
             identity = replace(identity, spec=replace(spec, seed=store.drawn_seed(identity, taken[spec])))
             taken[spec] += 1
-        found.append(Asked(identity, store.name_of(identity), spec.seed is None))
+        found.append(Asked(identity, store.name(identity.run), spec.seed is None))
     return found
 
 

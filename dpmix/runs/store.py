@@ -33,10 +33,6 @@ class Store:
         self._key = self._key or self._own_key()
         return hmac.new(self._key, files.digest(*parts).encode(), "sha256").hexdigest()[:32]
 
-    def name_of(self, identity: Identity) -> str:
-        """The name of a run's result."""
-        return self.name(identity.run)
-
     def _own_key(self) -> bytes:
         path = self.folder / "key"
         if not path.exists():
