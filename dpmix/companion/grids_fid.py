@@ -13,13 +13,13 @@ from tqdm import tqdm
 from dpmix import models
 from dpmix.companion import fid, paper
 from dpmix.companion.grids import recipe
-from dpmix.companion.report import told
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
 from dpmix.images.image_cache import sha256
 from dpmix.runs.identity import Contents, code_digest
 from dpmix.runs.material import SCALED
 from dpmix.runs.passes import provenance
+from dpmix.runs.result import told
 from dpmix.runs.spec import ComputeFlags
 from dpmix.runs.store import Store
 

@@ -16,6 +16,7 @@ from dpmix.companion.grids import LABELS, STANDS_FOR, parts
 from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.runs import passes
+from dpmix.runs.result import told
 from dpmix.runs.spec import ComputeFlags
 
 
@@ -171,13 +172,6 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     table["seconds"], table["speed"] = table["seconds"].map("{:.1f}".format), table["speed"].map("{:,.0f}".format)
     table.index = pd.Index([label(m) for m in table.index])
     return table.rename(columns={"seconds": "seconds of a pass", "speed": "views/s"})
-
-
-def told(about: dict[str, Any]) -> dict[str, str]:
-    """`date`, `device` and `versions` of a provenance, as `runs.result.frame` has them."""
-    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-    v = about["versions"]
-    return {k: about[k] for k in ("date", "device")} | {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}"}
 
 
 def made_note(what: str) -> Markdown:

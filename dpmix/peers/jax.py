@@ -25,7 +25,7 @@ from dpmix.companion import grids
 from dpmix.core import accounting, checks, files, heads, rng, sources
 from dpmix.runs import passes, run
 from dpmix.runs.material import prepare
-from dpmix.runs.result import Result, frame
+from dpmix.runs.result import Result, frame, told
 from dpmix.runs.spec import ComputeFlags, RunSpec, epsilons, mechanism
 from dpmix.runs.store import STORE, Store
 
@@ -186,6 +186,5 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
 def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
     """`grids.run_cells` in JAX: one row a cell, with its labels; `versions` names those of JAX too."""
     results = run_all([c.spec for c in cells], compute=compute)
-    runs = frame(results)
-    runs["versions"] += [", " + ", ".join(f"{n} {r.provenance['versions'][n]}" for n in LIBRARIES[:2]) for r in results]
-    return runs.assign(**{name: [c.labels[name] for c in cells] for name in cells[0].labels})
+    versions = [told(r.provenance, "opacus", *LIBRARIES[:2])["versions"] for r in results]
+    return grids.labelled(cells, frame(results).assign(versions=versions))

@@ -25,12 +25,9 @@ ROOMS = ("core", "images", "models", "runs")  # whose code can change a result
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a run is: its description, and digests of all that the description only names.
-
-    `private` and `public` are those of the images and their labels ("" where none are used), `encoder` is that of the file
-    of its weights ("" for a network from scratch), `code` that of the sources. Two runs have one identity, and so one
-    noise, only if they are the same run.
-    """
+    """What a run is: its description, and digests of all that the description only names. `private` and `public` are those of
+    the images and their labels ("" where none are used), `encoder` is that of the file of its weights ("" for a network from
+    scratch), `code` that of the sources. Two runs have one identity, and so one noise, only if they are the same run."""
 
     spec: RunSpec
     private: str
@@ -71,10 +68,8 @@ _once = functools.lru_cache(maxsize=64)  # an object's own answers: `self` is pa
 
 
 class Contents:
-    """Digests of what the names in a spec stand for, as it is now: look once a call.
-
-    Files are read once for as long as their names, sizes and times stay; `memory`, a private folder, keeps the digests.
-    """
+    """Digests of what the names in a spec stand for, as it is now: look once a call. Files are read once for as long as their
+    names, sizes and times stay; `memory`, a private folder, keeps the digests."""
 
     def __init__(self, compute: ComputeFlags, memory: Path) -> None:
         self.root, self.memory = Path(compute.root).expanduser(), memory
@@ -82,13 +77,9 @@ class Contents:
     def identity(self, spec: RunSpec) -> Identity:
         """The one place where an identity is made. Raises as `data.find`, `data.find_public` and `models.encoder` where
         files are absent."""
-        return Identity(
-            spec=spec,
-            private=self.private(spec.dataset),
-            public=self.public(spec.dataset) if spec.uses_synthetic else "",
-            encoder="" if spec.from_scratch else self.encoder(spec.model, spec.weights),
-            code=code_digest(),
-        )
+        private, public = self.private(spec.dataset), self.public(spec.dataset) if spec.uses_synthetic else ""
+        encoder = "" if spec.from_scratch else self.encoder(spec.model, spec.weights)
+        return Identity(spec=spec, private=private, public=public, encoder=encoder, code=code_digest())
 
     @_once
     def private(self, dataset: str) -> str:
@@ -126,9 +117,7 @@ class Contents:
 
         return self._remember(what, base, found, facts, read)
 
-    def _remember(
-        self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[[list[bytes]], str]
-    ) -> str:
+    def _remember(self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[..., str]) -> str:
         """What `read` makes of the names, once for as long as the files keep their names, sizes and times."""
         names = [os.fsencode(path.relative_to(base)) for path in found]
         states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (path.stat() for path in found))

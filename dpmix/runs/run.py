@@ -41,15 +41,15 @@ def run_all(
 ) -> list[Result]:
     """The result of every spec, in order; what the store lacks is computed, in as few passes as possible.
 
-    All specs are checked against their data first, so that bad input stops before any training. Two processes may share
-    a store: each pass is locked, and the second finds the first one's results. Under torchrun all processes of a job
-    train each network together, and the first keeps the store.
-    """
+    All specs are checked against their data first, so that bad input stops before any training. Two processes may share a
+    store: each pass is locked, and the second finds the first one's results. Under torchrun all processes of a job train each
+    network together, and the first keeps the store."""
     compute, store = compute or ComputeFlags(), store or Store()
     rank, world = processes(compute.where())
     frozen = next((spec.model for spec in specs if world > 1 and not spec.from_scratch), None)
-    refused = "heads on a frozen encoder are one process's work; leave out torchrun"
-    checks.require(frozen is None, "model", frozen, refused)
+    checks.require(
+        frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
+    )
     asked = from_first(ask(specs, compute, store) if rank == 0 else None, world)
     groups = from_first(missing(asked, store) if rank == 0 else None, world)
     planned = [plan(group, compute) for group in groups]
@@ -63,10 +63,9 @@ def run_all(
     gone = [one.name for one, result in zip(asked, results, strict=True) if result is None]
     if gone:
         raise RuntimeError(f"result {gone[0]}: it is gone from the store since it was computed; run again")
-    if rank == 0:
-        for one in asked:
-            if one.seed_drawn:
-                store.forget_seeds(replace(one.identity, spec=replace(one.identity.spec, seed=None)))
+    for one in asked if rank == 0 else ():
+        if one.seed_drawn:
+            store.forget_seeds(replace(one.identity, spec=replace(one.identity.spec, seed=None)))
     return results
 
 

@@ -18,11 +18,9 @@ STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  #
 
 
 class Store:
-    """A folder of results: NAME.json each, written atomically and checksummed, and the trained weights beside it.
-
-    Names follow from identities through a key of the folder's own, so they tell nothing of the images. A result of other
-    images, other weights of an encoder or other code has another name: what is found is what was asked for.
-    """
+    """A folder of results: NAME.json each, written atomically and checksummed, and the trained weights beside it. Names follow
+    from identities through a key of the folder's own, so they tell nothing of the images. A result of other images, other
+    weights of an encoder or other code has another name: what is found is what was asked for."""
 
     def __init__(self, folder: Path | str = STORE) -> None:
         self.folder = Path(folder)
