@@ -140,11 +140,9 @@ def _draw(pipe: Any, places: list[tuple[str, int]], manifest: dict, attempt: int
     how = dict(num_inference_steps=manifest["steps"], guidance_scale=manifest["guidance_scale"], **manifest["size"])
     made = pipe([prompts[name] for name, _ in places], generator=draws, output_type="np", **how)
     flags = getattr(made, "nsfw_content_detected", None) or [False] * len(places)
-    return {
-        place: Image.fromarray((x * 255).round().astype(np.uint8))
-        for place, x, bad in zip(places, made.images, flags, strict=True)
-        if np.isfinite(x).all() and np.ptp(x) > 0 and not bad
-    }
+    each = zip(places, made.images, flags, strict=True)
+    good = {place: x for place, x, bad in each if np.isfinite(x).all() and np.ptp(x) > 0 and not bad}
+    return {place: Image.fromarray((x * 255).round().astype(np.uint8)) for place, x in good.items()}
 
 
 def _json(manifest: dict) -> bytes:
@@ -174,18 +172,11 @@ def _fingerprint(pipe: Any) -> str:
 
 
 def _made_with(pipe: Any, device: str | torch.device) -> dict[str, Any]:
-    libraries = ("dpmix", "torch", "diffusers", "transformers")
-    return {
-        "weights": _fingerprint(pipe),
-        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
-        "dtype": str(pipe.dtype),
-        "device": torch.device(device).type,
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
-    }
-
-
-def _plain(config: Any) -> dict:
-    return {k: v for k, v in sorted(dict(config).items()) if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
+    libraries, config = ("dpmix", "torch", "diffusers", "transformers"), sorted(dict(pipe.scheduler.config).items())
+    plain = {k: v for k, v in config if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
+    about = {"weights": _fingerprint(pipe), "scheduler": {"name": type(pipe.scheduler).__name__, **plain}}
+    about |= {"dtype": str(pipe.dtype), "device": torch.device(device).type}
+    return about | {"versions": {name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _claim(folder: Path, manifest: dict) -> dict[str, int]:

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
+from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
@@ -24,8 +25,7 @@ from dpmix.runs.spec import ComputeFlags
 
 def count(compute: ComputeFlags, passes: int) -> int:
     """How many passes to run at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = compute.workers or (cores if compute.where().type == "cpu" else 1)
+    most = compute.workers or (cpu_count() if compute.where().type == "cpu" else 1)
     return max(1, min(most, passes))
 
 
