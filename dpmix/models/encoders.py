@@ -41,11 +41,6 @@ class Encoder:
     name: str
     digest: str = ""
 
-    @property
-    def precision(self) -> torch.dtype | None:
-        """What the network computes in."""
-        return getattr(self.features, "dtype", None)
-
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None, *, engine: str = "torch"
     ) -> "Encoder":
@@ -154,10 +149,8 @@ def _wrap(network: nn.Module, name: str, size: int, channels: tuple[int, ...], *
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
     check_no_mixing(frozen.network, (len(frozen.mean), size, size), f"encoder {name!r}")
     frozen.examined = True
-    about = repr((network, size, channels, frozen.mean, frozen.std, frozen.mode))
-    tensors = (
-        (k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel()
-    )
+    about, state = repr((network, size, channels, frozen.mean, frozen.std, frozen.mode)), network.state_dict()
+    tensors = ((k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in state.items() if t.numel())
     digest = files.digest(about, *(part for k, data in tensors for part in (k, data.tobytes())))
     return Encoder(frozen, size, shape[1], channels, name, digest)
 

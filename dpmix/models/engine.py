@@ -136,8 +136,9 @@ class Compiled:
     """
 
     def __init__(self, frozen: Frozen, dtype: torch.dtype = torch.float32) -> None:
-        allowed = "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
-        require(dtype in ALLOWED, "dtype", dtype, allowed)
+        require(
+            dtype in ALLOWED, "dtype", dtype, "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
+        )
         self.frozen, self.dtype, self.examined = frozen, dtype, frozen.examined
         self._queues: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()
@@ -145,7 +146,7 @@ class Compiled:
     def __call__(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
         if _started_in() != os.getpid():
             torch.set_num_threads(1)  # PyTorch's own threads do not come along either
-            return self._fallback(images)
+            return self.frozen(images)
         parts = padded(self.frozen, images)
         with self._lock:
             shape = tuple(images.shape[1:])
@@ -153,18 +154,13 @@ class Compiled:
                 self._queues[shape] = self._compile(shape)
             queue = self._queues[shape]
             if queue is None:
-                return self._fallback(images)
+                return self.frozen(images)
             found: list[Any] = [None] * len(parts)
             for place, part in enumerate(parts):
-                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())
-                queue.start_async(
-                    pixels, (found, place, pixels), share_inputs=True
-                )  # the pixels live as long as it runs
+                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())  # lives as long as it runs
+                queue.start_async(pixels, (found, place, pixels), share_inputs=True)
             queue.wait_all()
         return torch.from_numpy(np.concatenate(found))[: len(images)]
-
-    def _fallback(self, images: Tensor) -> Tensor:
-        return self.frozen(images)
 
     def _compile(self, shape: tuple[int, ...]) -> Any:
         """The queue for images of this shape; None, with a warning, where PyTorch has to do it."""

@@ -97,8 +97,8 @@ class Block:
 
 
 class StoredViews:
-    """The views of `FreshViews(redraw=False)` of these examples, read from a store in `folder`; what is not there is
-    encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
+    """The views of `FreshViews(redraw=False)` of these examples (`how`: as there), read from a store in `folder`; what is not
+    there is encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
 
     The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the
     code that makes and encodes views; a block also by its part and, where they have a part in it, by the public images.
@@ -112,20 +112,16 @@ class StoredViews:
         labels: Tensor,
         recipes: Sequence[views.Recipe],
         *,
-        num_classes: int,
         folder: Path | str,
         seed: int = 0,
-        public: views.PublicImages | None = None,
-        ids: Tensor | None = None,
         scaling: Scaling | None = None,
-        device: str | torch.device = "cpu",
         progress: bool = True,
+        **how: Any,
     ) -> None:
-        how: dict[str, Any] = dict(num_classes=num_classes, seed=seed, public=public, ids=ids, device=device)
-        made = FreshViews(encoder, images, labels, recipes, redraw=False, **how)
+        made = FreshViews(encoder, images, labels, recipes, redraw=False, seed=seed, **how)
         said = "has no digest of its content; take models.encoder"
         checks.require(encoder.digest != "", "encoder", encoder.name, said)
-        self.n, self.dim, self.num_classes, self.union = made.n, made.dim, num_classes, made.union
+        self.n, self.dim, self.num_classes, self.union = made.n, made.dim, made.num_classes, made.union
         self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
         self.name, self.progress = named(encoder.name, made.seed, scaling), progress
         self.places: Tensor | None = None
@@ -136,6 +132,7 @@ class StoredViews:
             said = f"holds other views ({other}); remove it: rm -r {self.folder}"
             checks.require(not other, "store", str(self.folder), said)
             files.write_json(self.folder / "store.json", about, private=True)
+            public = made.public
             self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
             tick = time.perf_counter()
             if todo := sorted(set().union(*(block.missing for block in self.blocks))):
@@ -204,23 +201,15 @@ class StoredViews:
                 self._write(*before)
 
     def _write(
-        self,
-        rows: Tensor,
-        blocks: list[Block],
-        features: "Future[Tensor]",
-        targets: Tensor,
-        sums: list,
-        done: int | None,
+        self, rows: Tensor, blocks: list[Block], features: Future, targets: Tensor, sums: list, done: int | None
     ) -> None:
         """Rows of some blocks; with the last rows of a chunk, its line in the journals."""
         found = features.result().float().reshape(len(rows), -1, self.dim)
         narrow = found.clamp(-65504, 65504).half().cpu().numpy()
         column = 0
         for block, total in zip(blocks, sums, strict=True):
-            halves = (
-                np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1).view(np.uint8)
-            )
-            data = np.concatenate([halves, _packed(targets[:, block.columns])], axis=1)
+            halves = np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1)
+            data = np.concatenate([halves.view(np.uint8), _packed(targets[:, block.columns])], axis=1)
             column += block.count
             total.update(data)
             with block.path.open("r+b") as file:
@@ -250,13 +239,9 @@ class StoredViews:
             read = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
             features[:, block.columns] = torch.from_numpy(read).to(self.device)
             packed = np.ascontiguousarray(picked[:, wide:]).view(TARGET).reshape(len(rows), block.count)[:, :used]
-            classes, values = (
-                torch.from_numpy(packed["place"].astype(np.int64)),
-                torch.from_numpy(packed["value"].copy()),
-            )
-            targets[:, block.columns] = targets[:, block.columns].scatter_add(
-                2, classes.to(self.device), values.to(self.device)
-            )
+            classes, shares = packed["place"].astype(np.int64), packed["value"].copy()
+            at, values = (torch.from_numpy(a).to(self.device) for a in (classes, shares))
+            targets[:, block.columns] = targets[:, block.columns].scatter_add(2, at, values)
             block.forget()
         lap(self.seconds, "store", tick)
         return scaled(features, self.scaling), targets
@@ -285,7 +270,8 @@ def _content(*tensors: Any) -> str:
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
     """What decides the features of a store's views, but for their recipes and public images."""
     code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, encoders, engine, tiny)]
-    about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision)}
+    precision = str(getattr(encoder.features, "dtype", None))
+    about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": precision}
     about |= {"content of the examples": _content(made.images, made.labels, made.ids), "code": files.digest("1", *code)}
     about |= {"libraries": f"{encoders.package_of(encoder.name)}, torch {torch.__version__}"}
     about |= {"engine": type(encoder.features).__name__}
