@@ -155,10 +155,7 @@ def time_shares(timed: pd.DataFrame) -> pd.DataFrame:
     for name, part in timed.groupby("method", sort=False):
         rate, floor = part["views_per_second"].median(), part["floor"].median()
         shares = {p: f"{100 * part[p].median():.0f} %" for p in PARTS}
-        rows[label(name)] = {
-            "views/s": f"{rate:,.0f}",
-            **shares,
-            "floor, views/s": f"{floor:,.0f}",
-            "of the floor": f"{100 * (part['views_per_second'] / part['floor']).median():.0f} %",
-        }
+        of_floor = f"{100 * (part['views_per_second'] / part['floor']).median():.0f} %"
+        rest = {"floor, views/s": f"{floor:,.0f}", "of the floor": of_floor}
+        rows[label(name)] = {"views/s": f"{rate:,.0f}"} | shares | rest
     return pd.DataFrame.from_dict(rows, orient="index")

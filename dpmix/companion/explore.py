@@ -241,9 +241,8 @@ def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-."), strict=False):
         about: dict[str, Any] = dict(fmt=style, color=colour, capsize=4, label=report.label(name))
         ax.errorbar(seen.index, seen["mean"][name], half[name].fillna(0), **about)
-    ax.set(
-        xlabel="ε", ylabel="test accuracy (%)", title=f"{report.label(dataset)}, {report.label(model)}", xscale="log"
-    )
+    ax.set(xlabel="ε", ylabel="test accuracy (%)", xscale="log")
+    ax.set_title(f"{report.label(dataset)}, {report.label(model)}")
     ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
     ax.minorticks_off()
     ax.legend(frameon=False)

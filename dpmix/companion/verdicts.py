@@ -181,7 +181,6 @@ def compare(
     per: Sequence[str] = ("dataset",),
     value: str = "accuracy",
     ratio: bool = False,
-    level: float = LEVEL,
 ) -> pd.DataFrame:
     """The comparisons of a page, for each value of `per`, as one family: a row each with `published`, what `decide` finds,
     and the verdict. `runs` has a row a run with `method`, `seed`, `cells` and `value`, and `per` where there are several; a
@@ -200,7 +199,7 @@ def compare(
                 rows.append({"place": tuple(place.values()), **row})
                 effects.append(effect)
     columns = ["place", "first", "second", "claim", "published", "bound", "ratio", "images"]
-    found = pd.concat([pd.DataFrame(rows, columns=columns), decide(effects, level)], axis=1)
+    found = pd.concat([pd.DataFrame(rows, columns=columns), decide(effects)], axis=1)
     found.attrs["per"] = per
     return found
 
@@ -231,9 +230,8 @@ def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
         if len(table):
             low, high = int(table["n"].min()), int(table["n"].max())
             seeds = f"{low} to " * (low < high) + counted(high, "seed")
-            images = (
-                "not of the test images, which seeds share" if table["images"].isna().any() else "of the test images"
-            )
-            what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {images}"
+            no, share = ("not ", ", which seeds share") if table["images"].isna().any() else ("", "")
+            what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {no}"
+            what += f"of the test images{share}"
             found.append((f"{what[:1].upper()}{what[1:]}", show(table)))
     return found
