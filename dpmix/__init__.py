@@ -21,25 +21,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "RunSpec": "runs.spec",
-    "ComputeFlags": "runs.spec",
-    "run": "runs.run",
-    "run_all": "runs.run",
-    "release": "runs.release",
-    "check": "own.check",
-    "train": "own.train",
-    "predict": "runs.predict",
-    "Recipe": "core.views",
-    "METHODS": "core.views",
-    "make_views": "core.views",
-    "noise_multiplier": "core.accounting",
-    "epsilon_spent": "core.accounting",
-    "clipped_head_sums": "core.clipping",
-    "clipped_gradient_sum": "core.clipping",
-    "load": "images.data",
-    "encoder": "models.encoders",
+_NAMES = {
+    "core.accounting": ("epsilon_spent", "noise_multiplier"),
+    "core.clipping": ("clipped_gradient_sum", "clipped_head_sums"),
+    "core.views": ("METHODS", "Recipe", "make_views"),
+    "images.data": ("load",),
+    "models.encoders": ("encoder",),
+    "own.check": ("check",),
+    "own.train": ("train",),
+    "runs.predict": ("predict",),
+    "runs.release": ("release",),
+    "runs.run": ("run", "run_all"),
+    "runs.spec": ("ComputeFlags", "RunSpec"),
 }
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 

@@ -1,11 +1,8 @@
 """Sensitivity and privacy audits of a step."""
 
 from dpmix.audit.attacks import (
-    RELATIONS,
     ROUNDING,
     CanaryAudit,
-    OneRun,
-    Sensitivity,
     auditor,
     lower_bounds,
     noise_level,
@@ -24,7 +21,5 @@ from dpmix.audit.steps import (
     duel,
     head_oracle,
     head_step,
-    marked,
     network_step,
-    noisy,
 )

@@ -154,14 +154,8 @@ def bank_release(
         checks.require(number == 0, "number", number, "must be 0: a bank of one step; vary the seed")
         about: dict[str, Any] = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "recipe": recipe}
         bank = [heads.Head(learning_rate=rate, **about) for rate in rates]
-        how: dict[str, Any] = {
-            "sample_rate": 1.0,
-            "steps": 1,
-            "expected_batch": 1,
-            "num_classes": num_classes,
-            "initial": initial,
-        }
-        how |= {"ids": records.ids, "seed": seed, "public": public, "progress": False}
+        how: dict[str, Any] = {"sample_rate": 1.0, "steps": 1, "expected_batch": 1, "num_classes": num_classes}
+        how |= {"ids": records.ids, "seed": seed, "public": public, "progress": False, "initial": initial}
         trained = heads.train_heads(encoder, records.images, records.labels, bank, **how)
         weights, biases = (initial[0] - trained.weights).flatten(1), initial[1] - trained.biases
         return torch.cat([weights, biases], dim=1).double() / torch.tensor(rates, dtype=torch.float64)[:, None]
@@ -179,10 +173,8 @@ def marked(encoder: models.Encoder, count: int, gain: float = 10.0) -> models.En
         marks = F.one_hot(number, count + 1)[:, 1:].float() * gain
         return torch.cat([encoder.features(images[:, :-2]) * (number == 0)[:, None], marks], dim=1)
 
-    channels = tuple(c + 2 for c in encoder.channels)
-    return replace(
-        encoder, features=features, dim=encoder.dim + count, channels=channels, name=f"marked {encoder.name}"
-    )
+    channels, name = tuple(c + 2 for c in encoder.channels), f"marked {encoder.name}"
+    return replace(encoder, features=features, dim=encoder.dim + count, channels=channels, name=name)
 
 
 def bank_run(
