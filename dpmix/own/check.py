@@ -128,12 +128,11 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> Rows:
     fresh = views.make_views(some, torch.zeros_like(ids), ids, recipe, num_classes=2, seed=0, step=0)
     encoder.features(transforms.as_float(fresh.images[:, 0]).to(device))
     each = (time.perf_counter() - start) / len(some)
-    many = spec.recipe.views * (m.steps * spec.batch_size if spec.redraw else n)
-    what = f"{counted(many, 'view')} and twice {counted(tested, 'test image')}"
-    encoding = f"{_time(each * (many + 2 * tested))}: {what}"
+    many = spec.recipe.views * n  # drawn once
+    encoding = f"{_time(each * (many + 2 * tested))}: {counted(many, 'view')} and twice {counted(tested, 'test image')}"
     # Six operations a feature and class; to read a feature takes as long as sixty.
     operations = m.steps * spec.batch_size * spec.recipe.views * encoder.dim * (6 * len(p.listing.class_names) + 60)
-    kept = decoded.images.numel() + (0 if spec.redraw else many * encoder.dim * 2)
+    kept = decoded.images.numel() + many * encoder.dim * 2
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
         ("encoding", f"{encoding}, {1000 * each:.1f} ms each"),

@@ -41,9 +41,8 @@ def _libraries() -> SimpleNamespace:
         from jax_privacy import accounting, noise_addition
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: run `pip install 'dpmix[jax]'`, or `make env`") from error
-    return SimpleNamespace(
-        jax=jax, np=jax.numpy, optax=optax, clip=jax_privacy.clipped_grad, accounting=accounting, noise=noise_addition
-    )
+    own = {"clip": jax_privacy.clipped_grad, "accounting": accounting, "noise": noise_addition}
+    return SimpleNamespace(jax=jax, np=jax.numpy, optax=optax, **own)
 
 
 @functools.cache
@@ -176,10 +175,9 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
         tasks.append(passes.Task(*one, m, epsilons(spec, m)))
     bank, seed = passes.heads_of(tasks, material), passes.training_seed(spec)
     source = passes.source_of(spec, [head.recipe for head in bank], material, compute)
-    how = dict[str, Any](
-        expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
-    )
-    trained = train(source, bank, seed=seed, physical_batch=passes.physical_batch(compute), **how)
+    how = dict[str, Any](expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, seed=seed)
+    how |= {"physical_batch": passes.physical_batch(compute), "progress": compute.progress}
+    trained = train(source, bank, **how)
     return passes.evaluated(tasks, trained, material, compute, time.perf_counter() - start)
 
 
