@@ -1,7 +1,6 @@
 """dpmix: differentially private image classification with views, a companion to DP-Mix (NeurIPS 2023).
 
-The names that a user needs, each loaded when it is first asked for: `import dpmix` itself imports nothing heavy.
-"""
+The names that a user needs, each loaded when it is first asked for: `import dpmix` itself imports nothing heavy."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

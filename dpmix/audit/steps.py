@@ -1,10 +1,9 @@
 """What `audit` audits. Steps and releases of a linear head and of a network, and whole runs with canaries.
 
-A *step* is a callable `step(records, seed, number)`: the clipped sum over `records` as one flat tensor [p]. Its randomness
-is keyed by `(seed, number)` and the records' ids, so the same call on a neighbouring data set is the coupling of the
-proof. A *release* is `release(records, seed, number)`: m >= 1 independent noisy sums [m, p]. Both see the examples that
-joined a step, q = 1: the strongest setting for an adversary.
-"""
+A *step* is a callable `step(records, seed, number)`: the clipped sum over `records` as one flat tensor [p]. Its
+randomness is keyed by `(seed, number)` and the records' ids, so the same call on a neighbouring data set is the coupling
+of the proof. A *release* is `release(records, seed, number)`: m >= 1 independent noisy sums [m, p]. Both see the examples
+that joined a step, q = 1: the strongest setting for an adversary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,8 +60,7 @@ def head_step(
 ) -> Step:
     """The clipped sum of a linear head: `make_views`, an encoder (default: the pixels themselves), `clipped_head_sums`.
 
-    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_heads`, weight then bias.
-    """
+    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_heads`, weight then bias."""
 
     def step(records: Records, seed: int, number: int) -> Tensor:
         made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
@@ -184,8 +182,7 @@ def bank_run(
 
     Canary i is an image that turns on feature i of `marked` and nothing else, so the gradients of two canaries are
     orthogonal but for the bias. Its score is the weight of its feature in the direction of its label: with public
-    constants alone, the sum of all noisy gradients there. Recipes need k_diff = 0 (a mixture would be another number).
-    """
+    constants alone, the sum of all noisy gradients there. Recipes need k_diff = 0 (a mixture would be another number)."""
     checks.require(all(h.recipe.k_diff == 0 for h in bank), "bank", "k_diff > 0", "marks need recipes with k_diff=0")
     checks.require(10 <= count < 2**16, "count", count, "must lie in 10..65535")
     number = torch.arange(1, count + 1)

@@ -1,8 +1,7 @@
 """What a run looks like from inside: its gradients before clipping and noise, and where its time goes.
 
-Gradients are computed from private data without noise. They are for looking at the method on data that are public
-anyway; nothing here is stored, and nothing here may be released for data that are not.
-"""
+Gradients are computed from private data without noise. They are for looking at the method on data that are public anyway;
+nothing here is stored, and nothing here may be released for data that are not."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,7 @@
 """Runs that came with the repository: `data/results/laptop/TABLE/DATASET.json`, written by `benchmarks/evidence.py`.
 
 A file holds a row a run and, once, what all rows share; where, when and from what it was made stands in `about`. Which
-test images a chosen run got right is packed, a bit an image, so that intervals hold the error of the images too.
-"""
+test images a chosen run got right is packed, a bit an image, so that intervals hold the error of the images too."""
 
 import base64
 import json

@@ -1,8 +1,7 @@
 """What the knobs of notebooks/explore answer: an example's views, one step, the results that are here.
 
-Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views and
-steps are those of `core`. What a budget comes to stands in `budgets`.
-"""
+Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views
+and steps are those of `core`. What a budget comes to stands in `budgets`."""
 
 import base64
 import html

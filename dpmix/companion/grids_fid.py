@@ -75,11 +75,10 @@ def some_of(images: data.ImageSet, n: int | None, seed: int) -> data.ImageSet:
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:
     """Table 8: the Fréchet distance of the training images to the test and to the synthetic images.
 
-    One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same n
-    for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
+    One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same
+    n for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
     `whole` is between the whole sets (nan for those two samples). `asked`: `encoders`, `seeds` (they key the samples) and
-    `image_size`. Kept in the store.
-    """
+    `image_size`. Kept in the store."""
     compute, kept = compute or ComputeFlags(), dict[str, dict[str, torch.Tensor]]()
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:

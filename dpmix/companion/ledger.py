@@ -1,8 +1,7 @@
 """What reproduced: every empirical claim of the paper (`data/paper/claims.csv`), decided from results by the one rule.
 
 A claim names a table, two of its methods, where it is made, and what is claimed: the sign of the published difference, or
-that there is no gain of `bound` or more. The whole ledger is one family.
-"""
+that there is no gain of `bound` or more. The whole ledger is one family."""
 
 from collections.abc import Mapping
 from typing import Any

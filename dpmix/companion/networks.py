@@ -44,8 +44,7 @@ def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
     The demo's learning rates come from trials with seed 100 at epsilon 8, a fifth of the training set held out, by validation
     accuracy: 4 among 1, 2 and 4 (no augmentation), among 2 and 4 at two epochs and 4 and 8 at three (4 views), and 1 among
     0.5, 1 and 2 (pairs). At the other scales the learning rate of 2, no momentum and (paper) the EMA of 0.999 are those of
-    De et al.'s published configuration, which the paper says to follow without naming them; that of microbatches is ours.
-    """
+    De et al.'s published configuration, which the paper says to follow without naming them; that of microbatches is ours."""
     checks.one_of("scale", scale, grids.SCALES)
     if scale == "demo":
         return NetworkPreset(dataset=dataset or "digits")

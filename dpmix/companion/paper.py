@@ -1,8 +1,7 @@
 """What the paper published. Numbers come from `data/paper/`, settings are below, each with its place.
 
-The paper: Bao, Pittaluga, Kumar B G and Bindschaedler, "DP-Mix: Mixup-based Data Augmentation for Differentially
-Private Learning", NeurIPS 2023. Nothing here was measured by this project; data/paper/README.md describes the files.
-"""
+The paper: Bao, Pittaluga, Kumar B G and Bindschaedler, "DP-Mix: Mixup-based Data Augmentation for Differentially Private
+Learning", NeurIPS 2023. Nothing here was measured by this project; data/paper/README.md describes the files."""
 
 from pathlib import Path
 from typing import NamedTuple

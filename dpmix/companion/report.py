@@ -1,8 +1,7 @@
 """What notebooks show: small tables under captions (published, real data, made now), privacy and cost, where numbers come from.
 
 Every number here comes from results or from `data/paper`; the sentences are put together from them. No table has more
-columns than a telephone is wide.
-"""
+columns than a telephone is wide."""
 
 import html
 import json

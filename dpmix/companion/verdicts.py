@@ -8,8 +8,7 @@ a quarter of a point of accuracy (5 % of a ratio) and at most one point (10 %).
 
 Seeds share their test images, so the spread over seeds does not hold the error of those images. Where it is known which
 images each run got right (column `right`), the interval holds it: the variance of the image's mean difference over the
-number of images is added, with Satterthwaite's degrees of freedom. Where it is not known, `show` says so.
-"""
+number of images is added, with Satterthwaite's degrees of freedom. Where it is not known, `show` says so."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -67,8 +66,7 @@ def decide(effects: Sequence[Effect], level: float = LEVEL) -> pd.DataFrame:
     `low` and `high` bound one difference with confidence 1 - `level`, without correction; `p` (of no difference, or of
     one of exactly `bound` where no gain is claimed) and `p_none` (of a difference of `bound` or more; two one-sided
     tests) are Holm's. An effect whose interval lies inside the bound is *no effect larger than* it, also where it differs
-    from zero. One seed decides nothing, nor do seeds without any spread in favour of a difference.
-    """
+    from zero. One seed decides nothing, nor do seeds without any spread in favour of a difference."""
     rows, raw = [], np.ones((len(effects), 2))
     for i, e in enumerate(effects):
         values = np.asarray(e.values, dtype=float)

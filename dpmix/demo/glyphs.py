@@ -1,10 +1,9 @@
 """The public corpus of the demo scale, characters rendered from the fonts that matplotlib carries.
 
-Each image is made the way scikit-learn's digits were: a black-and-white bitmap of 32x32 that the character's bounding
-box fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is warped (rotation,
-shear, proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a signed distance
-field: the warped field is thresholded at another level. Nothing here reads a private image.
-"""
+Each image is made the way scikit-learn's digits were: a black-and-white bitmap of 32x32 that the character's bounding box
+fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is warped (rotation, shear,
+proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a signed distance field:
+the warped field is thresholded at another level. Nothing here reads a private image."""
 
 from functools import cache
 from pathlib import Path

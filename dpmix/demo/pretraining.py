@@ -27,10 +27,9 @@ def pretrain(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train a tiny encoder to name public characters; returns its weights and the loss of every step.
 
-    Cross-entropy over cosines with one direction per class, AdamW, a cosine schedule after a warm-up. Images are
-    shifted, sharpened or blurred, made brighter or fainter, noised and mixed. Draws are keyed by `(seed, "pretrain",
-    step)`: the same call gives the same weights on the same machine with the same number of threads.
-    """
+    Cross-entropy over cosines with one direction per class, AdamW, a cosine schedule after a warm-up. Images are shifted,
+    sharpened or blurred, made brighter or fainter, noised and mixed. Draws are keyed by `(seed, "pretrain", step)`: the
+    same call gives the same weights on the same machine with the same number of threads."""
     one_of("name", name, NAMES)
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 2)

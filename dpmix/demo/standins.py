@@ -2,8 +2,7 @@
 
 All of them know rendered characters (`dpmix.demo.glyphs`) and nothing private: the paper's arrangement in miniature. Each
 file in data/public has a JSON beside it that says how it was made. `probe` alone looks at handwritten digits, to describe
-an encoder after it was made; it gives no privacy and takes no part in any experiment.
-"""
+an encoder after it was made; it gives no privacy and takes no part in any experiment."""
 
 import datetime
 import hashlib
@@ -54,8 +53,7 @@ def rebuild(
     Args:
         characters: how many rendered characters the encoders see; the generator sees as many, digits only.
         per_digit: synthetic images per class, in the order 0, 1, ..., 9, 0, 1, ...
-        probe_on: private digits on which finished encoders are described (`probe`); training never sees them.
-    """
+        probe_on: private digits on which finished encoders are described (`probe`); training never sees them."""
     sizes = {"encoder_steps": encoder_steps, "generator_steps": generator_steps, "per_digit": per_digit}
     for name, value in (sizes | {"characters": characters}).items():
         whole(name, value, 1)
@@ -105,9 +103,8 @@ def make_digits(
 def probe(encoder: Encoder, splits: Splits) -> dict[str, float]:
     """Non-private accuracies of linear rules on frozen features, in 0..1: what an encoder could give without noise.
 
-    `test`: logistic regression fitted on the training set, scored on the test set. `cross_validated`: the same inside
-    the training set, five folds. `nearest_mean`: the class whose mean training feature is closest, on the test set.
-    """
+    `test`: logistic regression fitted on the training set, scored on the test set. `cross_validated`: the same inside the
+    training set, five folds. `nearest_mean`: the class whose mean training feature is closest, on the test set."""
     z, y = encoder.features(splits.train.images.float() / 255).numpy(), splits.train.labels.numpy()
     z_test, y_test = encoder.features(splits.test.images.float() / 255).numpy(), splits.test.labels.numpy()
     rule = LogisticRegression(C=100, max_iter=5000)

@@ -1,7 +1,6 @@
 """Images and their labels. `load` gives the private data, `public_images` the synthetic images beside it.
 
-Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed split: the same call gives the same arrays.
-"""
+Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed split: the same call gives the same arrays."""
 
 import hashlib
 import json
@@ -141,10 +140,9 @@ def load(
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
 
-    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that are
-    left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives are
-    unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
-    """
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that
+    are left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives
+    are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`."""
     if image_size is not None:
         whole("image_size", image_size, 1)
     native = _NATIVE.get(name)
@@ -207,8 +205,7 @@ def public_images(
         like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
             folders and the images keep their size.
 
-    Raises FileNotFoundError if there are none, ValueError that names the classes without any.
-    """
+    Raises FileNotFoundError if there are none, ValueError that names the classes without any."""
     if name == "digits":
         return _synthetic_digits()
     base = find_public(name, root)

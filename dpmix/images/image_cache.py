@@ -5,11 +5,10 @@ the data set is called, of the wanted shape and of the versions of torchvision a
 tell who is in the data set. The record holds a hash of the names, sizes and modification times of the files; where they have
 changed, the entry is made anew. Delete the folder whenever you like.
 
-Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without
-its record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared
-with its sha256 the first time that a process uses it (1 to 2 GB/s), which finds a truncated file and any flipped byte;
-a damaged entry is named and decoded again. Processes that want to decode into the same folder take turns.
-"""
+Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without its
+record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared with
+its sha256 the first time that a process uses it (1 to 2 GB/s), which finds a truncated file and any flipped byte; a
+damaged entry is named and decoded again. Processes that want to decode into the same folder take turns."""
 
 import errno
 import hashlib
@@ -119,8 +118,7 @@ def decode(
         channels: 1 or 3. None means 1 if every file is greyscale, else 3.
         train: how many of the files, the first ones, are training images (for the count of duplicates).
 
-    Raises ValueError naming the files that cannot be decoded; then nothing is cached.
-    """
+    Raises ValueError naming the files that cannot be decoded; then nothing is cached."""
     _inside(base, files)
     states = [(f.relative_to(base).as_posix(), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
     facts = [FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]

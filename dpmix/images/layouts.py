@@ -1,7 +1,6 @@
 """Where image files lie on disk, and which are for training. `data.load` lists them here and decodes them after.
 
-A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`.
-"""
+A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`."""
 
 import os
 import warnings

@@ -1,7 +1,6 @@
 """Public synthetic images, made from public knowledge alone. No private image is read here.
 
-`generate` asks a text-to-image pipeline of diffusers for pictures of class names (the paper's way, Section 4).
-"""
+`generate` asks a text-to-image pipeline of diffusers for pictures of class names (the paper's way, Section 4)."""
 
 import hashlib
 import importlib.metadata
@@ -71,9 +70,8 @@ def generate(
         revision: one of several that are on disk; nothing is downloaded.
         dtype: what to compute in, such as torch.bfloat16; as it is by default.
 
-    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there is
-    no such pipeline on disk; RuntimeError if an image fails eight times.
-    """
+    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there
+    is no such pipeline on disk; RuntimeError if an image fails eight times."""
     class_names = tuple(class_names)
     asked: dict[str, Any] = dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size)
     asked = _checked(class_names, prompt, asked | dict(seed=seed, guidance_scale=guidance_scale), like)

@@ -1,8 +1,7 @@
 """Frozen encoders, from pixels in 0..1 to features. Nothing here is trained on a private image.
 
 `encoder` takes the small embedded ones (`tiny-vit`, `tiny-convnext`; `pretrain` made them out of public characters),
-those of open_clip and timm, and any module of yours with a file of weights.
-"""
+those of open_clip and timm, and any module of yours with a file of weights."""
 
 import copy
 from collections.abc import Callable
@@ -79,9 +78,8 @@ def encoder(
     open_clip and timm (a fixed initialisation, for tests). A FILE.sha256 beside it is compared. `image_size` is the side
     of the square that images are brought to, for a named network that takes more than its own (NAME becomes NAME@SIDE).
     Nothing is downloaded and nothing written. Raises ValueError for an unknown name (with near matches), an image size
-    that the network cannot take or weights that do not fit, FileNotFoundError for absent weights: what to fetch and
-    where to put it.
-    """
+    that the network cannot take or weights that do not fit, FileNotFoundError for absent weights: what to fetch and where
+    to put it."""
     if isinstance(name, nn.Module):
         if image_size is None or channels is None:
             raise ValueError(f"image_size={image_size}, channels={channels}: both must be given with a module")

@@ -1,8 +1,7 @@
 """What runs a frozen network: PyTorch (`Frozen`), or OpenVINO on a CPU (`Compiled`).
 
 Both take images in chunks of one fixed shape, the last padded with zeros, so that an image's features do not depend, to
-the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside.
-"""
+the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside."""
 
 import os
 import sys
@@ -130,10 +129,9 @@ def choose(engine: str, device: torch.device) -> str:
 
 
 class Compiled:
-    """Features by OpenVINO: `Frozen`, compiled for the shape of the images at hand, as many chunks at a time as there
-    are threads (`torch.get_num_threads`). Takes and gives what `Frozen` does. A network that does not convert, or gives
-    other features when it is converted, is run by PyTorch, and a warning says so once.
-    """
+    """Features by OpenVINO: `Frozen`, compiled for the shape of the images at hand, as many chunks at a time as there are
+    threads (`torch.get_num_threads`). Takes and gives what `Frozen` does. A network that does not convert, or gives other
+    features when it is converted, is run by PyTorch, and a warning says so once."""
 
     def __init__(self, frozen: Frozen, dtype: torch.dtype = torch.float32) -> None:
         require(

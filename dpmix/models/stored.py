@@ -4,8 +4,7 @@ A store is a folder of blocks, one for each part of a union of views (base, publ
 list of recipes encodes only what is missing. A row of a block is an example: its views' features in float16, then their
 targets, of which at most two classes are not zero. float16 has eight times the precision of bfloat16; features beyond its
 range are cut to it. A chunk of rows that is whole has its checksum in the journal beside the block, so that after a crash
-only what was under way is encoded again. A store comes from private data without noise: nobody else may read it.
-"""
+only what was under way is encoded again. A store comes from private data without noise: nobody else may read it."""
 
 import copy
 import hashlib
@@ -100,10 +99,9 @@ class StoredViews:
     """The views of `FreshViews(redraw=False)` of these examples (`how`: as there), read from a store in `folder`; what is not
     there is encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
 
-    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the
-    code that makes and encodes views; a block also by its part and, where they have a part in it, by the public images.
-    Raises ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded.
-    """
+    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the code
+    that makes and encodes views; a block also by its part and, where they have a part in it, by the public images. Raises
+    ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded."""
 
     def __init__(
         self,

@@ -3,8 +3,7 @@
 The network follows their JAX code rather than the figure in their paper: ReLU *before* GroupNorm before convolution, a
 shortcut with its own ReLU, norm and 1x1 convolution in the first block of each stage, convolutions with weight
 standardisation (a gain and a bias per output channel), "SAME" padding (which for a stride of two and an even size pads
-the right and the bottom only), truncated normal weights of variance 1 / fan-in, biases at zero, and average pooling.
-"""
+the right and the bottom only), truncated normal weights of variance 1 / fan-in, biases at zero, and average pooling."""
 
 import torch
 import torch.nn.functional as F

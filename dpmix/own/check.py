@@ -1,7 +1,6 @@
 """Before a budget is spent: what is in the folder, what the run would be, how long it takes and what it may be worth.
 
-`check` trains nothing, draws no noise and releases nothing. What it says is computed from private images: keep it private.
-"""
+`check` trains nothing, draws no noise and releases nothing. What it says is computed from private images: keep it private."""
 
 import json
 import math

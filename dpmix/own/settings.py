@@ -30,8 +30,7 @@ class Settings:
     `out` is the folder of the release, by default NAME-release beside `folder`. `mirror=False` where a mirrored image is
     another one (letters, left and right). Numbers may be text, as YAML and command lines make of 1e-6. `weights`,
     `image_size`, `batch_size`, `epochs`, `learning_rate`, `clip_norm`, `feature_scaling` and `accountant` as in `RunSpec`,
-    `physical_batch` and `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument.
-    """
+    `physical_batch` and `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument."""
 
     folder: str
     epsilon: float

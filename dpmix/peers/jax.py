@@ -2,8 +2,7 @@
 
 Clipping (`jax_privacy.clipped_grad`), noise (`noise_addition`) and the noise multiplier (`accounting`) are other people's
 code; batches, views and features are those of dpmix, so a run differs from its PyTorch twin in noise and in rounding.
-jax-privacy clips entries of the batch, here all K views of an example: the gradient of their mean loss (Eq. (4)).
-"""
+jax-privacy clips entries of the batch, here all K views of an example: the gradient of their mean loss (Eq. (4))."""
 
 import functools
 import time
@@ -144,8 +143,7 @@ def run_all(
 ) -> list[Result]:
     """`runs.run_all` with JAX in place of PyTorch, with a store of its own. Linear heads only; every spec has a seed.
 
-    `Result.noise_multiplier` is jax-privacy's; `Result.epsilon` holds what dpmix's three accountants say about it.
-    """
+    `Result.noise_multiplier` is jax-privacy's; `Result.epsilon` holds what dpmix's three accountants say about it."""
     _libraries()
     compute, store = compute or ComputeFlags(), store or Store(STORE / "jax")
     for spec in specs:

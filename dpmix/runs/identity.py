@@ -1,8 +1,7 @@
 """One identity of a run: the result's name, the checkpoint's and the noise follow from it.
 
 An identity holds digests of the private images and is private itself. A name that others may see is made of it with the
-key of the store (`Store.name`), and tells nothing.
-"""
+key of the store (`Store.name`), and tells nothing."""
 
 import contextlib
 import functools

@@ -42,8 +42,7 @@ def predict(release: File, images: Images, *, weights: File | None = None, devic
         weights: the encoder's file, where it is not found by its name.
 
     Raises ValueError for an encoder's file that is not the one of training (by the sha256 on the card), for a model that
-    does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent.
-    """
+    does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent."""
     folder = Path(release).expanduser()
     card, listed = read_card(folder), _listed(images)
     classes, (channels, height, width) = tuple(card["class_names"]), card["images"]

@@ -17,10 +17,9 @@ WITHHELD = ("seed", "validation accuracy and every other diagnostic computed wit
 def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
     """Write the weights of one run and its privacy card into the folder `path`: no seed, nothing of `NonPrivateDiagnostics`.
 
-    Raises ValueError for a run that carries no guarantee: without noise, with a seed that was given
-    (whoever gave it, or guesses it, can subtract the noise), or with private images in the place of public ones. A budget
-    that protects nobody is released, and the card says so in plain words.
-    """
+    Raises ValueError for a run that carries no guarantee: without noise, with a seed that was given (whoever gave it, or
+    guesses it, can subtract the noise), or with private images in the place of public ones. A budget that protects nobody
+    is released, and the card says so in plain words."""
     path, store, spec = Path(path), store or Store(), result.spec
     allowed = "a run without noise carries no guarantee and is not released"
     checks.require(result.noise_multiplier > 0, "result.noise_multiplier", 0, allowed)

@@ -2,9 +2,8 @@
 
 Each run is looked up in the store; what is missing is grouped by the pass that can compute it (frozen encoders: all heads
 of one data set, encoder, batch size, seed, ...) and checked; then each pass is computed once, and every run becomes one
-JSON. An interrupted pass goes on where it was. What is stored is never computed again, unless something behind it changed:
-the spec, an image, the encoder's weights or the code.
-"""
+JSON. An interrupted pass goes on where it was. What is stored is never computed again, unless something behind it
+changed: the spec, an image, the encoder's weights or the code."""
 
 from collections import Counter
 from collections.abc import Sequence

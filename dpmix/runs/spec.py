@@ -48,9 +48,8 @@ class RunSpec:
 
     Training: `recipe` of views, drawn anew at every step or, with `redraw=False`, once an example; `clip_norm` C,
     `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`, `momentum`, `seed`. None draws the seed: it is
-    kept in the local store only, and no other run can be released. No text of a spec shows a seed.
-    Networks only: `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
-    """
+    kept in the local store only, and no other run can be released. No text of a spec shows a seed. Networks only:
+    `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2))."""
 
     recipe: views.Recipe
     epsilon: float | None
@@ -165,8 +164,7 @@ class ComputeFlags:
     `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and on a CPU with instructions
     for it (AMX, AVX512-BF16), else float32. Norms, sums and noise are float32 in any case. `encoder_engine` runs frozen
     encoders: "auto" is OpenVINO on a CPU, PyTorch elsewhere. `cache` is private: stored views (`redraw=False`) lie there too.
-    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
-    """
+    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU."""
 
     device: str = "auto"
     physical_batch: int | None = None
