@@ -147,9 +147,6 @@ def example_views(
     )
 
 
-# One step.
-
-
 def _gradients(features: Tensor, targets: Tensor, head: Tensor) -> Tensor:
     """Each example's cross-entropy gradient [b, parameters], averaged over its views and not clipped; the last column of
     `head` holds the biases."""
@@ -215,9 +212,6 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     words += f", {moved / scale:.2f} standard deviations of the noise." if scale else "; without noise, that shows."
     shown = (_embedded(f, "png", f.axes[0].get_title(), "max-width:100%;height:auto") for f in figures)
     return f"<div style='display:flex;flex-wrap:wrap'>{''.join(shown)}</div><p>{words}</p>"
-
-
-# What came with the repository.
 
 
 @lru_cache(maxsize=1)

@@ -232,9 +232,8 @@ def public_images(
 def _every_class(labels: np.ndarray, class_names: tuple[str, ...], name: str, where: str) -> None:
     missing = [c for i, c in enumerate(class_names) if not (labels == i).any()]
     told = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    require(
-        not missing, "dataset", name, f"no synthetic images in {where} for {counted(len(missing), 'class')}: {told}"
-    )
+    none = f"no synthetic images in {where} for {counted(len(missing), 'class')}: {told}"
+    require(not missing, "dataset", name, none)
 
 
 def public_file(name: str, folder: Path = PUBLIC) -> Path:

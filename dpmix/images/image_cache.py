@@ -198,9 +198,8 @@ def _write(
             # Shares and times only: how many private images there are is nobody's business.
             bar = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
             told = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
-            bad = [
-                f"{printable(f.relative_to(base))!r} ({why})" for f, (*_, why) in zip(files, told, strict=True) if why
-            ]
+            whys = [(f.relative_to(base), why) for f, (*_, why) in zip(files, told, strict=True) if why]
+            bad = [f"{printable(name)!r} ({why})" for name, why in whys]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             many = f"{len(bad):,} of {counted(len(files), 'image')} cannot be decoded: {listed}; repair or remove them"
             require(not bad, "dataset", label, many)

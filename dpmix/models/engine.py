@@ -134,9 +134,8 @@ class Compiled:
     features when it is converted, is run by PyTorch, and a warning says so once."""
 
     def __init__(self, frozen: Frozen, dtype: torch.dtype = torch.float32) -> None:
-        require(
-            dtype in ALLOWED, "dtype", dtype, "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
-        )
+        allowed = "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
+        require(dtype in ALLOWED, "dtype", dtype, allowed)
         self.frozen, self.dtype, self.examined = frozen, dtype, frozen.examined
         self._queues: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()

@@ -41,8 +41,7 @@ class Checked:
         shown = (f"### {title}\n\n{table(('', ''), rows)}" for title, rows in self.sections.items())
         return "\n\n".join([f"**{PRIVATE}**", *shown])
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    _repr_markdown_ = __str__
 
 
 def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:

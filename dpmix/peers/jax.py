@@ -6,7 +6,7 @@ jax-privacy clips entries of the batch, here all K views of an example: the grad
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
@@ -162,7 +162,7 @@ def run_all(
     return [r for r in found if r is not None]
 
 
-def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[passes.Done]:
+def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> passes.Results:
     material, tasks, start = prepare([one.identity for one in group], compute), [], time.perf_counter()
     for one in group:
         spec = one.identity.spec

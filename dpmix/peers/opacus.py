@@ -155,10 +155,9 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     hooks = [hook for m in model.modules() for hook in m._backward_hooks.values() if isinstance(hook, partial)]
     first = getattr(model, "batch_first", True) and all(hook.keywords.get("batch_first", True) for hook in hooks)
     checks.require(first, "batch_first", first, "views are averaged along the first dimension; use batch_first=True")
-    mixed = (
-        type(f"ViewAveraging{kind.__name__}", (ViewAveraging, kind), {}) if kind is not DPOptimizer else ViewAveraging
-    )
-    averaged: ViewAveraging = object.__new__(mixed)
+    name = f"ViewAveraging{kind.__name__}"
+    subclass = ViewAveraging if kind is DPOptimizer else type(name, (ViewAveraging, kind), {})
+    averaged: ViewAveraging = object.__new__(subclass)
     averaged.__dict__.update(vars(optimizer) | {"views": views})
 
     # "ew" adds up the calls of a layer itself: its rows stay whole until the optimizer reads them.

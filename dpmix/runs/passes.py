@@ -30,7 +30,7 @@ LIBRARIES += ["numpy", "scipy", "scikit-learn"]
 UNCHANGED = views.Recipe(k_base=1, transform="none")  # images as they are
 DRAWN_ONCE = 0  # the seed of stored views; no secret, since the guarantee holds for any views of an example's own
 
-Done = tuple[Result, dict[str, Tensor]]
+Results = Iterator[tuple[Result, dict[str, Tensor]]]  # with the trained weights of each
 
 
 class Task(NamedTuple):
@@ -48,7 +48,7 @@ class Task(NamedTuple):
         return self.identity.spec
 
 
-def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Iterator[Done]:
+def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Results:
     """All runs of a frozen encoder in one pass."""
     start, specs = time.perf_counter(), [task.spec for task in group]
     spec, m = specs[0], group[0].mechanism
@@ -80,7 +80,7 @@ def _training(compute: ComputeFlags, specs: Sequence[RunSpec] = ()) -> dict[str,
 
 def evaluated(
     group: Sequence[Task], bank: heads.Bank, material: Material, compute: ComputeFlags, seconds: float
-) -> Iterator[Done]:
+) -> Results:
     """The results of a pass, once its heads are trained in so many seconds: evaluates them."""
     began, everything, scores = time.perf_counter(), torch.arange(len(material.test)), []
     for part, rows in ((material.pool, material.held_out), (material.test, everything)):
@@ -186,9 +186,7 @@ def _pretrain(
     return bank.weights[0], bank.biases[0]
 
 
-def compute_network(
-    group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path
-) -> Iterator[Done]:
+def compute_network(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Results:
     """A network from scratch: one training run, with checkpoints; under torchrun, on all processes together."""
     (task,) = group
     spec, m, device, train = task.spec, task.mechanism, compute.where(), material.train

@@ -46,7 +46,10 @@ def predict(release: File, images: Images, *, weights: File | None = None, devic
     folder = Path(release).expanduser()
     card, listed = read_card(folder), _listed(images)
     classes, (channels, height, width) = tuple(card["class_names"]), card["images"]
-    score = _scorer(card, _tensors(folder, card), weights, device_of(device))
+    found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
+    if found is None:
+        raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
+    score = _scorer(card, found[0], weights, device_of(device))
     scores = [torch.zeros(0, len(classes))]
     for first in range(0, len(listed), AT_A_TIME):
         pixels = [_pixels(x, height, width, channels) for x in listed[first : first + AT_A_TIME]]
@@ -66,13 +69,6 @@ def read_card(folder: Path) -> dict[str, Any]:
     if card is None:
         raise ValueError(f"release={str(folder)!r}: privacy_card.json is damaged; fetch the release again")
     return card
-
-
-def _tensors(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
-    if found is None:
-        raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
-    return found[0]
 
 
 def _scorer(

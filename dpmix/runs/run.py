@@ -46,9 +46,8 @@ def run_all(
     compute, store = compute or ComputeFlags(), store or Store()
     rank, world = processes(compute.where())
     frozen = next((spec.model for spec in specs if world > 1 and not spec.from_scratch), None)
-    checks.require(
-        frozen is None, "model", frozen, "heads on a frozen encoder are one process's work; leave out torchrun"
-    )
+    refused = "heads on a frozen encoder are one process's work; leave out torchrun"
+    checks.require(frozen is None, "model", frozen, refused)
     asked = from_first(ask(specs, compute, store) if rank == 0 else None, world)
     groups = from_first(missing(asked, store) if rank == 0 else None, world)
     planned = [plan(group, compute) for group in groups]
