@@ -68,7 +68,11 @@ def read(table: str, folder: Path | None = None, name: str = "*.json") -> pd.Dat
     """The runs that came for a table ("table3"), of all its files or of those named so; empty where none came.
     `attrs["about"]` lists what each file says of itself. Further seeds of a data set lie in files of their own."""
     frames, about = [], []
-    for path in sorted(((folder or FOLDER) / table).glob(name), key=_as_the_paper):
+    order = {dataset: place for place, dataset in enumerate(LAPTOP)}
+    paths = [
+        (order.get(p.stem.partition("-")[0], len(order)), p.stem, p) for p in ((folder or FOLDER) / table).glob(name)
+    ]
+    for *_, path in sorted(paths):
         content = files.read_json(path)
         if content is None:
             continue
@@ -98,11 +102,6 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
     found = pd.concat(parts, ignore_index=True) if parts else runs
     found.attrs["about"] = runs.attrs["about"]
     return found
-
-
-def _as_the_paper(path: Path) -> tuple[int, str]:
-    dataset = path.stem.partition("-")[0]
-    return (LAPTOP.index(dataset) if dataset in LAPTOP else len(LAPTOP), path.stem)
 
 
 def _unpacked(text: str, size: int) -> np.ndarray:

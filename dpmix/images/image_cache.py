@@ -262,18 +262,15 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
     if body is None or body["listing"] != listing:
         return None
     shape, state = body["shape"], pixels.stat()
+    seen, wrong = (str(pixels.resolve()), state.st_size, state.st_mtime_ns), ""
     if state.st_size != np.prod(shape):
-        return _damaged(pixels, f"{state.st_size} bytes instead of {np.prod(shape)}", warn)
-    seen = (str(pixels.resolve()), state.st_size, state.st_mtime_ns)
-    if seen not in _VERIFIED:
-        if sha256(pixels) != body["pixels"]:
-            return _damaged(pixels, "its sha256 differs from the record", warn)
-        _VERIFIED.add(seen)
+        wrong = f"{state.st_size} bytes instead of {np.prod(shape)}"
+    elif seen not in _VERIFIED and sha256(pixels) != body["pixels"]:
+        wrong = "its sha256 differs from the record"
+    if wrong:
+        if warn:
+            warnings.warn(f"{pixels}: damaged cache entry ({wrong}); decoding again", stacklevel=3)
+        return None
+    _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
     return Decoded(mapped(pixels, shape), body["content"], copies, body["odd"])
-
-
-def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:
-    if warn:
-        warnings.warn(f"{path}: damaged cache entry ({why}); decoding again", stacklevel=4)
-    return None

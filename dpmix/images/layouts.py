@@ -114,18 +114,14 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
 
 def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
     """`os.walk` without what is hidden; ValueError for a link to a folder."""
-    seen = []
-    _refuse_link(folder)
+    seen, said = [], "is a link to a folder; put the folder itself there"
+    require(not folder.is_symlink(), "dataset", printable(folder), said)
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not hidden(f))
-        for inner in folders:
-            _refuse_link(Path(parent, inner))
+        for inner in (Path(parent, f) for f in folders):
+            require(not inner.is_symlink(), "dataset", printable(inner), said)
         seen.append((parent, folders[:], [n for n in names if not hidden(n)]))
     return seen
-
-
-def _refuse_link(folder: Path) -> None:
-    require(not folder.is_symlink(), "dataset", printable(folder), "is a link to a folder; put the folder itself there")
 
 
 def list_folder(base: Path) -> Listing:

@@ -80,10 +80,11 @@ def encoder(
     Nothing is downloaded and nothing written. Raises ValueError for an unknown name (with near matches), an image size
     that the network cannot take or weights that do not fit, FileNotFoundError for absent weights: what to fetch and where
     to put it."""
+    if image_size is not None:
+        whole("image_size", image_size, 1)
     if isinstance(name, nn.Module):
         if image_size is None or channels is None:
             raise ValueError(f"image_size={image_size}, channels={channels}: both must be given with a module")
-        whole("image_size", image_size, 1)
         whole("channels", channels, 1)
         positive("std", std)
         network = copy.deepcopy(name)  # the caller's module stays trainable
@@ -92,8 +93,6 @@ def encoder(
         said = type(name).__name__ if weights is None else f"{type(name).__name__}/{Path(weights).name}"
         return _wrap(network, said, image_size, (channels,), [mean] * channels, [std] * channels)
     require(channels is None, "channels", channels, "is for modules only; a named encoder has its own")
-    if image_size is not None:
-        whole("image_size", image_size, 1)
     if name in TINY:
         require(image_size in (None, 16), "image_size", image_size, f"{name} takes 16 only; leave it out")
         network = fill(build(name), Path(weights_of(name, weights)))
