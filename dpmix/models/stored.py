@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmix.core import augmentations, checks, files, rng, transforms, views
-from dpmix.core.sources import FreshViews, Scaling, lap, named, scaled
+from dpmix.core.sources import FreshViews, lap, scaled
 from dpmix.images import image_cache
 from dpmix.models import encoders, engine, tiny
 from dpmix.models.encoders import Encoder
@@ -112,7 +112,6 @@ class StoredViews:
         *,
         folder: Path | str,
         seed: int = 0,
-        scaling: Scaling | None = None,
         progress: bool = True,
         **how: Any,
     ) -> None:
@@ -120,8 +119,8 @@ class StoredViews:
         said = "has no digest of its content; take models.encoder"
         checks.require(encoder.digest != "", "encoder", encoder.name, said)
         self.n, self.dim, self.num_classes, self.union = made.n, made.dim, made.num_classes, made.union
-        self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
-        self.name, self.progress = named(encoder.name, made.seed, scaling), progress
+        self.device, self.scaling, self.name, self.progress = made.device, made.scaling, made.name, progress
+        self.seconds = made.seconds | {"store": 0.0}
         self.places: Tensor | None = None
         about = _about(made, encoder)
         self.folder = Path(folder) / files.digest(repr(about))[:32]
