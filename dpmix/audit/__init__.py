@@ -12,14 +12,4 @@ from dpmix.audit.attacks import (
     step_canary,
     worlds,
 )
-from dpmix.audit.steps import (
-    Records,
-    Release,
-    Step,
-    bank_release,
-    bank_run,
-    duel,
-    head_oracle,
-    head_step,
-    network_step,
-)
+from dpmix.audit.steps import Records, Release, Step, bank_release, bank_run, duel, head_oracle, head_step, network_step
