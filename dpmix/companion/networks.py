@@ -58,24 +58,16 @@ def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
 
 
 def network_cells(
-    p: NetworkPreset,
-    method: str,
-    recipe: views.Recipe,
-    *,
-    eps: Any = None,
-    seeds: Any = None,
-    microbatch: int = 1,
-    microbatch_mix: str = "none",
-    **labels: Any,
+    p: NetworkPreset, method: str, recipe: views.Recipe, *, eps: Any = None, seeds: Any = None, **microbatches: Any
 ) -> list[grids.Cell]:
     """A network from scratch for every epsilon and seed. All training examples are trained on: nothing is chosen by these
-    runs, so nothing is held out. `method` and `labels` name the cells."""
+    runs, so nothing is held out. `method` names the cells; `microbatches`: their size and mixture, as in `RunSpec`."""
     names = ("dataset", "model", "batch_size", "epochs", "momentum", "ema_decay")
     fixed: dict[str, Any] = {name: getattr(p, name) for name in names} | dict(recipe=recipe, validation=0.0)
-    fixed |= dict(microbatch=microbatch, microbatch_mix=microbatch_mix)
-    fixed["learning_rate"] = p.learning_rate if microbatch == 1 else p.microbatch_learning_rate
+    alone = microbatches.get("microbatch", 1) == 1
+    fixed |= microbatches | dict(learning_rate=p.learning_rate if alone else p.microbatch_learning_rate)
     return [
-        grids.Cell({"model": p.model, "method": method, **labels}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
+        grids.Cell({"model": p.model, "method": method}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
         for epsilon in grids.many(eps, p.epsilons, "eps")
         for seed in grids.many(seeds, p.seeds, "seeds")
     ]
