@@ -96,15 +96,12 @@ def evaluated(
 
 def heads_of(group: Sequence[Task], material: Material) -> list[heads.Head]:
     """The head of each run, with the noise of its mechanism, which is its own: keyed by its identity."""
-    return [
-        heads.Head(
-            recipe=task.spec.recipe.for_data(material.train.whole.flip),
-            noise_multiplier=task.mechanism.noise_multiplier,
-            identity=task.identity.run,
-            **_of_spec(task.spec, "learning_rate", "clip_norm", "momentum"),
-        )
-        for task in group
-    ]
+    bank = []
+    for task in group:
+        about = _of_spec(task.spec, "learning_rate", "clip_norm", "momentum")
+        about |= dict(recipe=task.spec.recipe.for_data(material.train.whole.flip), identity=task.identity.run)
+        bank.append(heads.Head(noise_multiplier=task.mechanism.noise_multiplier, **about))
+    return bank
 
 
 def _of_spec(spec: RunSpec, *names: str) -> dict[str, Any]:
