@@ -69,10 +69,8 @@ def read(table: str, folder: Path | None = None, name: str = "*.json") -> pd.Dat
     `attrs["about"]` lists what each file says of itself. Further seeds of a data set lie in files of their own."""
     frames, about = [], []
     order = {dataset: place for place, dataset in enumerate(LAPTOP)}
-    paths = [
-        (order.get(p.stem.partition("-")[0], len(order)), p.stem, p) for p in ((folder or FOLDER) / table).glob(name)
-    ]
-    for *_, path in sorted(paths):
+    there = ((folder or FOLDER) / table).glob(name)
+    for *_, path in sorted((order.get(p.stem.partition("-")[0], len(order)), p.stem, p) for p in there):
         content = files.read_json(path)
         if content is None:
             continue
