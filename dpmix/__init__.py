@@ -1,7 +1,6 @@
 """dpmix: differentially private image classification with views, a companion to DP-Mix (NeurIPS 2023).
 
-The names that a user needs, each loaded when it is first asked for: `import dpmix` itself imports nothing heavy.
-"""
+The names that a user needs, each loaded when it is first asked for: `import dpmix` itself imports nothing heavy."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -21,25 +20,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "RunSpec": "runs.spec",
-    "ComputeFlags": "runs.spec",
-    "run": "runs.run",
-    "run_all": "runs.run",
-    "release": "runs.release",
-    "check": "own.check",
-    "train": "own.train",
-    "predict": "runs.predict",
-    "Recipe": "core.views",
-    "METHODS": "core.views",
-    "make_views": "core.views",
-    "noise_multiplier": "core.accounting",
-    "epsilon_spent": "core.accounting",
-    "clipped_head_sums": "core.clipping",
-    "clipped_gradient_sum": "core.clipping",
-    "load": "images.data",
-    "encoder": "models.encoders",
+_NAMES = {
+    "core.accounting": ("epsilon_spent", "noise_multiplier"),
+    "core.clipping": ("clipped_gradient_sum", "clipped_head_sums"),
+    "core.views": ("METHODS", "Recipe", "make_views"),
+    "images.data": ("load",),
+    "models.encoders": ("encoder",),
+    "own.check": ("check",),
+    "own.train": ("train",),
+    "runs.predict": ("predict",),
+    "runs.release": ("release",),
+    "runs.run": ("run", "run_all"),
+    "runs.spec": ("ComputeFlags", "RunSpec"),
 }
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 

@@ -1,11 +1,8 @@
 """Sensitivity and privacy audits of a step."""
 
 from dpmix.audit.attacks import (
-    RELATIONS,
     ROUNDING,
     CanaryAudit,
-    OneRun,
-    Sensitivity,
     auditor,
     lower_bounds,
     noise_level,
@@ -15,16 +12,4 @@ from dpmix.audit.attacks import (
     step_canary,
     worlds,
 )
-from dpmix.audit.steps import (
-    Records,
-    Release,
-    Step,
-    bank_release,
-    bank_run,
-    duel,
-    head_oracle,
-    head_step,
-    marked,
-    network_step,
-    noisy,
-)
+from dpmix.audit.steps import Records, Release, Step, bank_release, bank_run, duel, head_oracle, head_step, network_step

@@ -7,8 +7,7 @@ above C is a bug, none above C is no proof. `step_canary` turns many noisy relea
 sees a factor of two in sensitivity or noise. `one_run` sees one whole training run through its last weights only: it is
 loose and finds gross mistakes.
 
-The statistics are those of `jax_privacy.auditing` (`pip install 'dpmix[jax]'`); JAX itself is never imported.
-"""
+The statistics are those of `jax_privacy.auditing` (`pip install 'dpmix[jax]'`); JAX itself is never imported."""
 
 import importlib.util
 import itertools
@@ -41,8 +40,7 @@ def worlds(
     """Data sets of `size` records, each with two newcomers: (name, records, newcomer and its replacement).
 
     Random pixels and labels; black and white pixels; `natural` images; a blank set and a white or a huge newcomer; grey
-    opponents, all of one class, and a white newcomer of another; copies; a newcomer that is not a number; nobody else.
-    """
+    opponents, all of one class, and a white newcomer of another; copies; a newcomer that is not a number; nobody else."""
     draw = rng.generator(seed, "worlds")
     n = size + 2
     noise = torch.from_numpy(draw.random((n, *shape))).float()
@@ -107,9 +105,8 @@ def sensitivity(
 ) -> Sensitivity:
     """The largest movement of the sum between neighbouring data sets, over `worlds`, places of the newcomer and draws.
 
-    Allowed are C for "add" and "remove" (the same pairs, hence one figure) and 2C for "replace". Raises ValueError for
-    an unknown relation or an empty grid.
-    """
+    Allowed are C for "add" and "remove" (the same pairs, hence one figure) and 2C for "replace". Raises ValueError for an
+    unknown relation or an empty grid."""
     for relation in relations:
         checks.one_of("relations", relation, RELATIONS)
     checks.whole("trials", trials, 1)
@@ -165,8 +162,7 @@ def step_canary(
     direction in which the canary moves that sum. `release` (default: the step plus Gaussian noise of `noise_multiplier`
     clip norms) is what is audited against the claim, epsilon of one Gaussian mechanism at `delta`.
 
-    The Gaussian-DP bound supposes that the release is Gaussian; Clopper-Pearson supposes nothing and is weaker.
-    """
+    The Gaussian-DP bound supposes that the release is Gaussian; Clopper-Pearson supposes nothing and is weaker."""
     checks.require(len(canary) == 1, "canary", len(canary), "must be one record")
     checks.whole("releases", releases, 100)
     checks.positive("noise_multiplier", noise_multiplier)
@@ -196,8 +192,7 @@ def lower_bounds(
 
     jax_privacy 2.0.0 overstates `epsilon_from_gdp` where thresholds lie far in a tail: on scores of pure noise it finds
     3.5 (its pull request 270). So a tenth of the scores choose one threshold, the bound is taken at that threshold from
-    the others, and counts as zero unless both error rates together are below one at the same confidence.
-    """
+    the others, and counts as zero unless both error rates together are below one at the same confidence."""
     miss, tenth = 1 - confidence, max(1, len(inside) // 10)
     middle = (inside[:tenth].mean() + outside[:tenth].mean()) / 2
     said = auditor((inside[tenth:] >= middle).astype(float), (outside[tenth:] >= middle).astype(float))
@@ -211,8 +206,7 @@ def lower_bounds(
 def noise_level(releases: Float[Tensor, "m p"], deviation: float, flake: float = 1e-6) -> tuple[float, float, float]:
     """Estimated over claimed standard deviation of the noise, and the interval in which a correct one lies.
 
-    `releases` share the noise-free sum; m p - p degrees of freedom; a correct noise is outside with probability `flake`.
-    """
+    `releases` share the noise-free sum; m p - p degrees of freedom; a correct noise is outside with probability `flake`."""
     m, p = releases.shape
     freedom = (m - 1) * p
     ratio = float(releases.double().var(dim=0).mean().sqrt()) / deviation
@@ -244,8 +238,7 @@ def one_run(
 
     `train(included [count] bool)` returns scores [R, count] of R models, higher for "was in"; see `bank_run`. The shares
     `guesses` of highest scores are guessed to be in, each share with its part of the confidence; the best bound counts.
-    Valid for any dependence between the canaries, for coins that nothing else looks at.
-    """
+    Valid for any dependence between the canaries, for coins that nothing else looks at."""
     checks.whole("count", count, 10)
     included = torch.from_numpy(rng.generator(seed, "canaries").random(count) < 0.5)
     found, miss = [], (1 - confidence) / len(guesses)
@@ -263,8 +256,7 @@ def shuffled_epsilon(*, noise_multiplier: float, batches: int, epochs: int, delt
     """Epsilon, at least, of DP-SGD on a set that was shuffled once into `batches` and passed over `epochs` times.
 
     The adversary does not know which batch the example is in, and all other gradients are zero. It averages each batch's
-    releases over the epochs and says "was in" if the largest of them exceeds a threshold; both error rates are exact.
-    """
+    releases over the epochs and says "was in" if the largest of them exceeds a threshold; both error rates are exact."""
     mean = epochs**0.5 / noise_multiplier
     h = np.linspace(0, mean + 10, 20_000)
     quiet = (batches - 1) * stats.norm.logcdf(h)

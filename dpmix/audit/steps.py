@@ -1,10 +1,9 @@
 """What `audit` audits. Steps and releases of a linear head and of a network, and whole runs with canaries.
 
-A *step* is a callable `step(records, seed, number)`: the clipped sum over `records` as one flat tensor [p]. Its randomness
-is keyed by `(seed, number)` and the records' ids, so the same call on a neighbouring data set is the coupling of the
-proof. A *release* is `release(records, seed, number)`: m >= 1 independent noisy sums [m, p]. Both see the examples that
-joined a step, q = 1: the strongest setting for an adversary.
-"""
+A *step* is a callable `step(records, seed, number)`: the clipped sum over `records` as one flat tensor [p]. Its
+randomness is keyed by `(seed, number)` and the records' ids, so the same call on a neighbouring data set is the coupling
+of the proof. A *release* is `release(records, seed, number)`: m >= 1 independent noisy sums [m, p]. Both see the examples
+that joined a step, q = 1: the strongest setting for an adversary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,8 +60,7 @@ def head_step(
 ) -> Step:
     """The clipped sum of a linear head: `make_views`, an encoder (default: the pixels themselves), `clipped_head_sums`.
 
-    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_heads`, weight then bias.
-    """
+    `weights` [num_classes, D], [num_classes] default to `duel`. The sum is that of `heads.train_heads`, weight then bias."""
 
     def step(records: Records, seed: int, number: int) -> Tensor:
         made = records.views(recipe, num_classes=num_classes, seed=seed, step=number, public=public)
@@ -154,14 +152,8 @@ def bank_release(
         checks.require(number == 0, "number", number, "must be 0: a bank of one step; vary the seed")
         about: dict[str, Any] = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "recipe": recipe}
         bank = [heads.Head(learning_rate=rate, **about) for rate in rates]
-        how: dict[str, Any] = {
-            "sample_rate": 1.0,
-            "steps": 1,
-            "expected_batch": 1,
-            "num_classes": num_classes,
-            "initial": initial,
-        }
-        how |= {"ids": records.ids, "seed": seed, "public": public, "progress": False}
+        how: dict[str, Any] = {"sample_rate": 1.0, "steps": 1, "expected_batch": 1, "num_classes": num_classes}
+        how |= {"ids": records.ids, "seed": seed, "public": public, "progress": False, "initial": initial}
         trained = heads.train_heads(encoder, records.images, records.labels, bank, **how)
         weights, biases = (initial[0] - trained.weights).flatten(1), initial[1] - trained.biases
         return torch.cat([weights, biases], dim=1).double() / torch.tensor(rates, dtype=torch.float64)[:, None]
@@ -179,10 +171,8 @@ def marked(encoder: models.Encoder, count: int, gain: float = 10.0) -> models.En
         marks = F.one_hot(number, count + 1)[:, 1:].float() * gain
         return torch.cat([encoder.features(images[:, :-2]) * (number == 0)[:, None], marks], dim=1)
 
-    channels = tuple(c + 2 for c in encoder.channels)
-    return replace(
-        encoder, features=features, dim=encoder.dim + count, channels=channels, name=f"marked {encoder.name}"
-    )
+    channels, name = tuple(c + 2 for c in encoder.channels), f"marked {encoder.name}"
+    return replace(encoder, features=features, dim=encoder.dim + count, channels=channels, name=name)
 
 
 def bank_run(
@@ -192,8 +182,7 @@ def bank_run(
 
     Canary i is an image that turns on feature i of `marked` and nothing else, so the gradients of two canaries are
     orthogonal but for the bias. Its score is the weight of its feature in the direction of its label: with public
-    constants alone, the sum of all noisy gradients there. Recipes need k_diff = 0 (a mixture would be another number).
-    """
+    constants alone, the sum of all noisy gradients there. Recipes need k_diff = 0 (a mixture would be another number)."""
     checks.require(all(h.recipe.k_diff == 0 for h in bank), "bank", "k_diff > 0", "marks need recipes with k_diff=0")
     checks.require(10 <= count < 2**16, "count", count, "must lie in 10..65535")
     number = torch.arange(1, count + 1)

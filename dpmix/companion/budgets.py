@@ -102,8 +102,7 @@ def budget(
     """What a budget comes to: q, T, sigma, noise beside signal, the accountants' epsilons, and those of three mistakes.
 
     The mistakes take the sigma of the budget: pairs clipped as one with the noise of single examples (`core.microbatch`), k
-    views clipped one by one, which move the sum by kC, and shuffled batches, for which an attack proves a lower bound.
-    """
+    views clipped one by one, which move the sum by kC, and shuffled batches, for which an attack proves a lower bound."""
     steps, q = accounting.steps_for(n=n, batch_size=batch_size, epochs=epochs), batch_size / n
     checks.require(0 < delta < 1 / n, "delta", delta, f"must be below 1/N = {1 / n:.2g}")
     sigma = calibrated(epsilon, delta, q, steps, accountant)

@@ -1,8 +1,7 @@
 """What a run looks like from inside: its gradients before clipping and noise, and where its time goes.
 
-Gradients are computed from private data without noise. They are for looking at the method on data that are public
-anyway; nothing here is stored, and nothing here may be released for data that are not.
-"""
+Gradients are computed from private data without noise. They are for looking at the method on data that are public anyway;
+nothing here is stored, and nothing here may be released for data that are not."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpmix import models
 from dpmix.companion.report import label
 from dpmix.core import checks, clipping, heads, views
 from dpmix.core.transforms import as_float
@@ -56,7 +54,8 @@ def _observed(specs: Sequence[RunSpec], stages: int, compute: ComputeFlags) -> l
     row = dict(zip(union.recipes, union.weights, strict=True))
     view_weights = torch.stack([row[h.recipe] for h in bank]).to(compute.where(), torch.float32)
     unclipped = torch.full((len(bank),), torch.inf, device=compute.where())
-    sums = torch.zeros(stages, len(bank), material.train.whole.num_classes * (_encoder(material).dim + 1))
+    assert material.encoder is not None
+    sums = torch.zeros(stages, len(bank), material.train.whole.num_classes * (material.encoder.dim + 1))
     counts = torch.zeros(stages)
 
     def observe(step: int, features: Tensor, targets: Tensor, weights: Tensor, biases: Tensor) -> None:
@@ -98,17 +97,13 @@ def timings(
     return pd.DataFrame(rows)
 
 
-def _encoder(material: Material) -> models.Encoder:
-    assert material.encoder is not None
-    return material.encoder
-
-
 def _encoder_alone(material: Material, each: int, compute: ComputeFlags) -> float:
     """Views a second of the encoder, fed with as many ready-made images as a physical batch has views."""
+    assert material.encoder is not None
     many = torch.arange(each * (compute.physical_batch or 128)) % len(material.train)
     ready = as_float(material.train.images[many].to(compute.where()))
     start = time.perf_counter()
-    _encoder(material).features(ready).sum().item()  # .item() waits for the device
+    material.encoder.features(ready).sum().item()  # .item() waits for the device
     return len(many) / (time.perf_counter() - start)
 
 
@@ -155,10 +150,7 @@ def time_shares(timed: pd.DataFrame) -> pd.DataFrame:
     for name, part in timed.groupby("method", sort=False):
         rate, floor = part["views_per_second"].median(), part["floor"].median()
         shares = {p: f"{100 * part[p].median():.0f} %" for p in PARTS}
-        rows[label(name)] = {
-            "views/s": f"{rate:,.0f}",
-            **shares,
-            "floor, views/s": f"{floor:,.0f}",
-            "of the floor": f"{100 * (part['views_per_second'] / part['floor']).median():.0f} %",
-        }
+        of_floor = f"{100 * (part['views_per_second'] / part['floor']).median():.0f} %"
+        rest = {"floor, views/s": f"{floor:,.0f}", "of the floor": of_floor}
+        rows[label(name)] = {"views/s": f"{rate:,.0f}"} | shares | rest
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,8 +1,7 @@
 """Runs that came with the repository: `data/results/laptop/TABLE/DATASET.json`, written by `benchmarks/evidence.py`.
 
 A file holds a row a run and, once, what all rows share; where, when and from what it was made stands in `about`. Which
-test images a chosen run got right is packed, a bit an image, so that intervals hold the error of the images too.
-"""
+test images a chosen run got right is packed, a bit an image, so that intervals hold the error of the images too."""
 
 import base64
 import json
@@ -69,7 +68,9 @@ def read(table: str, folder: Path | None = None, name: str = "*.json") -> pd.Dat
     """The runs that came for a table ("table3"), of all its files or of those named so; empty where none came.
     `attrs["about"]` lists what each file says of itself. Further seeds of a data set lie in files of their own."""
     frames, about = [], []
-    for path in sorted(((folder or FOLDER) / table).glob(name), key=_as_the_paper):
+    order = {dataset: place for place, dataset in enumerate(LAPTOP)}
+    there = ((folder or FOLDER) / table).glob(name)
+    for *_, path in sorted((order.get(p.stem.partition("-")[0], len(order)), p.stem, p) for p in there):
         content = files.read_json(path)
         if content is None:
             continue
@@ -99,11 +100,6 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
     found = pd.concat(parts, ignore_index=True) if parts else runs
     found.attrs["about"] = runs.attrs["about"]
     return found
-
-
-def _as_the_paper(path: Path) -> tuple[int, str]:
-    dataset = path.stem.partition("-")[0]
-    return (LAPTOP.index(dataset) if dataset in LAPTOP else len(LAPTOP), path.stem)
 
 
 def _unpacked(text: str, size: int) -> np.ndarray:

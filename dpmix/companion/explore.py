@@ -1,8 +1,7 @@
 """What the knobs of notebooks/explore answer: an example's views, one step, the results that are here.
 
-Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views and
-steps are those of `core`. What a budget comes to stands in `budgets`.
-"""
+Each picture takes the settings of its widgets and returns HTML; `answer` puts the line of a refusal in its place. Views
+and steps are those of `core`. What a budget comes to stands in `budgets`."""
 
 import base64
 import html
@@ -148,9 +147,6 @@ def example_views(
     )
 
 
-# One step.
-
-
 def _gradients(features: Tensor, targets: Tensor, head: Tensor) -> Tensor:
     """Each example's cross-entropy gradient [b, parameters], averaged over its views and not clipped; the last column of
     `head` holds the biases."""
@@ -218,9 +214,6 @@ def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int
     return f"<div style='display:flex;flex-wrap:wrap'>{''.join(shown)}</div><p>{words}</p>"
 
 
-# What came with the repository.
-
-
 @lru_cache(maxsize=1)
 def results() -> pd.DataFrame:
     """The runs of Tables 3 and 2 that came with the repository, at the learning rates that validation chose."""
@@ -241,9 +234,8 @@ def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     for name, colour, style in zip(seen["mean"], colours, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-."), strict=False):
         about: dict[str, Any] = dict(fmt=style, color=colour, capsize=4, label=report.label(name))
         ax.errorbar(seen.index, seen["mean"][name], half[name].fillna(0), **about)
-    ax.set(
-        xlabel="ε", ylabel="test accuracy (%)", title=f"{report.label(dataset)}, {report.label(model)}", xscale="log"
-    )
+    ax.set(xlabel="ε", ylabel="test accuracy (%)", xscale="log")
+    ax.set_title(f"{report.label(dataset)}, {report.label(model)}")
     ax.set_xticks(seen.index, [f"{e:g}" for e in seen.index])
     ax.minorticks_off()
     ax.legend(frameon=False)

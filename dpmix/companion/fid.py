@@ -7,8 +7,7 @@ statistics are gathered here, batch by batch in float64, so that a set of any si
 The distance is biased: two small samples of one distribution are further apart than two large ones. Compare sets of equal
 sizes, of many more images than the features have dimensions. Levels under different encoders do not compare at all.
 
-Nothing is downloaded, and nothing here is private: a distance to the private images is a statistic of them without noise.
-"""
+Nothing is downloaded, and nothing here is private: a distance to the private images is a statistic of them without noise."""
 
 import contextlib
 import io

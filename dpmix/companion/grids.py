@@ -141,14 +141,9 @@ def methods_grid(
     names = ("dataset", "epochs", "batch_size", "validation", "redraw", "image_size")
     settings: dict[str, Any] = {name: getattr(p, name) for name in names}
     settings |= {name: v for name, v in fixed.items() if v is not None or name not in ("epochs", "batch_size")}
-    varied = {
-        "models": (models, p.models),
-        "methods": (methods, ()),
-        "eps": (eps, paper.EPSILONS),
-        "seeds": (seeds, p.seeds),
-    }
-    cells = []
-    each = product(*(many(*v, name) for name, v in varied.items()))
+    varied: dict[str, tuple[Any, Any]] = {"models": (models, p.models), "methods": (methods, ())}
+    varied |= {"eps": (eps, paper.EPSILONS), "seeds": (seeds, p.seeds)}
+    cells, each = [], product(*(many(*v, name) for name, v in varied.items()))
     for (model, method, epsilon, seed), rate in ((e, r) for e in each for r in asked or p.rates(e[2])):
         c, about = clip_norm(method), dict(recipe=recipe(method, p.dataset), model=paper.ENCODERS.get(model, model))
         spec = RunSpec(epsilon=epsilon, seed=seed, clip_norm=c, learning_rate=rate / c, **about, **settings)
@@ -243,8 +238,7 @@ def pure_grid(scale: str, *, longer: float = 10, **asked: Any) -> list[Cell]:
 
 def run_cells(cells: Sequence[Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
     """Run (or look up) the cells: one row each, `frame` with the labels of the cells in front."""
-    results = run_all([c.spec for c in cells], compute=compute)
-    return labelled(cells, frame(results))
+    return labelled(cells, frame(run_all([c.spec for c in cells], compute=compute)))
 
 
 def labelled(cells: Sequence[Cell], runs: pd.DataFrame) -> pd.DataFrame:

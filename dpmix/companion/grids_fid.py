@@ -1,6 +1,5 @@
 """Fréchet distances behind Tables 7 and 8, kept in the store beside the runs."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -14,12 +13,13 @@ from tqdm import tqdm
 from dpmix import models
 from dpmix.companion import fid, paper
 from dpmix.companion.grids import recipe
-from dpmix.companion.report import told
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
+from dpmix.images.image_cache import sha256
 from dpmix.runs.identity import Contents, code_digest
 from dpmix.runs.material import SCALED
 from dpmix.runs.passes import provenance
+from dpmix.runs.result import told
 from dpmix.runs.spec import ComputeFlags
 from dpmix.runs.store import Store
 
@@ -75,11 +75,10 @@ def some_of(images: data.ImageSet, n: int | None, seed: int) -> data.ImageSet:
 def fid_of_sets(*, dataset: str, compute: ComputeFlags | None = None, **asked: Any) -> pd.DataFrame:
     """Table 8: the Fréchet distance of the training images to the test and to the synthetic images.
 
-    One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same n
-    for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
+    One row a `model` (the encoder), seed and method (`WORDS`). `distance` is between samples of `n` images each, the same
+    n for all, so that they share one bias; between two disjoint samples of the training images it is the bias itself.
     `whole` is between the whole sets (nan for those two samples). `asked`: `encoders`, `seeds` (they key the samples) and
-    `image_size`. Kept in the store.
-    """
+    `image_size`. Kept in the store."""
     compute, kept = compute or ComputeFlags(), dict[str, dict[str, torch.Tensor]]()
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:
@@ -118,7 +117,7 @@ def _distances(
     splits = data.load(dataset, compute.root, image_size=decoded, cache=compute.cache)
     contents, synthetic = Contents(compute, store.folder), data.synthetic_folder(dataset, compute.root).is_dir()
     images = contents.private(dataset), contents.public(dataset) if synthetic else ""
-    code = files.digest(*(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (fid.__file__, __file__)))
+    code = files.digest(*(sha256(Path(f)) for f in (fid.__file__, __file__)))
     # On a GPU too: distances between sets of images are small beside what bfloat16 rounds away.
     dtype = torch.bfloat16 if compute.dtype == "bfloat16" else torch.float32
     engines = ["torch" if name == fid.INCEPTION else compute.encoder_engine for name in encoders]

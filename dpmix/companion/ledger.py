@@ -1,8 +1,7 @@
 """What reproduced: every empirical claim of the paper (`data/paper/claims.csv`), decided from results by the one rule.
 
 A claim names a table, two of its methods, where it is made, and what is claimed: the sign of the published difference, or
-that there is no gain of `bound` or more. The whole ledger is one family.
-"""
+that there is no gain of `bound` or more. The whole ledger is one family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +18,8 @@ from dpmix.runs.run import look_up
 
 NOT_RUN = "not run"
 # The tables whose differences are ratios: the column of their runs, and what a comparison is averaged over.
-RATIOS = {
-    "table7": ("distance", ("model", "reference")),
-    "table8": ("distance", ("model",)),
-    "table13": ("seconds", ("model",)),
-    "figure2": ("deviation", ("model",)),
-}
+RATIOS: dict[str, Any] = {"table7": ("distance", ("model", "reference")), "table8": ("distance", ("model",))}
+RATIOS |= {"table13": ("seconds", ("model",)), "figure2": ("deviation", ("model",))}
 RATE_FOR = ("dataset", "model", "method", "epsilon")
 
 

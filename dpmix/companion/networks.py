@@ -44,8 +44,7 @@ def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
     The demo's learning rates come from trials with seed 100 at epsilon 8, a fifth of the training set held out, by validation
     accuracy: 4 among 1, 2 and 4 (no augmentation), among 2 and 4 at two epochs and 4 and 8 at three (4 views), and 1 among
     0.5, 1 and 2 (pairs). At the other scales the learning rate of 2, no momentum and (paper) the EMA of 0.999 are those of
-    De et al.'s published configuration, which the paper says to follow without naming them; that of microbatches is ours.
-    """
+    De et al.'s published configuration, which the paper says to follow without naming them; that of microbatches is ours."""
     checks.one_of("scale", scale, grids.SCALES)
     if scale == "demo":
         return NetworkPreset(dataset=dataset or "digits")
@@ -59,24 +58,16 @@ def network_preset(scale: str, dataset: str | None = None) -> NetworkPreset:
 
 
 def network_cells(
-    p: NetworkPreset,
-    method: str,
-    recipe: views.Recipe,
-    *,
-    eps: Any = None,
-    seeds: Any = None,
-    microbatch: int = 1,
-    microbatch_mix: str = "none",
-    **labels: Any,
+    p: NetworkPreset, method: str, recipe: views.Recipe, *, eps: Any = None, seeds: Any = None, **microbatches: Any
 ) -> list[grids.Cell]:
     """A network from scratch for every epsilon and seed. All training examples are trained on: nothing is chosen by these
-    runs, so nothing is held out. `method` and `labels` name the cells."""
+    runs, so nothing is held out. `method` names the cells; `microbatches`: their size and mixture, as in `RunSpec`."""
     names = ("dataset", "model", "batch_size", "epochs", "momentum", "ema_decay")
     fixed: dict[str, Any] = {name: getattr(p, name) for name in names} | dict(recipe=recipe, validation=0.0)
-    fixed |= dict(microbatch=microbatch, microbatch_mix=microbatch_mix)
-    fixed["learning_rate"] = p.learning_rate if microbatch == 1 else p.microbatch_learning_rate
+    alone = microbatches.get("microbatch", 1) == 1
+    fixed |= microbatches | dict(learning_rate=p.learning_rate if alone else p.microbatch_learning_rate)
     return [
-        grids.Cell({"model": p.model, "method": method, **labels}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
+        grids.Cell({"model": p.model, "method": method}, RunSpec(epsilon=epsilon, seed=seed, **fixed))
         for epsilon in grids.many(eps, p.epsilons, "eps")
         for seed in grids.many(seeds, p.seeds, "seeds")
     ]

@@ -1,11 +1,10 @@
 """What the paper published. Numbers come from `data/paper/`, settings are below, each with its place.
 
-The paper: Bao, Pittaluga, Kumar B G and Bindschaedler, "DP-Mix: Mixup-based Data Augmentation for Differentially
-Private Learning", NeurIPS 2023. Nothing here was measured by this project; data/paper/README.md describes the files.
-"""
+The paper: Bao, Pittaluga, Kumar B G and Bindschaedler, "DP-Mix: Mixup-based Data Augmentation for Differentially Private
+Learning", NeurIPS 2023. Nothing here was measured by this project; data/paper/README.md describes the files."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -47,8 +46,7 @@ LABELS: dict[str, str] = _DATA | _METHODS | _TRANSFORMS
 METHODS, TRANSFORMS, EPSILONS = tuple(_METHODS), tuple(_TRANSFORMS), (1, 2, 4, 8)
 
 
-@dataclass(frozen=True)
-class DatasetFacts:
+class DatasetFacts(NamedTuple):
     """Sizes of a data set as the paper splits it (Appendix C)."""
 
     train: int
@@ -71,8 +69,7 @@ ENCODERS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Hyperparameters, unless `clip_norm`, `epochs` or `k_diff` says otherwise. `source`: where they are stated."""
 
     models: tuple[str, ...]

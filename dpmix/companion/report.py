@@ -1,8 +1,7 @@
 """What notebooks show: small tables under captions (published, real data, made now), privacy and cost, where numbers come from.
 
 Every number here comes from results or from `data/paper`; the sentences are put together from them. No table has more
-columns than a telephone is wide.
-"""
+columns than a telephone is wide."""
 
 import html
 import json
@@ -16,7 +15,10 @@ from dpmix.companion.grids import LABELS, STANDS_FOR, parts
 from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.runs import passes
+from dpmix.runs.result import told
 from dpmix.runs.spec import ComputeFlags
+
+Columns = Sequence[str]
 
 
 def label(name: Any) -> str:
@@ -37,19 +39,19 @@ def spread(mean: float, std: float | None = None, digits: int = 1) -> str:
     return f"{mean:.{digits}f}" if std is None or pd.isna(std) else f"{mean:.{digits}f} ({std:.{digits}f})"
 
 
-def summary(runs: pd.DataFrame, by: Sequence[str], value: str = "accuracy") -> pd.DataFrame:
+def summary(runs: pd.DataFrame, by: Columns, value: str = "accuracy") -> pd.DataFrame:
     """Mean, standard deviation (n - 1) and n over the seeds of each condition."""
     grouped = runs.groupby(list(by), sort=False, dropna=False)[value]
     return grouped.agg(mean="mean", std="std", n="count").reset_index()
 
 
-def pivot(table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], cell: str = "cell") -> pd.DataFrame:
-    """`cell` (text) laid out by `rows` and `columns`, both under their labels and in the order in which they come."""
-    table = table[[*rows, *columns, cell]].copy()
+def pivot(table: pd.DataFrame, rows: Columns, columns: Columns) -> pd.DataFrame:
+    """The column `cell` (text) laid out by `rows` and `columns`, both under their labels and in the order in which they come."""
+    table = table[[*rows, *columns, "cell"]].copy()
     for name in (*rows, *columns):
         values = [entry(name, v) for v in table[name]]
         table[name] = pd.Categorical(values, categories=list(dict.fromkeys(values)), ordered=True)
-    wide = table.pivot(index=list(rows), columns=list(columns), values=cell).astype(object).fillna("–")
+    wide = table.pivot(index=list(rows), columns=list(columns), values="cell").astype(object).fillna("–")
     if len(rows) == 1:
         wide.index = pd.Index(wide.index.astype(object).tolist())
     if len(columns) == 1:
@@ -58,9 +60,7 @@ def pivot(table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], cell
     return wide
 
 
-def block(
-    table: pd.DataFrame, rows: Sequence[str] = ("method",), columns: Sequence[str] = ("epsilon",), digits: int = 1
-) -> pd.DataFrame:
+def block(table: pd.DataFrame, rows: Columns, columns: Columns, digits: int = 1) -> pd.DataFrame:
     """A table as the paper prints it: "mean (std)" in the cells."""
     cells = [spread(m, s, digits) for m, s in zip(table["mean"], table["std"], strict=True)]
     return pivot(table.assign(cell=cells), rows, columns)
@@ -101,9 +101,7 @@ class Sources(NamedTuple):
             table = table[table["epsilon"].isin({e for f in frames for e in f["epsilon"]})]
         return self._replace(published=table)
 
-    def parts(
-        self, split: Sequence[str], by: Sequence[str], value: str
-    ) -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
+    def parts(self, split: Columns, by: Columns, value: str) -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
         """Of each source: its name, the data set and what else of `split` it has, and the means of `value` by `by` there."""
         s = self.twins()
         for source, table in ({"published": s.published} | s.runs()).items():
@@ -116,9 +114,9 @@ class Sources(NamedTuple):
 def tables(
     s: Sources,
     *,
-    rows: Sequence[str] = ("method",),
-    columns: Sequence[str] = ("epsilon",),
-    split: Sequence[str] = ("dataset", "model"),
+    rows: Columns = ("method",),
+    columns: Columns = ("epsilon",),
+    split: Columns = ("dataset", "model"),
     value: str = "accuracy",
     digits: int = 1,
 ) -> Tables:
@@ -134,17 +132,15 @@ def tables(
     return Tables((f"{c[:1].upper()}{c[1:]}", t) for _, c, t in sorted(found, key=lambda f: f[0]))
 
 
-def chosen_rates(
-    chosen: pd.DataFrame, grid: Sequence[float] | None = None, rows: Sequence[str] = ("method",)
-) -> Tables:
+def chosen_rates(chosen: pd.DataFrame, grid: Sequence[float] | None = None) -> Tables:
     """The learning rate that validation chose (in units of 1/C), a table a model; marked where it ends the grid."""
     table = chosen.assign(rate=(chosen["learning_rate"] * chosen["clip_norm"]).round(10))
     grid = sorted(set(table["rate"])) if grid is None else grid
     ends = {min(grid), max(grid)} if len(grid) > 2 else set()
-    table = table.drop_duplicates([*rows, "dataset", "model", "epsilon"])
+    table = table.drop_duplicates(["method", "dataset", "model", "epsilon"])
     table["cell"] = [f"{r:g}{' *' if r in ends else ''}" for r in table["rate"]]
     parts = table.groupby(["dataset", "model"], sort=False)
-    return Tables((f"{label(d)}, {label(m)}", pivot(part, rows, ["epsilon"])) for (d, m), part in parts)
+    return Tables((f"{label(d)}, {label(m)}", pivot(part, ["method"], ["epsilon"])) for (d, m), part in parts)
 
 
 def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -163,21 +159,13 @@ def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What the passes cost where they were computed: heads trained, seconds, views a second, medians over the seeds."""
-    passes_ = runs.groupby(["model", "seed", "seconds"], sort=False)
-    each = passes_.agg(runs=("method", "count"), speed=("views_per_second", "first")).reset_index()
-    table = each.groupby("model", sort=False).agg(
-        passes=("runs", "count"), runs=("runs", "sum"), seconds=("seconds", "median"), speed=("speed", "median")
-    )
+    each = runs.groupby(["model", "seed", "seconds"], sort=False)
+    each = each.agg(runs=("method", "count"), speed=("views_per_second", "first")).reset_index()
+    total = {"passes": ("runs", "count"), "runs": ("runs", "sum")}
+    table = each.groupby("model", sort=False).agg(**total, seconds=("seconds", "median"), speed=("speed", "median"))
     table["seconds"], table["speed"] = table["seconds"].map("{:.1f}".format), table["speed"].map("{:,.0f}".format)
     table.index = pd.Index([label(m) for m in table.index])
     return table.rename(columns={"seconds": "seconds of a pass", "speed": "views/s"})
-
-
-def told(about: dict[str, Any]) -> dict[str, str]:
-    """`date`, `device` and `versions` of a provenance, as `runs.result.frame` has them."""
-    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
-    v = about["versions"]
-    return {k: about[k] for k in ("date", "device")} | {"versions": f"dpmix {v['dpmix']}{commit}, torch {v['torch']}"}
 
 
 def made_note(what: str) -> Markdown:

@@ -8,8 +8,7 @@ a quarter of a point of accuracy (5 % of a ratio) and at most one point (10 %).
 
 Seeds share their test images, so the spread over seeds does not hold the error of those images. Where it is known which
 images each run got right (column `right`), the interval holds it: the variance of the image's mean difference over the
-number of images is added, with Satterthwaite's degrees of freedom. Where it is not known, `show` says so.
-"""
+number of images is added, with Satterthwaite's degrees of freedom. Where it is not known, `show` says so."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -67,8 +66,7 @@ def decide(effects: Sequence[Effect], level: float = LEVEL) -> pd.DataFrame:
     `low` and `high` bound one difference with confidence 1 - `level`, without correction; `p` (of no difference, or of
     one of exactly `bound` where no gain is claimed) and `p_none` (of a difference of `bound` or more; two one-sided
     tests) are Holm's. An effect whose interval lies inside the bound is *no effect larger than* it, also where it differs
-    from zero. One seed decides nothing, nor do seeds without any spread in favour of a difference.
-    """
+    from zero. One seed decides nothing, nor do seeds without any spread in favour of a difference."""
     rows, raw = [], np.ones((len(effects), 2))
     for i, e in enumerate(effects):
         values = np.asarray(e.values, dtype=float)
@@ -181,7 +179,6 @@ def compare(
     per: Sequence[str] = ("dataset",),
     value: str = "accuracy",
     ratio: bool = False,
-    level: float = LEVEL,
 ) -> pd.DataFrame:
     """The comparisons of a page, for each value of `per`, as one family: a row each with `published`, what `decide` finds,
     and the verdict. `runs` has a row a run with `method`, `seed`, `cells` and `value`, and `per` where there are several; a
@@ -200,7 +197,7 @@ def compare(
                 rows.append({"place": tuple(place.values()), **row})
                 effects.append(effect)
     columns = ["place", "first", "second", "claim", "published", "bound", "ratio", "images"]
-    found = pd.concat([pd.DataFrame(rows, columns=columns), decide(effects, level)], axis=1)
+    found = pd.concat([pd.DataFrame(rows, columns=columns), decide(effects)], axis=1)
     found.attrs["per"] = per
     return found
 
@@ -231,9 +228,8 @@ def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
         if len(table):
             low, high = int(table["n"].min()), int(table["n"].max())
             seeds = f"{low} to " * (low < high) + counted(high, "seed")
-            images = (
-                "not of the test images, which seeds share" if table["images"].isna().any() else "of the test images"
-            )
-            what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {images}"
+            no, share = ("not ", ", which seeds share") if table["images"].isna().any() else ("", "")
+            what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {no}"
+            what += f"of the test images{share}"
             found.append((f"{what[:1].upper()}{what[1:]}", show(table)))
     return found

@@ -130,17 +130,11 @@ def microbatch_sum(
     *,
     mix: str = "none",
     lam: Float[Tensor, "m K"] | None = None,
-    engine: str = "auto",
-    physical_batch: int | None = None,
-    autocast: torch.dtype | None = None,
 ) -> ClippedSum:
     """The sum in Eq. (2): over microbatches, the clipped average gradient of the members' views.
 
     Adding or removing one example moves it by at most `sensitivity(size)` clip norms (see the module): scale the noise
-    for that. The arguments are those of `microbatch_views` and `clipped_gradient_sum`; the divisor is the expected
-    number of *microbatches*.
+    for that. The arguments are those of `microbatch_views`; the divisor is the expected number of *microbatches*.
     """
     x, y, weights = microbatch_views(images, targets, present, mix, lam)
-    return clipped_gradient_sum(
-        model, x, y, clip_norm, engine, view_weights=weights, physical_batch=physical_batch, autocast=autocast
-    )
+    return clipped_gradient_sum(model, x, y, clip_norm, view_weights=weights)

@@ -12,7 +12,7 @@ sums are added up over all (gloo on CPUs, NCCL on GPUs), and each adds the same 
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,8 +42,8 @@ class TrainedNetwork:
 
     `state`, `ema_state`: state_dicts of the last step (EMA: None without ema_decay); only these, the number of steps and
     the hyperparameters are covered by the guarantee. `counters`: examples and views processed, examples dropped because
-    their gradient was not finite, units (examples or microbatches) whose gradient was clipped; `diagnostics`: (step, value
-    of `evaluate`): from private data without noise, not for release. `seconds`: of training, over all pieces.
+    their gradient was not finite, units (examples or microbatches) whose gradient was clipped: from private data without
+    noise, not for release. `seconds`: of training, over all pieces.
     """
 
     state: dict[str, Tensor]
@@ -51,7 +51,6 @@ class TrainedNetwork:
     steps: int
     engine: str
     counters: dict[str, int]
-    diagnostics: list[tuple[int, Any]]
     seconds: float
     resumed_from: int
 
@@ -83,11 +82,8 @@ def train(
     delta: Number | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
-    resume: bool = True,
     spec: dict[str, Any] | None = None,
     progress: bool = True,
-    evaluate: Callable[[nn.Module, int], Any] | None = None,
-    evaluate_every: int = 0,
     **mechanism: Any,
 ) -> TrainedNetwork:
     """DP-SGD on views, for the parameters of `model` with requires_grad, in place; `mechanism`: the fields of `Mechanism`.
@@ -95,14 +91,13 @@ def train(
     `ids` names the examples for the keyed randomness and the partition (their rows, by default). seed=None takes fresh
     entropy; a published seed voids the guarantee (`rng`). Not changing the result beyond rounding: `physical_batch` (examples
     at a time), `engine`, `autocast`, `channels_last`, `device`, number of processes.
-    `checkpoint`: a file, written every `checkpoint_every` steps and on Ctrl-C; `resume=True` goes on from it if it is there,
-    and refuses one of another run, naming the difference; `spec` (JSON-able) adds what the caller wants compared. It is for
-    going on, not for release: it holds a digest of the seed and the counters. `delta`: for the progress bar, which then shows
-    the epsilon so far. `evaluate(model, step)` is called every `evaluate_every` steps and at the end, on the first process.
-    Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
+    `checkpoint`: a file, written every `checkpoint_every` steps and on Ctrl-C; if it is there, training goes on from it, or
+    refuses one of another run, naming the difference; `spec` (JSON-able) adds what the caller wants compared. It is for going
+    on, not for release: it holds a digest of the seed and the counters. `delta`: for the progress bar, which then shows the
+    epsilon so far. Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
     """
     m = Mechanism(**mechanism)
-    check_arguments(model, images, labels, m.num_classes, physical_batch, checkpoint_every, evaluate_every)
+    check_arguments(model, images, labels, m.num_classes, physical_batch, checkpoint_every)
     remedy = "a run with checkpoints must be given its seed, to go on with it"
     require(seed is not None or checkpoint is None, "seed", None, remedy)
     group = processes(device)
@@ -111,8 +106,7 @@ def train(
     check_model(model, images, m.num_classes)
     clipper = Clipper(model, m.clip_norm, engine, autocast=autocast, channels_last=channels_last)
     run = _Run(m, clipper, (images, labels, ids), public, seed, physical_batch, group, checkpoint, spec or {})
-    if resume:
-        run.load()
+    run.load()
     agree_on_step(run.state.step, group[1], device)
     start = run.state.step
     untrained = {n: t.clone() for n, t in model.state_dict().items() if n not in clipper.parameters}
@@ -129,22 +123,16 @@ def train(
                     check_untrained(model, untrained)
                 if delta is not None and not bar.disable and (last or step % max(1, m.steps // 20) == 0):
                     bar.set_postfix_str(f"ε = {m.epsilon_spent(delta, step):.2f} of δ = {delta:g}")
-                if evaluate is not None and group[0] == 0 and (last or (evaluate_every and step % evaluate_every == 0)):
-                    run.diagnostics.append((step, _asked(evaluate, model, step)))
                 if last or step % checkpoint_every == 0:
                     run.keep()
     finally:
         bar.close()
         _fill(clipper.parameters, run.state.weights)
-    evaluated = run.diagnostics and run.diagnostics[-1][0] == m.steps
-    if evaluate is not None and group[0] == 0 and m.steps and not evaluated:  # the last piece was interrupted before it
-        run.diagnostics.append((m.steps, _asked(evaluate, model, m.steps)))
     agree_on_step(run.state.step, group[1], device)  # nobody returns before the last checkpoint is on the disk
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
     averaged = None if ema is None else {n: ema[n].to(t).cpu() if n in ema else t for n, t in weights.items()}
-    counters, diagnostics = run.state.counters, run.diagnostics
-    return TrainedNetwork(weights, averaged, m.steps, clipper.engine, counters, diagnostics, run.seconds(), start)
+    return TrainedNetwork(weights, averaged, m.steps, clipper.engine, run.state.counters, run.seconds(), start)
 
 
 class _Run:
@@ -181,7 +169,6 @@ class _Run:
         velocity = torch.zeros_like(weights) if m.momentum else None
         counters = dict.fromkeys(COUNTERS, 0)
         self.state = _State(0, weights, velocity, None if m.ema_decay is None else weights, counters)
-        self.diagnostics: list[tuple[int, Any]] = []
         self.seconds_before, self.began = 0.0, time.monotonic()
         self.path = None if checkpoint is None else Path(checkpoint)
         self.belongs_to: dict[str, Any] = asdict(m) | {"n": n, "image shape": list(self.images.shape[1:])}
@@ -240,8 +227,7 @@ class _Run:
         if self.path is not None and self.rank == 0:
             tensors = {name: t for name in TENSORS if (t := getattr(self.state, name)) is not None}
             meta = {"compute": self.compute, "step": self.state.step, "counters": self.state.counters}
-            meta |= {"seconds": self.seconds(), "diagnostics": self.diagnostics}
-            files.save_tensors(self.path, tensors, self.belongs_to, meta, private=True)
+            files.save_tensors(self.path, tensors, self.belongs_to, meta | {"seconds": self.seconds()}, private=True)
 
     def load(self) -> None:
         """Go on from the checkpoint, if it is there."""
@@ -255,7 +241,7 @@ class _Run:
         tensors = {name: t.to(self.state.weights) for name, t in tensors.items()}
         weights, velocity, ema = tensors["weights"], tensors.get("velocity"), tensors.get("ema")
         self.state = _State(meta["step"], weights, velocity, ema, meta["counters"])
-        self.seconds_before, self.diagnostics = meta["seconds"], [(step, value) for step, value in meta["diagnostics"]]
+        self.seconds_before = meta["seconds"]
 
     @contextmanager
     def kept_whatever_happens(self) -> Iterator[None]:
@@ -299,16 +285,6 @@ def accuracy(
         pixels = views.transforms.as_float(images[rows].to(device))
         hits += int((model(pixels).argmax(1) == labels[rows].to(device)).sum())
     return hits / len(labels) if len(labels) else float("nan")
-
-
-def _asked(evaluate: Callable[[nn.Module, int], Any], model: nn.Module, step: int) -> Any:
-    """What `evaluate` says. Its modes end with it: the network goes on as the one that was checked before the first step."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return evaluate(model, step)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _fill(parameters: dict[str, nn.Parameter], flat: Tensor) -> None:

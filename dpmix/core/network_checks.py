@@ -62,13 +62,7 @@ class Mechanism:
 
 
 def check_arguments(
-    model: nn.Module,
-    images: views.Images,
-    labels: Tensor,
-    num_classes: int,
-    physical_batch: int,
-    every: int,
-    evaluate_every: int,
+    model: nn.Module, images: views.Images, labels: Tensor, num_classes: int, physical_batch: int, every: int
 ) -> None:
     """Refuse data that do not fit, counts that are none, and dropout, before any work."""
     allowed = f"must be as many as the images, {len(images)}, and some"
@@ -76,7 +70,6 @@ def check_arguments(
     views.transforms.as_float(images[:0])  # refuses what is neither bytes nor floats
     whole("physical_batch", physical_batch, 1)
     whole("checkpoint_every", every, 1)
-    whole("evaluate_every", evaluate_every)
     low, high = int(labels.min()), int(labels.max())
     require(low >= 0 and high < num_classes, "num_classes", num_classes, f"the labels go from {low} to {high}")
     for name, layer in model.named_modules():

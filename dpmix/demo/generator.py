@@ -21,19 +21,11 @@ _NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "
 
 def _unet(classes: int) -> Any:
     """0.7 million parameters: 8x8 with 32 channels, 4x4 with 64 and attention."""
+    shape: dict[str, Any] = dict(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=classes)
+    blocks: dict[str, Any] = dict(layers_per_block=1, block_out_channels=(32, 64), attention_head_dim=16)
+    blocks |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     with torch.device("meta"):  # no draw from torch's global generator
-        network: Any = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=16,
-            norm_num_groups=8,
-            num_class_embeds=classes,
-        )
+        network: Any = UNet2DModel(norm_num_groups=8, **shape, **blocks)
     return network.to_empty(device="cpu")
 
 
@@ -47,11 +39,8 @@ def train_generator(
     learning_rate: float = 2e-3,
     progress: bool = True,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the small diffusion model; returns its weights (a running average) and the loss of every step.
-
-    DDPM (Ho et al., 2020) with velocity targets and a cosine noise schedule. Draws are keyed by `(seed, "diffusion",
-    step)`.
-    """
+    """Train the small diffusion model; returns its weights (a running average) and the loss of every step. DDPM (Ho et al.,
+    2020) with velocity targets and a cosine noise schedule. Draws are keyed by `(seed, "diffusion", step)`."""
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 1)
     positive("learning_rate", learning_rate)
@@ -105,9 +94,8 @@ def sample_generator(
     images = [torch.empty(0, 1, 8, 8, dtype=torch.uint8)]
     for first in tqdm(range(0, len(labels), batch_size), desc="sample", disable=not progress, mininterval=1):
         ids = range(first, min(first + batch_size, len(labels)))
-        x = torch.stack(
-            [torch.from_numpy(generator(seed, "synthetic digit", i).standard_normal((1, 8, 8))) for i in ids]
-        ).float()
+        noise = [generator(seed, "synthetic digit", i).standard_normal((1, 8, 8)) for i in ids]
+        x = torch.from_numpy(np.stack(noise)).float()
         for t in denoising.timesteps:
             x = denoising.step(network(x, t, labels[first : first + len(x)]).sample, t, x).prev_sample
         images.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))

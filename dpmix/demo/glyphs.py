@@ -1,12 +1,10 @@
 """The public corpus of the demo scale, characters rendered from the fonts that matplotlib carries.
 
-Each image is made the way scikit-learn's digits were: a black-and-white bitmap of 32x32 that the character's bounding
-box fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is warped (rotation,
-shear, proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a signed distance
-field: the warped field is thresholded at another level. Nothing here reads a private image.
-"""
+Each image is made the way scikit-learn's digits were: a black-and-white bitmap of 32x32 that the character's bounding box
+fills in height, counted in blocks of 4x4 (0 to 16 dots), here scaled to 0..255. The character is warped (rotation, shear,
+proportions, a smooth elastic field) and its stroke made thinner or thicker, which is simple on a signed distance field:
+the warped field is thresholded at another level. Nothing here reads a private image."""
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,60 +12,37 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from dpmix.core.checks import require, whole
 from dpmix.core.rng import generator
+from dpmix.images.data import ImageSet
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = CHARACTERS[:10]
-FONTS = tuple(
-    f"DejaVu{face}"
-    for family in ("Sans", "SansMono", "Serif")
-    for italic in ("Italic" if family == "Serif" else "Oblique",)
-    for face in (family, f"{family}-Bold", f"{family}-{italic}", f"{family}-Bold{italic}")
-) + (
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralItalic",
-    "STIXGeneralBolIta",
-    "cmb10",
-    "cmr10",
-    "cmss10",
-    "cmti10",
-    "cmtt10",
+FONTS = (
+    *(f"DejaVu{f}{look}" for f in ("Sans", "SansMono") for look in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{look}" for look in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{look}" for look in ("", "Bol", "Italic", "BolIta")),
+    *(f"cm{face}10" for face in ("b", "r", "ss", "ti", "tt")),
 )
 
 _CANVAS, _GLYPH = 96, 64  # a field of 96x96 dots in which the longer side of the character is 64
 _BITMAP, _BLOCK = 32, 4  # the bitmap of scikit-learn's digits and the blocks in which it is counted
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Rendered characters: `images` uint8 [n, 1, 8, 8], `labels` int64 [n] (index into `class_names`)."""
-
-    images: UInt8[Tensor, "n 1 8 8"]
-    labels: Int64[Tensor, " n"]
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def corpus(n: int, seed: int, characters: str = CHARACTERS) -> Corpus:
-    """`n` rendered characters, equally many of each; character i has label i modulo the number of characters.
-
-    Image i depends on `(seed, i)` and `characters` only, so a smaller corpus is the beginning of a larger one. About
-    2,000 images a second on one core.
-    """
+def corpus(n: int, seed: int, characters: str = CHARACTERS) -> ImageSet:
+    """`n` rendered characters [n, 1, 8, 8], equally many of each; character i has label i modulo the number of characters.
+    Image i depends on `(seed, i)` and `characters` only, so a smaller corpus is the beginning of a larger one. About 2,000
+    images a second on one core."""
     whole("n", n, 1)
     known = len(characters) > 0 and len(set(characters)) == len(characters) and set(characters) <= set(CHARACTERS)
     require(known, "characters", characters, f"must be different characters out of {CHARACTERS}")
     parts = [_render(range(i, min(i + 512, n)), seed, characters) for i in range(0, n, 512)]
-    return Corpus(torch.cat(parts), torch.arange(n) % len(characters), tuple(characters))
+    return ImageSet(torch.cat(parts), torch.arange(n) % len(characters), tuple(characters), flip=False)
 
 
 def _render(ids: range, seed: int, characters: str) -> UInt8[Tensor, "n 1 8 8"]:

@@ -27,10 +27,9 @@ def pretrain(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train a tiny encoder to name public characters; returns its weights and the loss of every step.
 
-    Cross-entropy over cosines with one direction per class, AdamW, a cosine schedule after a warm-up. Images are
-    shifted, sharpened or blurred, made brighter or fainter, noised and mixed. Draws are keyed by `(seed, "pretrain",
-    step)`: the same call gives the same weights on the same machine with the same number of threads.
-    """
+    Cross-entropy over cosines with one direction per class, AdamW, a cosine schedule after a warm-up. Images are shifted,
+    sharpened or blurred, made brighter or fainter, noised and mixed. Draws are keyed by `(seed, "pretrain", step)`: the
+    same call gives the same weights on the same machine with the same number of threads."""
     one_of("name", name, NAMES)
     whole("steps", steps, 1)
     whole("batch_size", batch_size, 2)
@@ -76,9 +75,8 @@ def _distort(x: Float[Tensor, "n 1 8 8"], rng: np.random.Generator) -> Float[Ten
     shift = torch.from_numpy(rng.choice(5, p=[0.05, 0.2, 0.5, 0.2, 0.05], size=(n, 2)))
     rows, columns = (shift[:, k, None] + torch.arange(8) for k in (0, 1))
     mode = "reflect" if rng.random() < 0.5 else "constant"
-    x = F.pad(x, (2, 2, 2, 2), mode=mode)[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
-        :, None
-    ]
+    each = torch.arange(n)[:, None, None]
+    x = F.pad(x, (2, 2, 2, 2), mode=mode)[each, 0, rows[:, :, None], columns[:, None, :]][:, None]
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = x + draw(-0.4, 0.6) * (blurred - x)  # below zero: sharper
     x = (x.clamp(0, 1) + 1e-6) ** torch.exp(draw(-0.5, 0.5)) * draw(0.7, 1.1)

@@ -2,8 +2,7 @@
 
 All of them know rendered characters (`dpmix.demo.glyphs`) and nothing private: the paper's arrangement in miniature. Each
 file in data/public has a JSON beside it that says how it was made. `probe` alone looks at handwritten digits, to describe
-an encoder after it was made; it gives no privacy and takes no part in any experiment.
-"""
+an encoder after it was made; it gives no privacy and takes no part in any experiment."""
 
 import datetime
 import hashlib
@@ -13,6 +12,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import matplotlib
@@ -29,7 +29,7 @@ from dpmix import models
 from dpmix.core import files
 from dpmix.core.checks import counted, require, whole
 from dpmix.demo import generator, glyphs, pretraining
-from dpmix.images.data import PUBLIC, Splits, public_file
+from dpmix.images.data import PUBLIC, ImageSet, Splits, public_file
 from dpmix.models.encoders import TINY, Encoder
 
 SEED = 0
@@ -53,34 +53,20 @@ def rebuild(
     Args:
         characters: how many rendered characters the encoders see; the generator sees as many, digits only.
         per_digit: synthetic images per class, in the order 0, 1, ..., 9, 0, 1, ...
-        probe_on: private digits on which finished encoders are described (`probe`); training never sees them.
-    """
-    sizes = dict(
-        encoder_steps=encoder_steps, generator_steps=generator_steps, characters=characters, per_digit=per_digit
-    )
-    for name, value in sizes.items():
+        probe_on: private digits on which finished encoders are described (`probe`); training never sees them."""
+    sizes = {"encoder_steps": encoder_steps, "generator_steps": generator_steps, "per_digit": per_digit}
+    for name, value in (sizes | {"characters": characters}).items():
         whole(name, value, 1)
-    folder = Path(folder)
-    made = {}
-    public = glyphs.corpus(characters, seed)
-    for name in TINY:
-        made[f"{name}.safetensors"] = make_encoder(
-            name, public, folder, seed=seed, steps=encoder_steps, probe_on=probe_on, progress=progress
-        )
+    folder, public = Path(folder), glyphs.corpus(characters, seed)
+    about: dict[str, Any] = dict(seed=seed, steps=encoder_steps, probe_on=probe_on, progress=progress)
+    made = {f"{name}.safetensors": make_encoder(name, public, folder, **about) for name in TINY}
     digits = glyphs.corpus(characters, seed + 1, glyphs.DIGITS)
     made |= make_digits(digits, folder, seed=seed, steps=generator_steps, per_digit=per_digit, progress=progress)
     return made
 
 
 def make_encoder(
-    name: str,
-    public: glyphs.Corpus,
-    folder: Path,
-    *,
-    seed: int = SEED,
-    steps: int = ENCODER_STEPS,
-    probe_on: Splits | None = None,
-    progress: bool = True,
+    name: str, public: ImageSet, folder: Path, *, seed: int, steps: int, probe_on: Splits | None, progress: bool
 ) -> dict:
     """Pretrain one small encoder and write it."""
     start = _clock()
@@ -95,13 +81,7 @@ def make_encoder(
 
 
 def make_digits(
-    digits: glyphs.Corpus,
-    folder: Path,
-    *,
-    seed: int = SEED,
-    steps: int = GENERATOR_STEPS,
-    per_digit: int = PER_DIGIT,
-    progress: bool = True,
+    digits: ImageSet, folder: Path, *, seed: int, steps: int, per_digit: int, progress: bool
 ) -> dict[str, dict]:
     """Train the small diffusion model on rendered digits, sample from it, write both."""
     start = _clock()
@@ -123,9 +103,8 @@ def make_digits(
 def probe(encoder: Encoder, splits: Splits) -> dict[str, float]:
     """Non-private accuracies of linear rules on frozen features, in 0..1: what an encoder could give without noise.
 
-    `test`: logistic regression fitted on the training set, scored on the test set. `cross_validated`: the same inside
-    the training set, five folds. `nearest_mean`: the class whose mean training feature is closest, on the test set.
-    """
+    `test`: logistic regression fitted on the training set, scored on the test set. `cross_validated`: the same inside the
+    training set, five folds. `nearest_mean`: the class whose mean training feature is closest, on the test set."""
     z, y = encoder.features(splits.train.images.float() / 255).numpy(), splits.train.labels.numpy()
     z_test, y_test = encoder.features(splits.test.images.float() / 255).numpy(), splits.test.labels.numpy()
     rule = LogisticRegression(C=100, max_iter=5000)
@@ -144,11 +123,6 @@ def load_digits(folder: Path = PUBLIC) -> tuple[UInt8[Tensor, "n 1 8 8"], Int64[
         return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
 
 
-def load_generator(folder: Path = PUBLIC) -> dict[str, Tensor]:
-    """Weights of the generator, after their checksum was compared."""
-    return safetensors.torch.load_file(public_file("generator.safetensors", folder))
-
-
 def record(name: str, folder: Path = PUBLIC) -> dict:
     """What the JSON beside a file says, after its checksum was compared."""
     require(name in NAMES, "name", name, f"must be one of {', '.join(NAMES)}")
@@ -156,26 +130,18 @@ def record(name: str, folder: Path = PUBLIC) -> dict:
 
 
 def _about(
-    function: str, seed: int, steps: int, corpus: glyphs.Corpus, losses: list[float], start: dict[str, float]
-) -> dict:
+    function: str, seed: int, steps: int, corpus: ImageSet, losses: list[float], start: dict[str, float]
+) -> dict[str, Any]:
     every = max(1, len(losses) // 100)
     curve = [[i, round(float(np.mean(losses[i : i + every])), 4)] for i in range(0, len(losses), every)]
-    return {
-        "function": function,
-        "seed": seed,
-        "steps": steps,
-        "corpus": f"{counted(len(corpus), 'character')} of {''.join(corpus.class_names)} rendered by dpmix.demo.glyphs from "
-        f"{counted(len(glyphs.FONTS), 'font')} of matplotlib; no private image",
-        "loss": curve,
-        **{name: round(now - start[name], 1) for name, now in _clock().items()},
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {
-            "dpmix": importlib.metadata.version("dpmix"),
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, np, diffusers, matplotlib, sklearn)},
-        },
-    }
+    what = f"{counted(len(corpus), 'character')} of {''.join(corpus.class_names)} rendered by dpmix.demo.glyphs from "
+    what += f"{counted(len(glyphs.FONTS), 'font')} of matplotlib; no private image"
+    about = {"function": function, "seed": seed, "steps": steps, "corpus": what, "loss": curve}
+    spent = {name: round(now - start[name], 1) for name, now in _clock().items()}
+    made = {"threads": torch.get_num_threads(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    versions = {module.__name__: module.__version__ for module in (torch, np, diffusers, matplotlib, sklearn)}
+    versions = {"dpmix": importlib.metadata.version("dpmix"), "python": platform.python_version(), **versions}
+    return about | spent | made | {"versions": versions}
 
 
 def _clock() -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Images and their labels. `load` gives the private data, `public_images` the synthetic images beside it.
 
-Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed split: the same call gives the same arrays.
-"""
+Everything is uint8 `[n, C, H, W]` in 0..255, in a fixed order, with a fixed split: the same call gives the same arrays."""
 
 import hashlib
 import json
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from dpmix.core.checks import counted, one_of, require, whole
-from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable
+from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable, sha256
 from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
 from dpmix.images.sets import ImageSet as ImageSet
 from dpmix.images.sets import Splits as Splits
@@ -62,14 +61,13 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     parts = [kind(root, train=train, download=download) for train in (True, False)]
     images = [np.ascontiguousarray(p.data.transpose(0, 3, 1, 2)) for p in parts]
-    labels = [np.array(p.targets, dtype=np.int64) for p in parts]
-    tensors = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(images, labels, strict=True)]
-    sets = [ImageSet(x, y, tuple(parts[0].classes)) for x, y in tensors]
-    n = len(images[0])
+    labels, n = [np.array(p.targets, dtype=np.int64) for p in parts], len(images[0])
+    pairs = zip(map(torch.from_numpy, images), map(torch.from_numpy, labels), strict=True)
+    train_set, test_set = (ImageSet(x, y, tuple(parts[0].classes)) for x, y in pairs)
     found = duplicates([pixel_hash(x) for part in images for x in part], n)
     _report(name, found, {}, lambda i: f"training image {i}" if i < n else f"test image {i - n}")
     content = dict(train=images[0], test=images[1], train_labels=labels[0], test_labels=labels[1])
-    return Splits(sets[0], sets[1], _digest(name=name, class_names=parts[0].classes, **content))
+    return Splits(train_set, test_set, _digest(name=name, class_names=parts[0].classes, **content))
 
 
 ODDITIES = {
@@ -85,11 +83,9 @@ def _report(name: str, copies: Copies, odd: dict[str, list[int]], called: Callab
     told = []
     if copies.train or copies.test:
         some = ", ".join(f"{called(i)} equals {called(j)}" for i, j in copies.train[:2] + copies.test[:2])
-        told += [
-            f"exact copies: {len(copies.train)} among the training images, {len(copies.test)} of a training image among the "
-            f"test images ({some}); the guarantee covers each copy alone"
-            f"{', and test accuracy is too high' * bool(copies.test)}; not for release"
-        ]
+        many = f"{len(copies.train)} among the training images, {len(copies.test)} of a training image among the test images"
+        high = ", and test accuracy is too high" if copies.test else ""
+        told += [f"exact copies: {many} ({some}); the guarantee covers each copy alone{high}; not for release"]
     for what in (what for what in ODDITIES if odd.get(what)):
         told += [f"{counted(len(odd[what]), 'image')} ({', '.join(map(called, odd[what][:3]))}) {ODDITIES[what]}"]
     for line in told:
@@ -144,10 +140,9 @@ def load(
     The splits are the published ones for CIFAR and Pets, else 80/20 (`stratified_split`). `digest` covers file names or
     indices, labels, split, image shape and the bytes of the files, not where they lie.
 
-    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that are
-    left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives are
-    unpacked by torchvision, which compares md5 sums and refuses members that leave `root`.
-    """
+    Raises FileNotFoundError for absent data, ValueError for data that do not fit. Warns about exact copies, files that
+    are left out, transparency and the few images whose size or colour decides for all, with some of their names. Archives
+    are unpacked by torchvision, which compares md5 sums and refuses members that leave `root`."""
     if image_size is not None:
         whole("image_size", image_size, 1)
     native = _NATIVE.get(name)
@@ -210,8 +205,7 @@ def public_images(
         like: the private images, whose classes and shape the public ones take. Without it, the classes are those of the
             folders and the images keep their size.
 
-    Raises FileNotFoundError if there are none, ValueError that names the classes without any.
-    """
+    Raises FileNotFoundError if there are none, ValueError that names the classes without any."""
     if name == "digits":
         return _synthetic_digits()
     base = find_public(name, root)
@@ -222,12 +216,10 @@ def public_images(
     require(not extra, "dataset", name, f"{base} holds folders of no class: {', '.join(extra[:5])}")
     files, labels = found.files, np.array([place[found.classes[c]] for c in found.labels], dtype=np.int64)
     _every_class(labels, class_names, name, str(base))
-    channels, height, width = like.images.shape[1:] if like else (None, None, None)
-    size = (height, width) if height and width else None
-    label = f"synthetic {name}"
-    made = decode(files, base, cache=Path(cache), label=label, train=len(files), size=size, channels=channels)
+    shape: dict = dict(size=tuple(like.images.shape[2:]), channels=like.images.shape[1]) if like else {}
+    made = decode(files, base, cache=Path(cache), label=f"synthetic {name}", train=len(files), **shape)
     public = ImageSet(made.images, torch.from_numpy(labels), class_names, like.flip if like else True)
-    _report(label, Copies([], []), made.odd, lambda i: printable(files[i].relative_to(base)))
+    _report(f"synthetic {name}", Copies([], []), made.odd, lambda i: printable(files[i].relative_to(base)))
     repeats = [copy for copy, _ in made.copies.train]
     if repeats:
         told = f"left out as exact copies of others: {len(repeats):,} of {counted(len(files), 'synthetic image')}"
@@ -251,8 +243,8 @@ def public_file(name: str, folder: Path = PUBLIC) -> Path:
     for needed in (path, sidecar):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed.name}: missing from {folder}; {remedy}")
-    found, recorded = hashlib.sha256(path.read_bytes()).hexdigest(), json.loads(sidecar.read_text())["sha256"]
-    require(found == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
+    recorded = json.loads(sidecar.read_text())["sha256"]
+    require(sha256(path) == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
     return path
 
 

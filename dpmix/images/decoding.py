@@ -17,6 +17,7 @@ from dpmix.core.checks import require
 GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "La", "RGBa")
 GROUND = (255, 255, 255, 255)
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+Pixels = UInt8[np.ndarray, "C H W"]
 _STRIP = 16  # an image longer than this many times its width is cut to its middle before it is enlarged
 
 
@@ -55,15 +56,13 @@ def reason(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 120, placeholder=" ...")
 
 
-def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
+def pixels(data: bytes, height: int, width: int, channels: int) -> tuple[Pixels, list[str]]:
     """`of_image`, from the bytes of a file."""
     with Image.open(BytesIO(data)) as opened:
         return of_image(opened, height, width, channels)
 
 
-def of_image(
-    image: Image.Image, height: int, width: int, channels: int
-) -> tuple[UInt8[np.ndarray, "C H W"], list[str]]:
+def of_image(image: Image.Image, height: int, width: int, channels: int) -> tuple[Pixels, list[str]]:
     """Its pixels, and what was done to it: "turned" (by its EXIF mark), "transparent" (laid on white), "frames" (the first of
     several taken). An image of another size is resized (bicubic, until it covers the wanted size), then cropped at its
     centre; a strip is cut to its middle before that, so that memory stays bounded. Raises ValueError for more than 8 bits a
@@ -84,7 +83,7 @@ def of_image(
     return fit(image, height, width, channels), done
 
 
-def fit(image: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "C H W"]:
+def fit(image: Image.Image, height: int, width: int, channels: int) -> Pixels:
     """What torchvision's Resize and CenterCrop give, for the images that a camera makes; unchanged at the right size."""
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):

@@ -1,15 +1,14 @@
 """Image files, decoded once into a memory-mapped uint8 cache.
 
-An entry is `KEY.u8` (the pixels, `[n, C, H, W]`, nothing else) and `KEY.json` (shape and checksums). KEY is a hash of
-what the data set is called, of the wanted shape and of the versions of torchvision and Pillow: public facts, so that
-names do not tell who is in the data set. The record holds a hash of the names, sizes and modification times of the
-files; where they have changed, the entry is made anew. Delete the folder whenever you like.
+An entry is `KEY.u8` (the pixels, `[n, C, H, W]`, nothing else) and `KEY.json` (shape and checksums). KEY is a hash of what
+the data set is called, of the wanted shape and of the versions of torchvision and Pillow: public facts, so that names do not
+tell who is in the data set. The record holds a hash of the names, sizes and modification times of the files; where they have
+changed, the entry is made anew. Delete the folder whenever you like.
 
-Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without
-its record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared
-with its sha256 the first time that a process uses it (1 to 2 GB/s), which finds a truncated file and any flipped byte;
-a damaged entry is named and decoded again. Processes that want to decode into the same folder take turns.
-"""
+Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without its
+record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared with
+its sha256 the first time that a process uses it (1 to 2 GB/s), which finds a truncated file and any flipped byte; a
+damaged entry is named and decoded again. Processes that want to decode into the same folder take turns."""
 
 import errno
 import hashlib
@@ -31,6 +30,7 @@ import numpy as np
 import PIL
 import torch
 from jaxtyping import UInt8
+from joblib import cpu_count
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,9 +48,12 @@ _VERIFIED: set[tuple[str, int, int]] = set()
 _MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by where they begin
 
 
+Size = int | tuple[int, int] | None  # the side of a square, or (height, width)
+Odd = dict[str, list[int]]  # places of images, by what is out of the ordinary with them
+
+
 class Copies(NamedTuple):
-    """Exact copies as pairs (copy, original) of places: training images that repeat an earlier one, and test images that
-    equal a training image."""
+    """Exact copies as pairs (copy, original) of places: training images like an earlier one, test images like a training one."""
 
     train: list[tuple[int, int]]
     test: list[tuple[int, int]]
@@ -64,7 +67,7 @@ class Decoded(NamedTuple):
     images: UInt8[Tensor, "n C H W"]
     content: str
     copies: Copies
-    odd: dict[str, list[int]]
+    odd: Odd
 
 
 def duplicates(hashes: Sequence[bytes | str], train: int) -> Copies:
@@ -104,7 +107,7 @@ def decode(
     cache: Path,
     label: str,
     train: int,
-    size: int | tuple[int, int] | None = None,
+    size: Size = None,
     channels: int | None = None,
 ) -> Decoded:
     """The images of `files` (refused unless inside `base`), from the cache where it has them, else decoded in parallel.
@@ -115,14 +118,16 @@ def decode(
         channels: 1 or 3. None means 1 if every file is greyscale, else 3.
         train: how many of the files, the first ones, are training images (for the count of duplicates).
 
-    Raises ValueError naming the files that cannot be decoded; then nothing is cached.
-    """
+    Raises ValueError naming the files that cannot be decoded; then nothing is cached."""
     _inside(base, files)
-    names = [f.relative_to(base).as_posix() for f in files]
     stats = [f.stat() for f in files]
+    states = [
+        (f.relative_to(base).as_posix(), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for f, s in zip(files, stats, strict=True)
+    ]
     facts = [FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
     entry = cache / _seal(facts)[:32]
-    listing = _seal([train, [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)]])
+    listing = _seal([train, states])
     if (found := _read(entry, listing)) is not None:
         return found
     try:
@@ -131,7 +136,7 @@ def decode(
                 return found
             for stale in (*cache.glob("*.u8.*.tmp"), *cache.glob(".*.json.*.tmp")):  # of processes that died
                 stale.unlink()
-            _write(entry, listing, files, names, label, train, size, channels)
+            _write(entry, listing, files, base, label, train, size, channels)
     except OSError as error:
         why = f"cannot be written ({error.strerror or error}); free space or name another folder"
         raise OSError(f"cache={str(cache)!r}: {why}") from error
@@ -140,11 +145,9 @@ def decode(
     return found
 
 
-def _chosen(
-    headers: Sequence[decoding.Header | None], size: int | tuple[int, int] | None, channels: int | None
-) -> tuple[int, int, int, dict[str, list[int]]]:
+def _chosen(headers: Sequence[decoding.Header | None], size: Size, channels: int | None) -> tuple[int, int, int, Odd]:
     """Height, width and channels where the files decide, with the places of the few that decided for all."""
-    odd: dict[str, list[int]] = {}
+    odd: Odd = {}
     known = [(i, h) for i, h in enumerate(headers) if h]
     if size is None:
         sizes = Counter((h.height, h.width) for _, h in known)
@@ -164,10 +167,10 @@ def _write(
     entry: Path,
     listing: str,
     files: Sequence[Path],
-    names: Sequence[str],
+    base: Path,
     label: str,
     train: int,
-    size: int | tuple[int, int] | None,
+    size: Size,
     channels: int | None,
 ) -> None:
     """Decode everything into `entry`. Holds one image a thread in memory."""
@@ -175,7 +178,8 @@ def _write(
     try:
         partial.touch(0o600)  # images that their owner keeps from others are kept from them here
         # The pool is left before the file: no thread may write to a file that is closed.
-        with partial.open("wb") as out, decoding.bombs_refused(), _pool() as pool:
+        # Threads, as Pillow decodes and resizes outside Python's lock: nothing to start, nothing to send.
+        with partial.open("wb") as out, decoding.bombs_refused(), ThreadPoolExecutor(cpu_count()) as pool:
             unknown = size is None or channels is None
             headers = list(_each(pool, lambda i: decoding.header(files[i]), len(files))) if unknown else []
             height, width, depth, odd = _chosen(headers, size, channels)
@@ -198,7 +202,8 @@ def _write(
             # Shares and times only: how many private images there are is nobody's business.
             bar = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
             told = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
-            bad = [f"{printable(name)!r} ({why})" for name, (*_, why) in zip(names, told, strict=True) if why]
+            whys = [(f.relative_to(base), why) for f, (*_, why) in zip(files, told, strict=True) if why]
+            bad = [f"{printable(name)!r} ({why})" for name, why in whys]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             many = f"{len(bad):,} of {counted(len(files), 'image')} cannot be decoded: {listed}; repair or remove them"
             require(not bad, "dataset", label, many)
@@ -213,14 +218,9 @@ def _write(
             odd.setdefault(what, []).append(i)
     record = {"listing": listing, "shape": (len(files), depth, height, width), "odd": odd}
     record["copies"] = duplicates([h for _, h, *_ in told], train)
-    record["pixels"] = _checksum(entry.with_suffix(".u8"))
+    record["pixels"] = sha256(entry.with_suffix(".u8"))
     record["content"] = hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest()
     whole_files.write_json(entry.with_suffix(".json"), record, private=True)
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Threads, as Pillow decodes and resizes outside Python's lock: nothing to start, nothing to send."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 def _each(pool: ThreadPoolExecutor, work: Callable[[int], Any], n: int, step: int = 32) -> Iterator[Any]:
@@ -251,7 +251,8 @@ def forget(content: Tensor) -> None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
-def _checksum(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """That of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -265,18 +266,15 @@ def _read(entry: Path, listing: str, warn: bool = True) -> Decoded | None:
     if body is None or body["listing"] != listing:
         return None
     shape, state = body["shape"], pixels.stat()
+    seen, wrong = (str(pixels.resolve()), state.st_size, state.st_mtime_ns), ""
     if state.st_size != np.prod(shape):
-        return _damaged(pixels, f"{state.st_size} bytes instead of {np.prod(shape)}", warn)
-    seen = (str(pixels.resolve()), state.st_size, state.st_mtime_ns)
-    if seen not in _VERIFIED:
-        if _checksum(pixels) != body["pixels"]:
-            return _damaged(pixels, "its sha256 differs from the record", warn)
-        _VERIFIED.add(seen)
+        wrong = f"{state.st_size} bytes instead of {np.prod(shape)}"
+    elif seen not in _VERIFIED and sha256(pixels) != body["pixels"]:
+        wrong = "its sha256 differs from the record"
+    if wrong:
+        if warn:
+            warnings.warn(f"{pixels}: damaged cache entry ({wrong}); decoding again", stacklevel=3)
+        return None
+    _VERIFIED.add(seen)
     copies = Copies(*([(copy, original) for copy, original in part] for part in body["copies"]))
     return Decoded(mapped(pixels, shape), body["content"], copies, body["odd"])
-
-
-def _damaged(path: Path, why: str, warn: bool) -> Decoded | None:
-    if warn:
-        warnings.warn(f"{path}: damaged cache entry ({why}); decoding again", stacklevel=4)
-    return None

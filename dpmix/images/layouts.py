@@ -2,8 +2,7 @@
 
 A data set of the paper has torchvision's layout and the published split, or one of ours, `stratified_split`. A folder of
 one's own is split file by file, each by its name alone, since a split that looked at the others would let one image more
-move many between training and test.
-"""
+move many between training and test."""
 
 import os
 import warnings
@@ -62,8 +61,7 @@ KNOWN = {
 
 
 class Listing(NamedTuple):
-    """Image files inside `base`: the first `train` of them are for training, the others for testing. `left_out` counts, by
-    suffix, the files that are not taken."""
+    """Image files inside `base`: the first `train` of them are for training. `left_out` counts, by suffix, what is not taken."""
 
     base: Path
     files: list[Path]
@@ -100,7 +98,7 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
             found.left_out["in no class folder"] += 1
             continue
         said = "is no UTF-8, so it cannot name a class in a file of results; rename it"
-        require(printable(name) == name, "dataset", f"{printable(base / name)}", said)
+        require(printable(name) == name, "dataset", printable(base / name), said)
         found.inner.append(set())
         for parent, folders, names in sorted(_walk(base / name)):
             if parent == str(base / name):
@@ -118,18 +116,14 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
 
 def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
     """`os.walk` without what is hidden; ValueError for a link to a folder."""
-    seen = []
-    _refuse_link(folder)
+    seen, said = [], "is a link to a folder; put the folder itself there"
+    require(not folder.is_symlink(), "dataset", printable(folder), said)
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not hidden(f))
-        for inner in folders:
-            _refuse_link(Path(parent, inner))
+        for inner in (Path(parent, f) for f in folders):
+            require(not inner.is_symlink(), "dataset", printable(inner), said)
         seen.append((parent, folders[:], [n for n in names if not hidden(n)]))
     return seen
-
-
-def _refuse_link(folder: Path) -> None:
-    require(not folder.is_symlink(), "dataset", printable(folder), "is a link to a folder; put the folder itself there")
 
 
 def list_folder(base: Path) -> Listing:
@@ -153,16 +147,15 @@ def list_folder(base: Path) -> Listing:
     for part, ours, theirs in (("train", train, test), ("test", test, train)):
         lost = sorted(set(theirs.classes) - set(ours.classes))
         require(not lost, "dataset", name, f"{part}/ lacks the class folders {', '.join(lost)}")
-    for part, found in (("train/", train), ("test/", test)):
-        _none_empty(name, found, part)
+    _none_empty(name, train, "train/")
+    _none_empty(name, test, "test/")
     _left_out(name, train.left_out + test.left_out)
     return _joined(base, train, test)
 
 
 def _joined(base: Path, train: Found, test: Found) -> Listing:
-    labels = np.array(train.labels + test.labels, dtype=np.int64)
-    left_out = train.left_out + test.left_out
-    return Listing(base, train.files + test.files, labels, len(train.files), tuple(train.classes), left_out)
+    files, labels = train.files + test.files, np.array(train.labels + test.labels, dtype=np.int64)
+    return Listing(base, files, labels, len(train.files), tuple(train.classes), train.left_out + test.left_out)
 
 
 def _split(found: Found, base: Path, name: str) -> Listing:

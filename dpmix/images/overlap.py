@@ -49,8 +49,7 @@ def overlap(private: ImageSet, public: ImageSet, *, likeness: float = 0.995, dif
     if ours.shape[1:] != theirs.shape[1:]:
         side = min(*ours.shape[2:], *theirs.shape[2:])
         ours, theirs = _outlines(_grey(ours), side), _outlines(_grey(theirs), side)
-    coarse = _directions(_outlines(_grey(theirs), 8))
-    fine = _directions(theirs)
+    coarse, fine = _directions(_outlines(_grey(theirs), 8)), _directions(theirs)
     near: list[list[int]] = []
     for first in range(0, len(ours), 1024):
         some = ours[first : first + 1024]

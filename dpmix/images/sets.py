@@ -31,8 +31,7 @@ class ImageSet:
         require(n == len(self.labels), "labels", len(self.labels), f"must be as many as images: {n}")
         require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", self.class_names, "must differ")
         if len(self.labels):
-            low, high = int(self.labels.min()), int(self.labels.max())
-            last = len(self.class_names) - 1
+            low, high, last = int(self.labels.min()), int(self.labels.max()), len(self.class_names) - 1
             require(low >= 0 and high <= last, "labels", f"{low}..{high}", f"must lie in 0..{last}, one per class name")
 
     def __len__(self) -> int:

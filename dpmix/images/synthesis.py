@@ -1,7 +1,6 @@
 """Public synthetic images, made from public knowledge alone. No private image is read here.
 
-`generate` asks a text-to-image pipeline of diffusers for pictures of class names (the paper's way, Section 4).
-"""
+`generate` asks a text-to-image pipeline of diffusers for pictures of class names (the paper's way, Section 4)."""
 
 import hashlib
 import importlib.metadata
@@ -71,9 +70,8 @@ def generate(
         revision: one of several that are on disk; nothing is downloaded.
         dtype: what to compute in, such as torch.bfloat16; as it is by default.
 
-    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there is
-    no such pipeline on disk; RuntimeError if an image fails eight times.
-    """
+    Raises ValueError if `folder` holds images of another run (naming what differs) or of none; FileNotFoundError if there
+    is no such pipeline on disk; RuntimeError if an image fails eight times."""
     class_names = tuple(class_names)
     asked: dict[str, Any] = dict(n_per_class=n_per_class, steps=steps, batch_size=batch_size)
     asked = _checked(class_names, prompt, asked | dict(seed=seed, guidance_scale=guidance_scale), like)
@@ -140,11 +138,9 @@ def _draw(pipe: Any, places: list[tuple[str, int]], manifest: dict, attempt: int
     how = dict(num_inference_steps=manifest["steps"], guidance_scale=manifest["guidance_scale"], **manifest["size"])
     made = pipe([prompts[name] for name, _ in places], generator=draws, output_type="np", **how)
     flags = getattr(made, "nsfw_content_detected", None) or [False] * len(places)
-    return {
-        place: Image.fromarray((x * 255).round().astype(np.uint8))
-        for place, x, bad in zip(places, made.images, flags, strict=True)
-        if np.isfinite(x).all() and np.ptp(x) > 0 and not bad
-    }
+    each = zip(places, made.images, flags, strict=True)
+    good = {place: x for place, x, bad in each if np.isfinite(x).all() and np.ptp(x) > 0 and not bad}
+    return {place: Image.fromarray((x * 255).round().astype(np.uint8)) for place, x in good.items()}
 
 
 def _json(manifest: dict) -> bytes:
@@ -174,18 +170,11 @@ def _fingerprint(pipe: Any) -> str:
 
 
 def _made_with(pipe: Any, device: str | torch.device) -> dict[str, Any]:
-    libraries = ("dpmix", "torch", "diffusers", "transformers")
-    return {
-        "weights": _fingerprint(pipe),
-        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
-        "dtype": str(pipe.dtype),
-        "device": torch.device(device).type,
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
-    }
-
-
-def _plain(config: Any) -> dict:
-    return {k: v for k, v in sorted(dict(config).items()) if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
+    libraries, config = ("dpmix", "torch", "diffusers", "transformers"), sorted(dict(pipe.scheduler.config).items())
+    plain = {k: v for k, v in config if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
+    about = {"weights": _fingerprint(pipe), "scheduler": {"name": type(pipe.scheduler).__name__, **plain}}
+    about |= {"dtype": str(pipe.dtype), "device": torch.device(device).type}
+    return about | {"versions": {name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _claim(folder: Path, manifest: dict) -> dict[str, int]:

@@ -1,8 +1,7 @@
 """Frozen encoders, from pixels in 0..1 to features. Nothing here is trained on a private image.
 
 `encoder` takes the small embedded ones (`tiny-vit`, `tiny-convnext`; `pretrain` made them out of public characters),
-those of open_clip and timm, and any module of yours with a file of weights.
-"""
+those of open_clip and timm, and any module of yours with a file of weights."""
 
 import copy
 from collections.abc import Callable
@@ -40,11 +39,6 @@ class Encoder:
     channels: tuple[int, ...]
     name: str
     digest: str = ""
-
-    @property
-    def precision(self) -> torch.dtype | None:
-        """What the network computes in."""
-        return getattr(self.features, "dtype", None)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None, *, engine: str = "torch"
@@ -84,13 +78,13 @@ def encoder(
     open_clip and timm (a fixed initialisation, for tests). A FILE.sha256 beside it is compared. `image_size` is the side
     of the square that images are brought to, for a named network that takes more than its own (NAME becomes NAME@SIDE).
     Nothing is downloaded and nothing written. Raises ValueError for an unknown name (with near matches), an image size
-    that the network cannot take or weights that do not fit, FileNotFoundError for absent weights: what to fetch and
-    where to put it.
-    """
+    that the network cannot take or weights that do not fit, FileNotFoundError for absent weights: what to fetch and where
+    to put it."""
+    if image_size is not None:
+        whole("image_size", image_size, 1)
     if isinstance(name, nn.Module):
         if image_size is None or channels is None:
             raise ValueError(f"image_size={image_size}, channels={channels}: both must be given with a module")
-        whole("image_size", image_size, 1)
         whole("channels", channels, 1)
         positive("std", std)
         network = copy.deepcopy(name)  # the caller's module stays trainable
@@ -99,8 +93,6 @@ def encoder(
         said = type(name).__name__ if weights is None else f"{type(name).__name__}/{Path(weights).name}"
         return _wrap(network, said, image_size, (channels,), [mean] * channels, [std] * channels)
     require(channels is None, "channels", channels, "is for modules only; a named encoder has its own")
-    if image_size is not None:
-        whole("image_size", image_size, 1)
     if name in TINY:
         require(image_size in (None, 16), "image_size", image_size, f"{name} takes 16 only; leave it out")
         network = fill(build(name), Path(weights_of(name, weights)))
@@ -154,10 +146,8 @@ def _wrap(network: nn.Module, name: str, size: int, channels: tuple[int, ...], *
     require(len(shape) == 2, "encoder", name, f"must give one feature vector an image, not {list(shape[1:])}")
     check_no_mixing(frozen.network, (len(frozen.mean), size, size), f"encoder {name!r}")
     frozen.examined = True
-    about = repr((network, size, channels, frozen.mean, frozen.std, frozen.mode))
-    tensors = (
-        (k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in network.state_dict().items() if t.numel()
-    )
+    about, state = repr((network, size, channels, frozen.mean, frozen.std, frozen.mode)), network.state_dict()
+    tensors = ((k, t.detach().reshape(-1).view(torch.uint8).numpy()) for k, t in state.items() if t.numel())
     digest = files.digest(about, *(part for k, data in tensors for part in (k, data.tobytes())))
     return Encoder(frozen, size, shape[1], channels, name, digest)
 

@@ -1,8 +1,7 @@
 """What runs a frozen network: PyTorch (`Frozen`), or OpenVINO on a CPU (`Compiled`).
 
 Both take images in chunks of one fixed shape, the last padded with zeros, so that an image's features do not depend, to
-the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside.
-"""
+the last bit, on what stands beside it or on how many there are. Images are brought to the network's size inside."""
 
 import os
 import sys
@@ -130,10 +129,9 @@ def choose(engine: str, device: torch.device) -> str:
 
 
 class Compiled:
-    """Features by OpenVINO: `Frozen`, compiled for the shape of the images at hand, as many chunks at a time as there
-    are threads (`torch.get_num_threads`). Takes and gives what `Frozen` does. A network that does not convert, or gives
-    other features when it is converted, is run by PyTorch, and a warning says so once.
-    """
+    """Features by OpenVINO: `Frozen`, compiled for the shape of the images at hand, as many chunks at a time as there are
+    threads (`torch.get_num_threads`). Takes and gives what `Frozen` does. A network that does not convert, or gives other
+    features when it is converted, is run by PyTorch, and a warning says so once."""
 
     def __init__(self, frozen: Frozen, dtype: torch.dtype = torch.float32) -> None:
         allowed = "must be float32 or bfloat16 with OpenVINO; take encoder_engine='torch'"
@@ -145,7 +143,7 @@ class Compiled:
     def __call__(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
         if _started_in() != os.getpid():
             torch.set_num_threads(1)  # PyTorch's own threads do not come along either
-            return self._fallback(images)
+            return self.frozen(images)
         parts = padded(self.frozen, images)
         with self._lock:
             shape = tuple(images.shape[1:])
@@ -153,18 +151,13 @@ class Compiled:
                 self._queues[shape] = self._compile(shape)
             queue = self._queues[shape]
             if queue is None:
-                return self._fallback(images)
+                return self.frozen(images)
             found: list[Any] = [None] * len(parts)
             for place, part in enumerate(parts):
-                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())
-                queue.start_async(
-                    pixels, (found, place, pixels), share_inputs=True
-                )  # the pixels live as long as it runs
+                pixels = np.ascontiguousarray(part.to(torch.float32).numpy())  # lives as long as it runs
+                queue.start_async(pixels, (found, place, pixels), share_inputs=True)
             queue.wait_all()
         return torch.from_numpy(np.concatenate(found))[: len(images)]
-
-    def _fallback(self, images: Tensor) -> Tensor:
-        return self.frozen(images)
 
     def _compile(self, shape: tuple[int, ...]) -> Any:
         """The queue for images of this shape; None, with a warning, where PyTorch has to do it."""

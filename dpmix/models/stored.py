@@ -4,8 +4,7 @@ A store is a folder of blocks, one for each part of a union of views (base, publ
 list of recipes encodes only what is missing. A row of a block is an example: its views' features in float16, then their
 targets, of which at most two classes are not zero. float16 has eight times the precision of bfloat16; features beyond its
 range are cut to it. A chunk of rows that is whole has its checksum in the journal beside the block, so that after a crash
-only what was under way is encoded again. A store comes from private data without noise: nobody else may read it.
-"""
+only what was under way is encoded again. A store comes from private data without noise: nobody else may read it."""
 
 import copy
 import hashlib
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmix.core import augmentations, checks, files, rng, transforms, views
-from dpmix.core.sources import FreshViews, Scaling, lap, named, scaled
+from dpmix.core.sources import FreshViews, lap, scaled
 from dpmix.images import image_cache
 from dpmix.models import encoders, engine, tiny
 from dpmix.models.encoders import Encoder
@@ -98,13 +97,12 @@ class Block:
 
 
 class StoredViews:
-    """The views of `FreshViews(redraw=False)` of these examples, read from a store in `folder`; what is not there is
-    encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
+    """The views of `FreshViews(redraw=False)` of these examples (`how`: as there), read from a store in `folder`; what is not
+    there is encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
 
-    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the
-    code that makes and encodes views; a block also by its part and, where they have a part in it, by the public images.
-    Raises ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded.
-    """
+    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the code
+    that makes and encodes views; a block also by its part and, where they have a part in it, by the public images. Raises
+    ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded."""
 
     def __init__(
         self,
@@ -113,22 +111,17 @@ class StoredViews:
         labels: Tensor,
         recipes: Sequence[views.Recipe],
         *,
-        num_classes: int,
         folder: Path | str,
         seed: int = 0,
-        public: views.PublicImages | None = None,
-        ids: Tensor | None = None,
-        scaling: Scaling | None = None,
-        device: str | torch.device = "cpu",
         progress: bool = True,
+        **how: Any,
     ) -> None:
-        how: dict[str, Any] = dict(num_classes=num_classes, seed=seed, public=public, ids=ids, device=device)
-        made = FreshViews(encoder, images, labels, recipes, redraw=False, **how)
+        made = FreshViews(encoder, images, labels, recipes, redraw=False, seed=seed, **how)
         said = "has no digest of its content; take models.encoder"
         checks.require(encoder.digest != "", "encoder", encoder.name, said)
-        self.n, self.dim, self.num_classes, self.union = made.n, made.dim, num_classes, made.union
-        self.device, self.scaling, self.seconds = made.device, scaling, made.seconds | {"store": 0.0}
-        self.name, self.progress = named(encoder.name, made.seed, scaling), progress
+        self.n, self.dim, self.num_classes, self.union = made.n, made.dim, made.num_classes, made.union
+        self.device, self.scaling, self.name, self.progress = made.device, made.scaling, made.name, progress
+        self.seconds = made.seconds | {"store": 0.0}
         self.places: Tensor | None = None
         about = _about(made, encoder)
         self.folder = Path(folder) / files.digest(repr(about))[:32]
@@ -137,6 +130,7 @@ class StoredViews:
             said = f"holds other views ({other}); remove them: rm -r {folder}"
             checks.require(not other, "store", str(folder), said)
             files.write_json(self.folder / "store.json", about, private=True)
+            public = made.public
             self.blocks = list(self._find_blocks("" if public is None else _content(public.images, public.labels)))
             tick = time.perf_counter()
             if todo := sorted(set().union(*(block.missing for block in self.blocks))):
@@ -206,23 +200,15 @@ class StoredViews:
                 self._write(*before)
 
     def _write(
-        self,
-        rows: Tensor,
-        blocks: list[Block],
-        features: "Future[Tensor]",
-        targets: Tensor,
-        sums: list,
-        done: int | None,
+        self, rows: Tensor, blocks: list[Block], features: Future, targets: Tensor, sums: list, done: int | None
     ) -> None:
         """Rows of some blocks; with the last rows of a chunk, its line in the journals."""
         found = features.result().float().reshape(len(rows), -1, self.dim)
         narrow = found.clamp(-65504, 65504).half().cpu().numpy()
         column = 0
         for block, total in zip(blocks, sums, strict=True):
-            halves = (
-                np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1).view(np.uint8)
-            )
-            data = np.concatenate([halves, _packed(targets[:, block.columns])], axis=1)
+            halves = np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1)
+            data = np.concatenate([halves.view(np.uint8), _packed(targets[:, block.columns])], axis=1)
             column += block.count
             total.update(data)
             with block.path.open("r+b") as file:
@@ -252,13 +238,9 @@ class StoredViews:
             read = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
             features[:, block.columns] = torch.from_numpy(read).to(self.device)
             packed = np.ascontiguousarray(picked[:, wide:]).view(TARGET).reshape(len(rows), block.count)[:, :used]
-            classes, values = (
-                torch.from_numpy(packed["place"].astype(np.int64)),
-                torch.from_numpy(packed["value"].copy()),
-            )
-            targets[:, block.columns] = targets[:, block.columns].scatter_add(
-                2, classes.to(self.device), values.to(self.device)
-            )
+            classes, shares = packed["place"].astype(np.int64), packed["value"].copy()
+            at, values = (torch.from_numpy(a).to(self.device) for a in (classes, shares))
+            targets[:, block.columns] = targets[:, block.columns].scatter_add(2, at, values)
             block.forget()
         lap(self.seconds, "store", tick)
         return scaled(features, self.scaling), targets
@@ -287,7 +269,8 @@ def _content(*tensors: Any) -> str:
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:
     """What decides the features of a store's views, but for their recipes and public images."""
     code = [Path(str(m.__file__)).read_bytes() for m in (augmentations, rng, transforms, views, encoders, engine, tiny)]
-    about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": str(encoder.precision)}
+    precision = str(getattr(encoder.features, "dtype", None))
+    about = {"encoder": encoder.name, "content of the encoder": encoder.digest, "precision": precision}
     about |= {"content of the examples": _content(made.images, made.labels, made.ids), "code": files.digest("1", *code)}
     about |= {"libraries": f"{encoders.package_of(encoder.name)}, torch {torch.__version__}"}
     about |= {"engine": type(encoder.features).__name__}

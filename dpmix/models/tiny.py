@@ -1,7 +1,6 @@
 """The small embedded encoders; `dpmix.demo.pretraining` made them out of rendered characters.
 
-Both take one channel of 16x16 and give 64 features of unit norm. ReLU and few tokens, for speed on two cores.
-"""
+Both take one channel of 16x16 and give 64 features of unit norm. ReLU and few tokens, for speed on two cores."""
 
 import math
 

@@ -1,6 +1,5 @@
 """Files of weights: where they are looked for, how they are read and compared. Nothing is downloaded, nothing written."""
 
-import hashlib
 import importlib
 import importlib.util
 import pickle
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dpmix.core.checks import counted, require
 from dpmix.images.data import PROJECT
+from dpmix.images.image_cache import sha256
 
 WEIGHTS = PROJECT / "data" / "weights"  # ignored by git; where large weights are looked for
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -103,8 +103,5 @@ def _compare(path: Path, said: str) -> None:
     short = re.fullmatch(r".+-([0-9a-f]{8})\.pth?", path.name)
     wanted = beside.read_text()[:64] if beside.is_file() else blob if re.fullmatch("[0-9a-f]{64}", blob) else None
     wanted = wanted or (short[1] if short else "")
-    if wanted:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(wanted):
-            raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
+    if wanted and not sha256(path).startswith(wanted):
+        raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")

@@ -3,8 +3,7 @@
 The network follows their JAX code rather than the figure in their paper: ReLU *before* GroupNorm before convolution, a
 shortcut with its own ReLU, norm and 1x1 convolution in the first block of each stage, convolutions with weight
 standardisation (a gain and a bias per output channel), "SAME" padding (which for a stride of two and an even size pads
-the right and the bottom only), truncated normal weights of variance 1 / fan-in, biases at zero, and average pooling.
-"""
+the right and the bottom only), truncated normal weights of variance 1 / fan-in, biases at zero, and average pooling."""
 
 import torch
 import torch.nn.functional as F
@@ -144,11 +143,9 @@ def wide_resnet(
     """WRN-`depth`-`width` as De et al. (2022) use it; WRN-16-4 for ten classes has 2.75 M parameters.
 
     Images are float [n, channels, H, W] of any size; logits are [n, num_classes], each row a function of its own image.
-    depth: 10, 16, 22, ... (6 k + 4); width: the stages have 16, 32 and 64 times as many channels.
-    groups: of GroupNorm; must divide 16, the number of channels after the first convolution.
-    weight_standardisation: False takes plain convolutions (with bias).
-    seed: of the keyed initial weights (`initialise`); no global random state is read or changed.
-    """
+    `depth`: 10, 16, 22, ... (6 k + 4); `width`: the stages have 16, 32 and 64 times as many channels. `groups` of GroupNorm
+    must divide 16, the number of channels after the first convolution. `weight_standardisation=False` takes plain convolutions
+    (with bias). `seed` keys the initial weights (`initialise`); no global random state is read or changed."""
     whole("depth", depth, 10)
     near = (depth + 2) // 6 * 6
     require(depth % 6 == 4, "depth", depth, f"must be 6 k + 4; near are {near - 2} and {near + 4}")

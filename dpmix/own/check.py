@@ -1,7 +1,6 @@
 """Before a budget is spent: what is in the folder, what the run would be, how long it takes and what it may be worth.
 
-`check` trains nothing, draws no noise and releases nothing. What it says is computed from private images: keep it private.
-"""
+`check` trains nothing, draws no noise and releases nothing. What it says is computed from private images: keep it private."""
 
 import json
 import math
@@ -42,8 +41,7 @@ class Checked:
         shown = (f"### {title}\n\n{table(('', ''), rows)}" for title, rows in self.sections.items())
         return "\n\n".join([f"**{PRIVATE}**", *shown])
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    _repr_markdown_ = __str__
 
 
 def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
@@ -128,12 +126,11 @@ def _cost(p: Plan, m: Mechanism, decoded: Decoded) -> Rows:
     fresh = views.make_views(some, torch.zeros_like(ids), ids, recipe, num_classes=2, seed=0, step=0)
     encoder.features(transforms.as_float(fresh.images[:, 0]).to(device))
     each = (time.perf_counter() - start) / len(some)
-    many = spec.recipe.views * (m.steps * spec.batch_size if spec.redraw else n)
-    what = f"{counted(many, 'view')} and twice {counted(tested, 'test image')}"
-    encoding = f"{_time(each * (many + 2 * tested))}: {what}"
+    many = spec.recipe.views * n  # drawn once
+    encoding = f"{_time(each * (many + 2 * tested))}: {counted(many, 'view')} and twice {counted(tested, 'test image')}"
     # Six operations a feature and class; to read a feature takes as long as sixty.
     operations = m.steps * spec.batch_size * spec.recipe.views * encoder.dim * (6 * len(p.listing.class_names) + 60)
-    kept = decoded.images.numel() + (0 if spec.redraw else many * encoder.dim * 2)
+    kept = decoded.images.numel() + many * encoder.dim * 2
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
         ("encoding", f"{encoding}, {1000 * each:.1f} ms each"),

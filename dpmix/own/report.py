@@ -21,7 +21,7 @@ SHOWN = 30  # errors of the text; the JSON has all
 def of(
     probabilities: Float[np.ndarray, "n classes"],
     labels: Int64[np.ndarray, " n"],
-    classes: tuple[str, ...],
+    classes: Sequence[str],
     names: list[str],
 ) -> dict[str, Any]:
     """Numbers for a test set; `names` are the images'. The interval is Wilson's; calibration is over ten bins of confidence,
@@ -31,10 +31,9 @@ def of(
     right = chosen == labels
     confusion = np.bincount(labels * many + chosen, minlength=many**2).reshape(many, many)
     counts = confusion.sum(1)
-    binned = pd.DataFrame(
-        {"from": np.minimum(confidence * 10 // 1, 9) / 10, "confidence": confidence, "accuracy": right}
-    )
-    bins = binned.groupby("from", as_index=False).mean().assign(images=binned.groupby("from").size().to_numpy())
+    tenth = np.minimum(confidence * 10 // 1, 9) / 10
+    binned = pd.DataFrame({"from": tenth, "confidence": confidence, "accuracy": right}).groupby("from", as_index=False)
+    bins = binned.mean().assign(images=binned.size()["size"])
     wrong = sorted(np.flatnonzero(~right), key=lambda i: -confidence[i])
     each = zip(classes, counts.tolist(), (confusion.diagonal() / counts).tolist(), strict=True)
     called = [(names[i], classes[labels[i]], classes[chosen[i]], float(confidence[i])) for i in wrong]
@@ -91,8 +90,7 @@ def _picture(seen: dict[str, Any]) -> bytes:
 def card_text(card: dict[str, Any]) -> str:
     """A privacy card for reading, as a Markdown table."""
     guarantee, encoder = card["guarantee"], card["encoder"] or {"name": "a network from scratch"}
-    rows = {"in plain words": " ".join(card["in_plain_words"])}
-    called = {"pair": "the true pair, PLD"}
+    rows, called = {"in plain words": " ".join(card["in_plain_words"])}, {"pair": "the true pair, PLD"}
     rows |= {f"ε ({called.get(name, name.upper())})": f"{v:.3f}" for name, v in guarantee["epsilon"].items()}
     rows |= {"δ": f"{guarantee['delta']:g}", "calibrated by": guarantee["calibrated_by"].upper()}
     rows |= {"adjacency": card["adjacency"], "sampling": card["sampling"]}
@@ -105,7 +103,6 @@ def card_text(card: dict[str, Any]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown; text stays inside its cell."""
-    lines = (
-        [value.replace("|", "\\|").replace("\n", " ") for value in row] for row in (head, ["---"] * len(head), *rows)
-    )
+    every = (head, ["---"] * len(head), *rows)
+    lines = ([value.replace("|", "\\|").replace("\n", " ") for value in row] for row in every)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -30,8 +30,7 @@ class Settings:
     `out` is the folder of the release, by default NAME-release beside `folder`. `mirror=False` where a mirrored image is
     another one (letters, left and right). Numbers may be text, as YAML and command lines make of 1e-6. `weights`,
     `image_size`, `batch_size`, `epochs`, `learning_rate`, `clip_norm`, `feature_scaling` and `accountant` as in `RunSpec`,
-    `physical_batch` and `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument.
-    """
+    `physical_batch` and `device` as in `ComputeFlags`. Raises ValueError in one line that names the argument."""
 
     folder: str
     epsilon: float
@@ -139,9 +138,8 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and asked.learning_rate is None else ()
     found = f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"
     run: dict[str, Any] = dict(weights=weights, delta=delta, clip_norm=clip_norm, batch_size=batch, epochs=epochs)
-    run |= dict(image_size=asked.image_size, epsilon=asked.epsilon, accountant=asked.accountant)
     run |= dict(learning_rate=choose("learning_rate", usual, found), validation=0.0, redraw=False, seed=None)
-    run |= dict(feature_scaling=asked.feature_scaling)
+    run |= {name: getattr(asked, name) for name in ("image_size", "epsilon", "accountant", "feature_scaling")}
     recipe = views.METHODS[asked.method].for_data(asked.mirror)
     spec = RunSpec(dataset=f"folder:{base}", model=model, recipe=recipe, **run)
     flags = {name: getattr(asked, name) for name in ("device", "physical_batch", "progress")}

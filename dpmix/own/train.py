@@ -47,10 +47,7 @@ class Trained:
     def __str__(self) -> str:
         return report.text(self.report, self.release, self.private)
 
-    __repr__ = __str__
-
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    __repr__ = _repr_markdown_ = __str__
 
 
 def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:

@@ -2,12 +2,11 @@
 
 Clipping (`jax_privacy.clipped_grad`), noise (`noise_addition`) and the noise multiplier (`accounting`) are other people's
 code; batches, views and features are those of dpmix, so a run differs from its PyTorch twin in noise and in rounding.
-jax-privacy clips entries of the batch, here all K views of an example: the gradient of their mean loss (Eq. (4)).
-"""
+jax-privacy clips entries of the batch, here all K views of an example: the gradient of their mean loss (Eq. (4))."""
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from dpmix.companion import grids
 from dpmix.core import accounting, checks, files, heads, rng, sources
 from dpmix.runs import passes, run
 from dpmix.runs.material import prepare
-from dpmix.runs.result import Result, frame
+from dpmix.runs.result import Result, frame, told
 from dpmix.runs.spec import ComputeFlags, RunSpec, epsilons, mechanism
 from dpmix.runs.store import STORE, Store
 
@@ -41,9 +40,8 @@ def _libraries() -> SimpleNamespace:
         from jax_privacy import accounting, noise_addition
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: run `pip install 'dpmix[jax]'`, or `make env`") from error
-    return SimpleNamespace(
-        jax=jax, np=jax.numpy, optax=optax, clip=jax_privacy.clipped_grad, accounting=accounting, noise=noise_addition
-    )
+    own = {"clip": jax_privacy.clipped_grad, "accounting": accounting, "noise": noise_addition}
+    return SimpleNamespace(jax=jax, np=jax.numpy, optax=optax, **own)
 
 
 @functools.cache
@@ -145,8 +143,7 @@ def run_all(
 ) -> list[Result]:
     """`runs.run_all` with JAX in place of PyTorch, with a store of its own. Linear heads only; every spec has a seed.
 
-    `Result.noise_multiplier` is jax-privacy's; `Result.epsilon` holds what dpmix's three accountants say about it.
-    """
+    `Result.noise_multiplier` is jax-privacy's; `Result.epsilon` holds what dpmix's three accountants say about it."""
     _libraries()
     compute, store = compute or ComputeFlags(), store or Store(STORE / "jax")
     for spec in specs:
@@ -165,7 +162,7 @@ def run_all(
     return [r for r in found if r is not None]
 
 
-def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[passes.Done]:
+def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> passes.Results:
     material, tasks, start = prepare([one.identity for one in group], compute), [], time.perf_counter()
     for one in group:
         spec = one.identity.spec
@@ -176,16 +173,14 @@ def _compute(group: Sequence[run.Asked], compute: ComputeFlags) -> Iterator[pass
         tasks.append(passes.Task(*one, m, epsilons(spec, m)))
     bank, seed = passes.heads_of(tasks, material), passes.training_seed(spec)
     source = passes.source_of(spec, [head.recipe for head in bank], material, compute)
-    how = dict[str, Any](
-        expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, progress=compute.progress
-    )
-    trained = train(source, bank, seed=seed, physical_batch=passes.physical_batch(compute), **how)
+    how = dict[str, Any](expected_batch=spec.batch_size, sample_rate=m.sample_rate, steps=m.steps, seed=seed)
+    how |= {"physical_batch": passes.physical_batch(compute), "progress": compute.progress}
+    trained = train(source, bank, **how)
     return passes.evaluated(tasks, trained, material, compute, time.perf_counter() - start)
 
 
 def run_cells(cells: Sequence[grids.Cell], *, compute: ComputeFlags | None = None) -> pd.DataFrame:
     """`grids.run_cells` in JAX: one row a cell, with its labels; `versions` names those of JAX too."""
     results = run_all([c.spec for c in cells], compute=compute)
-    runs = frame(results)
-    runs["versions"] += [", " + ", ".join(f"{n} {r.provenance['versions'][n]}" for n in LIBRARIES[:2]) for r in results]
-    return runs.assign(**{name: [c.labels[name] for c in cells] for name in cells[0].labels})
+    versions = [told(r.provenance, "opacus", *LIBRARIES[:2])["versions"] for r in results]
+    return grids.labelled(cells, frame(results).assign(versions=versions))

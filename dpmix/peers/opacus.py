@@ -13,9 +13,8 @@ Per-example gradients (`grad_sample_mode` "hooks", "functorch", "ew"), clipping,
 1 is `TensorDataset(*source.batch(torch.arange(source.n), 0))`, with a source of `models.stored` (views drawn once).
 
 Guarantee: one example moves the sum of clipped gradients by at most `max_grad_norm`, whatever K, since its views come
-from itself and public images alone and are averaged before the clip. So Opacus' accountant stays right. It is wrong for
-K copies of an example as K rows of the batch: these move the sum by up to K times as much.
-"""
+from itself and public images alone and are averaged before the clip. So Opacus' accountant stays right. It is wrong for K
+copies of an example as K rows of the batch: these move the sum by up to K times as much."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -54,8 +53,7 @@ class ViewSet(Dataset):
         dataset: items (image, label): image uint8 or float in 0..1, [C, H, W]; label below `num_classes`.
         public: synthetic images for k_diff > 0, with `images` [m, C, H, W] and `labels` [m].
 
-    Raises ValueError for images, labels or public images that do not fit.
-    """
+    Raises ValueError for images, labels or public images that do not fit."""
 
     def __init__(
         self,
@@ -109,8 +107,7 @@ class ViewAveraging(DPOptimizer):
     """Opacus' optimizer, except that `p.grad_sample` of K rows an example becomes one row before anything is done with it.
 
     Made by `average_views`. What is not finite counts as zero (Opacus passes it on: one example could void the sum).
-    Finite rows stay as they are, so K = 1 is Opacus bit for bit.
-    """
+    Finite rows stay as they are, so K = 1 is Opacus bit for bit."""
 
     views = 1
 
@@ -148,8 +145,7 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
         views: K, the augmentation multiplicity.
 
     Raises ValueError, in training too, for inputs that are not [b, K, ...], and by name for what cannot work: ghost
-    clipping, a batch in the second dimension, accumulated batches with "ew".
-    """
+    clipping, a batch in the second dimension, accumulated batches with "ew"."""
     checks.whole("views", views, 1)
     kind = type(optimizer)
     said = f"is none of {', '.join(k.__name__ for k in KINDS)}; {ELSE}"
@@ -159,11 +155,9 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     hooks = [hook for m in model.modules() for hook in m._backward_hooks.values() if isinstance(hook, partial)]
     first = getattr(model, "batch_first", True) and all(hook.keywords.get("batch_first", True) for hook in hooks)
     checks.require(first, "batch_first", first, "views are averaged along the first dimension; use batch_first=True")
-    subclass = (
-        ViewAveraging if kind is DPOptimizer else type(f"ViewAveraging{kind.__name__}", (ViewAveraging, kind), {})
-    )
+    name = f"ViewAveraging{kind.__name__}"
     # The same object: a scheduler or a memory manager that holds it must not go on with one that does not average.
-    optimizer.__class__ = subclass
+    optimizer.__class__ = ViewAveraging if kind is DPOptimizer else type(name, (ViewAveraging, kind), {})
     averaged: ViewAveraging = optimizer  # type: ignore[assignment]
     averaged.views = views
 
@@ -200,8 +194,7 @@ def exact_sampling(engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLo
     They fit each other, so the guarantee holds, for another batch size than was asked for. Call this before the first
     step, with a noise multiplier for (q, T); a pass of the loader keeps its ceil(n / B) steps.
 
-    Raises ValueError where B exceeds n, the loader does not sample, or steps were made.
-    """
+    Raises ValueError where B exceeds n, the loader does not sample, or steps were made."""
     n, sampler = len(loader.dataset), loader.batch_sampler  # type: ignore[arg-type]
     good = isinstance(batch_size, int) and 1 <= batch_size <= n
     checks.require(good, "batch_size", batch_size, f"must be a whole number from 1 to n = {n}")

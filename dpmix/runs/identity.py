@@ -1,12 +1,10 @@
 """One identity of a run: the result's name, the checkpoint's and the noise follow from it.
 
 An identity holds digests of the private images and is private itself. A name that others may see is made of it with the
-key of the store (`Store.name`), and tells nothing.
-"""
+key of the store (`Store.name`), and tells nothing."""
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from dpmix.core import files, views
 from dpmix.images import data, layouts
+from dpmix.images.image_cache import sha256
 from dpmix.models import encoders
 from dpmix.runs.spec import ComputeFlags, RunSpec
 
@@ -25,12 +24,9 @@ ROOMS = ("core", "images", "models", "runs")  # whose code can change a result
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a run is: its description, and digests of all that the description only names.
-
-    `private` and `public` are those of the images and their labels ("" where none are used), `encoder` is that of the file
-    of its weights ("" for a network from scratch), `code` that of the sources. Two runs have one identity, and so one
-    noise, only if they are the same run.
-    """
+    """What a run is: its description, and digests of all that the description only names. `private` and `public` are those of
+    the images and their labels ("" where none are used), `encoder` is that of the file of its weights ("" for a network from
+    scratch), `code` that of the sources. Two runs have one identity, and so one noise, only if they are the same run."""
 
     spec: RunSpec
     private: str
@@ -64,17 +60,15 @@ def code_digest() -> str:
     here = Path(__file__).parents[1]
     sources = [p for room in ROOMS for p in sorted((here / room).glob("*.py"))]
     shipped = sorted(data.PUBLIC.glob("*.json"))
-    return files.digest(*(p.name + hashlib.sha256(p.read_bytes()).hexdigest() for p in [*sources, *shipped]))
+    return files.digest(*(p.name + sha256(p) for p in [*sources, *shipped]))
 
 
 _once = functools.lru_cache(maxsize=64)  # an object's own answers: `self` is part of the question
 
 
 class Contents:
-    """Digests of what the names in a spec stand for, as it is now: look once a call.
-
-    Files are read once for as long as their names, sizes and times stay; `memory`, a private folder, keeps the digests.
-    """
+    """Digests of what the names in a spec stand for, as it is now: look once a call. Files are read once for as long as their
+    names, sizes and times stay; `memory`, a private folder, keeps the digests."""
 
     def __init__(self, compute: ComputeFlags, memory: Path) -> None:
         self.root, self.memory = Path(compute.root).expanduser(), memory
@@ -82,13 +76,9 @@ class Contents:
     def identity(self, spec: RunSpec) -> Identity:
         """The one place where an identity is made. Raises as `data.find`, `data.find_public` and `models.encoder` where
         files are absent."""
-        return Identity(
-            spec=spec,
-            private=self.private(spec.dataset),
-            public=self.public(spec.dataset) if spec.uses_synthetic else "",
-            encoder="" if spec.from_scratch else self.encoder(spec.model, spec.weights),
-            code=code_digest(),
-        )
+        private, public = self.private(spec.dataset), self.public(spec.dataset) if spec.uses_synthetic else ""
+        encoder = "" if spec.from_scratch else self.encoder(spec.model, spec.weights)
+        return Identity(spec=spec, private=private, public=public, encoder=encoder, code=code_digest())
 
     @_once
     def private(self, dataset: str) -> str:
@@ -126,9 +116,7 @@ class Contents:
 
         return self._remember(what, base, found, facts, read)
 
-    def _remember(
-        self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[[list[bytes]], str]
-    ) -> str:
+    def _remember(self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[..., str]) -> str:
         """What `read` makes of the names, once for as long as the files keep their names, sizes and times."""
         names = [os.fsencode(path.relative_to(base)) for path in found]
         states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (path.stat() for path in found))
@@ -140,9 +128,3 @@ class Contents:
             with contextlib.suppress(OSError):  # a store that cannot be written can still be read
                 files.write_json(record, known, private=True)
         return known["content"]
-
-
-def sha256(path: Path) -> str:
-    """That of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

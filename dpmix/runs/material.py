@@ -81,11 +81,8 @@ class Material:
 
 
 def validation_split(n: int, share: float, seed: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " v"]]:
-    """Places of training and validation examples: each is held out by a keyed coin of its own, with probability `share`.
-
-    Coins do not look at each other, so removing an example removes it from its part and moves nobody else: the training
-    parts of neighbouring data sets are neighbours.
-    """
+    """Places of training and validation examples: each is held out by a keyed coin of its own, with probability `share`. Coins
+    do not look at each other, so removing an example moves nobody else: the training parts of neighbours are neighbours."""
     held_out = rng.generator(seed, "validation").random(n) < share
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
 
@@ -100,11 +97,9 @@ def _load(dataset: str, root: str, image_size: int | None, cached: str, private:
 
 
 @lru_cache(maxsize=2)
-def _load_public(
-    dataset: str, root: str, image_size: int | None, cached: str, private: str, public: str
-) -> data.ImageSet:
+def _load_public(dataset: str, root: str, size: int | None, cached: str, private: str, public: str) -> data.ImageSet:
     """The synthetic images, once it is known that none is a copy of a private one."""
-    splits = _load(dataset, root, image_size, cached, private)
+    splits = _load(dataset, root, size, cached, private)
     images = data.public_images(dataset, root, like=splits.train, cache=cached)
     refuse_overlap(splits, images)
     for some in (splits.train, splits.test, images):
@@ -121,10 +116,8 @@ def _load_encoder(
 
 
 def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
-    """Open and check everything that the runs of one pass need. Errors name what is missing and the remedy.
-
-    Images stay where they lie: a memory map for those that were files.
-    """
+    """Open and check everything that the runs of one pass need. Errors name what is missing and the remedy. Images stay where
+    they lie: a memory map for those that were files."""
     spec, private = group[0].spec, group[0].private
     encoder, image_size = None, spec.image_size
     if not spec.from_scratch:

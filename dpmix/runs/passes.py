@@ -25,15 +25,12 @@ from dpmix.runs.material import Material, Part
 from dpmix.runs.result import NonPrivateDiagnostics, Result
 from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec
 
-LIBRARIES = (
-    *("torch", "torchvision", "timm", "open_clip_torch", "Pillow", "opacus"),
-    *("dp-accounting", "numpy", "scipy", "scikit-learn"),
-)
-
+LIBRARIES = ["torch", "torchvision", "timm", "open_clip_torch", "Pillow", "opacus", "dp-accounting"]
+LIBRARIES += ["numpy", "scipy", "scikit-learn"]
 UNCHANGED = views.Recipe(k_base=1, transform="none")  # images as they are
 DRAWN_ONCE = 0  # the seed of stored views; no secret, since the guarantee holds for any views of an example's own
 
-Done = tuple[Result, dict[str, Tensor]]
+Results = Iterator[tuple[Result, dict[str, Tensor]]]  # with the trained weights of each
 
 
 class Task(NamedTuple):
@@ -51,20 +48,19 @@ class Task(NamedTuple):
         return self.identity.spec
 
 
-def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Iterator[Done]:
+def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Results:
     """All runs of a frozen encoder in one pass."""
-    start, specs, m = time.perf_counter(), [task.spec for task in group], group[0].mechanism
-    spec = specs[0]
+    start, specs = time.perf_counter(), [task.spec for task in group]
+    spec, m = specs[0], group[0].mechanism
     scaling = _scaling(spec, material, compute) if spec.feature_scaling == "public" else None
     bank, seed = heads_of(group, material), training_seed(spec)
     # Views follow a seed that was given, so that seeds differ in all; those of a drawn one are found again by the next run.
     once = DRAWN_ONCE if group[0].seed_drawn else seed
     source = source_of(spec, [head.recipe for head in bank], material, compute, scaling, once)
     initial = _pretrain(spec, material, compute, scaling) if spec.pretrain_epochs else None
-    how: dict[str, Any] = dict(
-        expected_batch=spec.batch_size, steps=m.steps, sample_rate=m.sample_rate, seed=seed, initial=initial
-    )
-    trained = heads.train(source, bank, checkpoint=checkpoint, **how, **_training(compute, specs))
+    how: dict[str, Any] = dict(expected_batch=spec.batch_size, steps=m.steps, sample_rate=m.sample_rate, seed=seed)
+    how |= dict(initial=initial, checkpoint=checkpoint, **_training(compute, specs))
+    trained = heads.train(source, bank, **how)
     trained = trained if scaling is None else heads.unscaled(trained, scaling)
     return evaluated(group, trained, material, compute, time.perf_counter() - start)
 
@@ -84,14 +80,13 @@ def _training(compute: ComputeFlags, specs: Sequence[RunSpec] = ()) -> dict[str,
 
 def evaluated(
     group: Sequence[Task], bank: heads.Bank, material: Material, compute: ComputeFlags, seconds: float
-) -> Iterator[Done]:
+) -> Results:
     """The results of a pass, once its heads are trained in so many seconds: evaluates them."""
-    began, everything = time.perf_counter(), torch.arange(len(material.test))
-    scores = []
+    began, everything, scores = time.perf_counter(), torch.arange(len(material.test)), []
     for part, rows in ((material.pool, material.held_out), (material.test, everything)):
         features = features_of(group[0].spec, part, rows, material, compute)
-        accuracies = heads.accuracy(bank, features, part.labels[rows]).tolist() if len(rows) else [None] * len(group)
-        scores.append(accuracies)
+        right = heads.accuracy(bank, features, part.labels[rows]).tolist() if len(rows) else [None] * len(group)
+        scores.append(right)
     timing = {"seconds": seconds + time.perf_counter() - began, "shares": bank.seconds, "views": bank.views}
     timing |= {"heads": len(group), "physical_batch": physical_batch(compute, [task.spec for task in group])}
     for r, (task, validation, test) in enumerate(zip(group, *scores, strict=True)):
@@ -101,15 +96,12 @@ def evaluated(
 
 def heads_of(group: Sequence[Task], material: Material) -> list[heads.Head]:
     """The head of each run, with the noise of its mechanism, which is its own: keyed by its identity."""
-    return [
-        heads.Head(
-            recipe=task.spec.recipe.for_data(material.train.whole.flip),
-            noise_multiplier=task.mechanism.noise_multiplier,
-            identity=task.identity.run,
-            **_of_spec(task.spec, "learning_rate", "clip_norm", "momentum"),
-        )
-        for task in group
-    ]
+    bank = []
+    for task in group:
+        about = _of_spec(task.spec, "learning_rate", "clip_norm", "momentum")
+        about |= dict(recipe=task.spec.recipe.for_data(material.train.whole.flip), identity=task.identity.run)
+        bank.append(heads.Head(noise_multiplier=task.mechanism.noise_multiplier, **about))
+    return bank
 
 
 def _of_spec(spec: RunSpec, *names: str) -> dict[str, Any]:
@@ -118,17 +110,14 @@ def _of_spec(spec: RunSpec, *names: str) -> dict[str, Any]:
 
 def source_of(
     spec: RunSpec,
-    recipes: Sequence[views.Recipe],
+    recipes: list[views.Recipe],
     material: Material,
     compute: ComputeFlags,
     scaling: Scaling | None = None,
     once: int = DRAWN_ONCE,
 ) -> Source:
-    """The encoded views of the training set: made at every step or, with `redraw=False`, read from the store in the cache.
-
-    Stored views are those of all the private examples, drawn by the seed `once`: one store serves every budget, rate, batch
-    size and number of epochs.
-    """
+    """The encoded views of the training set: made at every step or, with `redraw=False`, read from the store in the cache: those
+    of all the private examples, drawn by the seed `once`; it serves every budget, rate, batch size and number of epochs."""
     train, encoder = material.train, material.encoder
     assert encoder is not None
     about: dict[str, Any] = dict(public=material.public, scaling=scaling)
@@ -139,12 +128,7 @@ def source_of(
 
 
 def _stored(
-    encoder: encoders.Encoder,
-    part: Part,
-    recipes: Sequence[views.Recipe],
-    seed: int,
-    compute: ComputeFlags,
-    **about: Any,
+    encoder: encoders.Encoder, part: Part, recipes: list[views.Recipe], seed: int, compute: ComputeFlags, **about: Any
 ) -> StoredViews:
     folder = Path(compute.cache).expanduser() / "views"
     with files.explained(folder):
@@ -199,9 +183,7 @@ def _pretrain(
     return bank.weights[0], bank.biases[0]
 
 
-def compute_network(
-    group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path
-) -> Iterator[Done]:
+def compute_network(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Results:
     """A network from scratch: one training run, with checkpoints; under torchrun, on all processes together."""
     (task,) = group
     spec, m, device, train = task.spec, task.mechanism, compute.where(), material.train
@@ -211,13 +193,10 @@ def compute_network(
     physical = compute.physical_batch or (64 if on_gpu else 8)
     names = ["clip_norm", "learning_rate", "momentum", "weight_decay", "ema_decay"]
     names += ["microbatch", "microbatch_mix", "seed"]
-    mechanism: dict[str, Any] = _of_spec(spec, *names) | dict(
-        num_classes=many, sample_rate=m.sample_rate, steps=m.steps
-    )
+    mechanism: dict[str, Any] = _of_spec(spec, *names) | dict(sample_rate=m.sample_rate, steps=m.steps)
     mechanism |= dict(noise_multiplier=m.noise_multiplier, expected_batch=spec.batch_size / spec.microbatch)
-    mechanism |= dict(
-        recipe=spec.recipe.for_data(train.whole.flip), identity=task.identity.run, places=len(material.pool)
-    )
+    mechanism |= dict(recipe=spec.recipe.for_data(train.whole.flip), identity=task.identity.run)
+    mechanism |= dict(num_classes=many, places=len(material.pool))
     flags: dict[str, Any] = dict(device=device, physical_batch=physical, engine=compute.engine, channels_last=on_gpu)
     flags |= dict(autocast=None if precision == torch.float32 else precision, progress=compute.progress)
     flags |= dict(delta=spec.delta if m.noise_multiplier else None, spec={"network": spec.model})
@@ -245,9 +224,7 @@ def result(
 ) -> Result:
     """The record of a finished run with these accuracies, and where it came from."""
     spec, identity, encoder = task.spec, task.identity, material.encoder
-    seen: dict[str, Any] = dict(
-        validation_accuracy=validation, dropped_gradients=dropped, train_examples=len(material.train)
-    )
+    seen: dict[str, Any] = dict(validation_accuracy=validation, dropped_gradients=dropped)
     busy = sum(timing["shares"].values()) if "shares" in timing else timing["seconds"]
     rate = timing["views"] / max(busy, 1e-9)
     where = provenance(compute.where(), material.digest) | {
@@ -264,7 +241,7 @@ def result(
         epsilon=task.epsilon,
         **task.mechanism._asdict(),
         divisor=spec.batch_size / spec.microbatch,
-        diagnostics=NonPrivateDiagnostics(**seen),
+        diagnostics=NonPrivateDiagnostics(train_examples=len(material.train), **seen),
         timing=timing | {"views_per_second": rate, "dtype": str(compute.precision())},
         provenance=where,
     )

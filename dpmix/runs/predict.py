@@ -13,13 +13,14 @@ from torch import Tensor
 from dpmix.core import checks, files, heads, transforms
 from dpmix.core.processes import device_of
 from dpmix.images import decoding, layouts
+from dpmix.images.image_cache import sha256
 from dpmix.models import encoders
 from dpmix.models.wide_resnet import wide_resnet
-from dpmix.runs.identity import sha256
 from dpmix.runs.release import card_digest
 
 AT_A_TIME = 256
-Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image]
+File = str | Path
+Images = File | Image.Image | np.ndarray | Tensor | Sequence[File | Image.Image]
 
 
 class Prediction(NamedTuple):
@@ -32,9 +33,7 @@ class Prediction(NamedTuple):
     sources: list[str]
 
 
-def predict(
-    release: str | Path, images: Images, *, weights: str | Path | None = None, device: str = "cpu"
-) -> Prediction:
+def predict(release: File, images: Images, *, weights: File | None = None, device: str = "cpu") -> Prediction:
     """Class names and probabilities by the model in the folder `release`.
 
     Args:
@@ -43,12 +42,14 @@ def predict(
         weights: the encoder's file, where it is not found by its name.
 
     Raises ValueError for an encoder's file that is not the one of training (by the sha256 on the card), for a model that
-    does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent.
-    """
+    does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent."""
     folder = Path(release).expanduser()
     card, listed = read_card(folder), _listed(images)
     classes, (channels, height, width) = tuple(card["class_names"]), card["images"]
-    score = _scorer(card, _tensors(folder, card), weights, device_of(device))
+    found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
+    if found is None:
+        raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
+    score = _scorer(card, found[0], weights, device_of(device))
     scores = [torch.zeros(0, len(classes))]
     for first in range(0, len(listed), AT_A_TIME):
         pixels = [_pixels(x, height, width, channels) for x in listed[first : first + AT_A_TIME]]
@@ -70,15 +71,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _tensors(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
-    if found is None:
-        raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
-    return found[0]
-
-
 def _scorer(
-    card: dict[str, Any], tensors: dict[str, Tensor], weights: str | Path | None, device: torch.device
+    card: dict[str, Any], tensors: dict[str, Tensor], weights: File | None, device: torch.device
 ) -> Callable[[UInt8[Tensor, "b C H W"]], Float[Tensor, "b classes"]]:
     """From images to scores of the classes."""
     about, spec = card["encoder"], card["spec"]
@@ -100,7 +94,7 @@ def _scorer(
     return lambda images: heads.encode(encoder, images, device).cpu().float() @ weight.T + bias
 
 
-def _listed(images: Images) -> Sequence[str | Path | Image.Image]:
+def _listed(images: Images) -> Sequence[File | Image.Image]:
     """Files or pictures; of a folder, its image files, with all that is in it."""
     if isinstance(images, (np.ndarray, Tensor)):
         return _pictures(torch.as_tensor(images))
@@ -111,16 +105,15 @@ def _listed(images: Images) -> Sequence[str | Path | Image.Image]:
         return [path]
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in layouts.SUFFIXES and p.is_file())
     found = [p for p in found if not any(map(layouts.hidden, p.relative_to(path).parts))]
-    allowed = f"holds no images; taken are {' '.join(layouts.SUFFIXES)}"
-    checks.require(bool(found), "images", str(path), allowed)
+    checks.require(bool(found), "images", str(path), f"holds no images; taken are {' '.join(layouts.SUFFIXES)}")
     return found
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
     last = images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
     good = images.dtype == torch.uint8 and images.ndim == 4 and (last or images.shape[1] in (1, 3))
-    shape = f"{images.dtype} {list(images.shape)}"
-    checks.require(good, "images", shape, "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels")
+    said = "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels"
+    checks.require(good, "images", f"{images.dtype} {list(images.shape)}", said)
     arrays = np.ascontiguousarray((images if last else images.permute(0, 2, 3, 1)).cpu().numpy())
     return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x) for x in arrays]
 

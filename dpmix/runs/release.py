@@ -15,12 +15,11 @@ WITHHELD = ("seed", "validation accuracy and every other diagnostic computed wit
 
 
 def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
-    """Write the weights of one run and its privacy card into the folder `path`. Nothing of `NonPrivateDiagnostics`.
+    """Write the weights of one run and its privacy card into the folder `path`: no seed, nothing of `NonPrivateDiagnostics`.
 
-    The seed is withheld. Raises ValueError for a run that carries no guarantee: without noise, with a seed that was given
-    (whoever gave it, or guesses it, can subtract the noise), or with private images in the place of public ones. A budget
-    that protects nobody is released, and the card says so in plain words.
-    """
+    Raises ValueError for a run that carries no guarantee: without noise, with a seed that was given (whoever gave it, or
+    guesses it, can subtract the noise), or with private images in the place of public ones. A budget that protects nobody
+    is released, and the card says so in plain words."""
     path, store, spec = Path(path), store or Store(), result.spec
     allowed = "a run without noise carries no guarantee and is not released"
     checks.require(result.noise_multiplier > 0, "result.noise_multiplier", 0, allowed)
@@ -52,26 +51,16 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
     if spec.microbatch > 1:
         unit = f"microbatch of {spec.microbatch} in a fixed partition of public size"
         adjacency = "one place of the partition is vacated or filled"
-    sensitivity = microbatch.sensitivity(spec.microbatch) * spec.clip_norm
+    sigma, sensitivity = result.noise_multiplier, microbatch.sensitivity(spec.microbatch) * spec.clip_norm
+    noise = {"noise_multiplier": sigma, "clip_norm": spec.clip_norm, "sensitivity": sensitivity}
+    noise |= {"noise_standard_deviation": sigma * sensitivity, "public_population": result.population}
+    epsilon = {name: value for name, value in result.epsilon.items() if value is not None}
     return {
-        "guarantee": {
-            "epsilon": {name: value for name, value in result.epsilon.items() if value is not None},
-            "delta": spec.delta,
-            "calibrated_by": spec.accountant,
-        },
+        "guarantee": {"epsilon": epsilon, "delta": spec.delta, "calibrated_by": spec.accountant},
         "in_plain_words": _plain_words(result),
         "adjacency": adjacency,
         "sampling": f"Poisson, every {unit} joins a step with probability {result.sample_rate:.6g}",
-        "mechanism": {
-            "noise_multiplier": result.noise_multiplier,
-            "clip_norm": spec.clip_norm,
-            "sensitivity": sensitivity,
-            "noise_standard_deviation": result.noise_multiplier * sensitivity,
-            "sample_rate": result.sample_rate,
-            "steps": result.steps,
-            "divisor": result.divisor,
-            "public_population": result.population,
-        },
+        "mechanism": noise | {name: getattr(result, name) for name in ("sample_rate", "steps", "divisor")},
         "not_accounted_for": _not_accounted_for(result, store),
         "withheld": list(WITHHELD),
         "spec": _public_spec(spec),

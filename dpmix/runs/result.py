@@ -12,10 +12,8 @@ from dpmix.runs.spec import RunSpec
 
 @dataclass(frozen=True, kw_only=True)
 class NonPrivateDiagnostics:
-    """What was computed from private data without noise. For choosing and debugging; never part of a release.
-
-    `owners_note`: one line for the owner where gradients were dropped, else empty.
-    """
+    """What was computed from private data without noise. For choosing and debugging; never part of a release. `owners_note`:
+    one line for the owner where gradients were dropped, else empty."""
 
     validation_accuracy: float | None
     dropped_gradients: int
@@ -30,10 +28,8 @@ class NonPrivateDiagnostics:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run. `test_accuracy` (0..1) is that of the last step. `epsilon` holds each accountant's bound at spec.delta.
-
-    `key` is its name in the store, `seed_drawn` whether the software drew the seed itself.
-    """
+    """One run. `test_accuracy` (0..1) is that of the last step. `epsilon` holds each accountant's bound at spec.delta. `key`
+    is its name in the store, `seed_drawn` whether the software drew the seed itself."""
 
     spec: RunSpec
     key: str
@@ -60,38 +56,35 @@ class Result:
         return cls(**{**rest, "spec": spec, "diagnostics": seen})
 
 
-def frame(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a run: every field of the spec and of the recipe, accuracies in percent, q, T, sigma, epsilons, timing.
+def told(about: dict[str, Any], *libraries: str) -> dict[str, str]:
+    """`date`, `device` and `versions` (of dpmix, torch and `libraries`) of a provenance."""
+    commit = f" at {about['commit'][:9]}{' with changes' if about['dirty'] else ''}" if about["commit"] else ""
+    others = "".join(f", {name} {about['versions'][name]}" for name in ("torch", *libraries))
+    made_with = f"dpmix {about['versions']['dpmix']}{commit}{others}"
+    return {"date": about["date"], "device": about["device"], "versions": made_with}
 
-    A seed that the software drew is not shown.
-    """
+
+def frame(results: Iterable[Result]) -> pd.DataFrame:
+    """One row a run: every field of the spec and of the recipe, accuracies in percent, q, T, sigma, epsilons, timing. A seed
+    that the software drew is not shown."""
 
     def row(r: Result) -> dict[str, Any]:
-        spec, about, held_out = asdict(r.spec), r.provenance, r.diagnostics.validation_accuracy
-        recipe, v, commit = spec.pop("recipe"), about["versions"], about["commit"]
-        at = f" at {commit[:9]}{' with changes' if about['dirty'] else ''}" if commit else ""
-        return {
-            **spec,
-            **({"seed": "drawn"} if r.seed_drawn else {}),
-            "recipe": r.spec.recipe,
-            **recipe,
-            **dict(key=r.key, accuracy=100 * r.test_accuracy),
-            "validation_accuracy": float("nan") if held_out is None else 100 * held_out,
-            **dict(sigma=r.noise_multiplier, q=r.sample_rate, T=r.steps, N=r.population),
-            **{f"epsilon_{name}": value for name, value in r.epsilon.items()},
-            **{name: r.timing[name] for name in ("seconds", "views_per_second")},
-            **{name: about[name] for name in ("date", "device")},
-            "versions": f"dpmix {v['dpmix']}{at}, torch {v['torch']}, opacus {v['opacus']}",
-        }
+        spec, held_out = asdict(r.spec), r.diagnostics.validation_accuracy
+        recipe = spec.pop("recipe")
+        found = spec | ({"seed": "drawn"} if r.seed_drawn else {}) | {"recipe": r.spec.recipe} | recipe
+        found |= {"key": r.key, "accuracy": 100 * r.test_accuracy}
+        found |= {"validation_accuracy": float("nan") if held_out is None else 100 * held_out}
+        found |= {"sigma": r.noise_multiplier, "q": r.sample_rate, "T": r.steps, "N": r.population}
+        found |= {f"epsilon_{name}": value for name, value in r.epsilon.items()}
+        found |= {name: r.timing[name] for name in ("seconds", "views_per_second")}
+        return found | told(r.provenance, "opacus")
 
     return pd.DataFrame(map(row, results))
 
 
 def choose_learning_rate(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """The rows of the learning rate with the best mean validation accuracy over the seeds, for each condition `by`.
-
-    Never looks at the test accuracy. Ties go to the smaller rate. The choice itself is not private and not accounted for.
-    """
+    """The rows of the learning rate with the best mean validation accuracy over the seeds, for each condition `by`. Never
+    looks at the test accuracy. Ties go to the smaller rate. The choice itself is not private and not accounted for."""
     by = list(by)
     scored = runs["validation_accuracy"].notna().all()
     remedy = "is missing for some runs, so there is nothing to choose by; give RunSpec a validation share above 0"

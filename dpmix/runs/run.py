@@ -2,9 +2,8 @@
 
 Each run is looked up in the store; what is missing is grouped by the pass that can compute it (frozen encoders: all heads
 of one data set, encoder, batch size, seed, ...) and checked; then each pass is computed once, and every run becomes one
-JSON. An interrupted pass goes on where it was. What is stored is never computed again, unless something behind it changed:
-the spec, an image, the encoder's weights or the code.
-"""
+JSON. An interrupted pass goes on where it was. What is stored is never computed again, unless something behind it
+changed: the spec, an image, the encoder's weights or the code."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -41,10 +40,9 @@ def run_all(
 ) -> list[Result]:
     """The result of every spec, in order; what the store lacks is computed, in as few passes as possible.
 
-    All specs are checked against their data first, so that bad input stops before any training. Two processes may share
-    a store: each pass is locked, and the second finds the first one's results. Under torchrun all processes of a job
-    train each network together, and the first keeps the store.
-    """
+    All specs are checked against their data first, so that bad input stops before any training. Two processes may share a
+    store: each pass is locked, and the second finds the first one's results. Under torchrun all processes of a job train each
+    network together, and the first keeps the store."""
     compute, store = compute or ComputeFlags(), store or Store()
     rank, world = processes(compute.where())
     frozen = next((spec.model for spec in specs if world > 1 and not spec.from_scratch), None)
@@ -63,10 +61,9 @@ def run_all(
     gone = [one.name for one, result in zip(asked, results, strict=True) if result is None]
     if gone:
         raise RuntimeError(f"result {gone[0]}: it is gone from the store since it was computed; run again")
-    if rank == 0:
-        for one in asked:
-            if one.seed_drawn:
-                store.forget_seeds(replace(one.identity, spec=replace(one.identity.spec, seed=None)))
+    for one in asked if rank == 0 else ():
+        if one.seed_drawn:
+            store.forget_seeds(replace(one.identity, spec=replace(one.identity.spec, seed=None)))
     return results
 
 
@@ -78,7 +75,7 @@ def look_up(
     contents, found = Contents(compute, store.folder), list[Result | None]()
     for spec in specs:
         try:
-            found.append(store.get(store.name_of(contents.identity(spec))))
+            found.append(store.get(store.name(contents.identity(spec).run)))
         except FileNotFoundError:
             found.append(None)
     return found
@@ -92,7 +89,7 @@ def ask(specs: Sequence[RunSpec], compute: ComputeFlags, store: Store) -> list[A
         if spec.seed is None:
             identity = replace(identity, spec=replace(spec, seed=store.drawn_seed(identity, taken[spec])))
             taken[spec] += 1
-        found.append(Asked(identity, store.name_of(identity), spec.seed is None))
+        found.append(Asked(identity, store.name(identity.run), spec.seed is None))
     return found
 
 

@@ -48,9 +48,8 @@ class RunSpec:
 
     Training: `recipe` of views, drawn anew at every step or, with `redraw=False`, once an example; `clip_norm` C,
     `learning_rate` eta of Algorithm 1, expected `batch_size` B, `epochs`, `momentum`, `seed`. None draws the seed: it is
-    kept in the local store only, and no other run can be released. No text of a spec shows a seed.
-    Networks only: `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2)).
-    """
+    kept in the local store only, and no other run can be released. No text of a spec shows a seed. Networks only:
+    `weight_decay`, `ema_decay`, and `microbatch` size with `microbatch_mix` (Eq. (2))."""
 
     recipe: views.Recipe
     epsilon: float | None
@@ -167,8 +166,7 @@ class ComputeFlags:
     `dtype` of encoders, and of a network's forward and backward; "auto" is bfloat16 on a GPU and on a CPU with instructions
     for it (AMX, AVX512-BF16), else float32. Norms, sums and noise are float32 in any case. `encoder_engine` runs frozen
     encoders: "auto" is OpenVINO on a CPU, PyTorch elsewhere. `cache` is private: stored views (`redraw=False`) lie there too.
-    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU.
-    """
+    `workers` passes run at a time, in processes of their own; by default as many as there are cores, and one on a GPU."""
 
     device: str = "auto"
     physical_batch: int | None = None
@@ -213,23 +211,20 @@ class Mechanism(NamedTuple):
 
 def no_meaningful_guarantee(epsilon: float, delta: float, population: int) -> list[str]:
     """Why (epsilon, delta) would protect nobody among `population` examples, in plain words; empty where it may."""
-    hollow = (
-        f"delta={delta:g}: is not below 1/N = {1 / population:.1e}; such a guarantee allows to publish one example "
-        "outright and is no meaningful one"
-    )
-    loose = (
-        f"epsilon={epsilon:.3g}: is above {MEANINGFUL:g}; one example may make a model e^{epsilon:.3g} times as likely, "
-        "which is no meaningful guarantee"
-    )
-    return [why for why, holds in ((hollow, delta >= 1 / population), (loose, epsilon > MEANINGFUL)) if holds]
+    found = []
+    if delta >= 1 / population:
+        said = "such a guarantee allows to publish one example outright and is no meaningful one"
+        found.append(f"delta={delta:g}: is not below 1/N = {1 / population:.1e}; {said}")
+    if epsilon > MEANINGFUL:
+        said = f"one example may make a model e^{epsilon:.3g} times as likely, which is no meaningful guarantee"
+        found.append(f"epsilon={epsilon:.3g}: is above {MEANINGFUL:g}; {said}")
+    return found
 
 
 def mechanism(spec: RunSpec, n: int) -> Mechanism:
-    """q, T and sigma of a run on `n` private examples, validation included. ValueError if B > N or epsilon is out of reach.
-
-    A microbatch changes its clipped average by up to 2C when one example joins or leaves, so its noise is doubled
-    (Section 2.1 of the paper); q and T then count microbatches. Warns of a guarantee that would mean nothing.
-    """
+    """q, T and sigma of a run on `n` private examples, validation included. ValueError if B > N or epsilon is out of reach. A
+    microbatch changes its clipped average by up to 2C when one example joins or leaves, so its noise is doubled (Section 2.1
+    of the paper); q and T then count microbatches. Warns of a guarantee that would mean nothing."""
     population = round((1 - spec.validation) * n) if spec.population is None else spec.population
     allowed = f"must be at most the {checks.counted(population, 'training example')}"
     checks.require(spec.batch_size <= population, "batch_size", spec.batch_size, allowed)
@@ -245,23 +240,19 @@ def mechanism(spec: RunSpec, n: int) -> Mechanism:
 
 
 def epsilons(spec: RunSpec, m: Mechanism) -> dict[str, float | None]:
-    """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say. Of microbatches
-    these bound a movement by 2C; "pair" is what the pair of neighbours spends that there really is, by PLD.
-
-    Asked before training, so that what only a privacy card needs never costs a run. ValueError if `spec.accountant` itself
-    cannot say.
-    """
+    """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say (ValueError where it
+    is `spec.accountant` itself). Of microbatches these bound a movement by 2C; "pair" is what the pair of neighbours spends
+    that there really is, by PLD. Asked before training, so that what only a privacy card needs never costs a run."""
     names = (*accounting.ACCOUNTANTS, *(["pair"] if spec.microbatch > 1 else []))
     found: dict[str, float | None] = dict.fromkeys(names)
-    asked: dict[str, Any] = dict(m._asdict(), delta=spec.delta)
-    del asked["population"]
+    asked: dict[str, Any] = dict(sample_rate=m.sample_rate, steps=m.steps, delta=spec.delta)
     for name in names if m.noise_multiplier else ():
-        how: dict[str, Any] = {"accountant": name}
+        how: dict[str, Any] = {"accountant": name, "noise_multiplier": m.noise_multiplier}
         if name == "pair":
-            how = {"accountant": "pld", "neighbours": "change"}
-            how["noise_multiplier"] = microbatch.sensitivity(spec.microbatch) * m.noise_multiplier
+            deviation = microbatch.sensitivity(spec.microbatch) * m.noise_multiplier
+            how = {"accountant": "pld", "neighbours": "change", "noise_multiplier": deviation}
         try:
-            found[name] = accounting.epsilon_spent(**asked | how)
+            found[name] = accounting.epsilon_spent(**asked, **how)
         except (ValueError, ArithmeticError) as error:
             if name == spec.accountant:
                 raise ValueError(f"accountant={name!r}: has no epsilon at delta={spec.delta:g} ({error})") from error

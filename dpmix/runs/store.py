@@ -18,11 +18,9 @@ STORE = Path(os.environ.get("DPMIX_STORE") or data.PROJECT / "data" / "runs")  #
 
 
 class Store:
-    """A folder of results: NAME.json each, written atomically and checksummed, and the trained weights beside it.
-
-    Names follow from identities through a key of the folder's own, so they tell nothing of the images. A result of other
-    images, other weights of an encoder or other code has another name: what is found is what was asked for.
-    """
+    """A folder of results: NAME.json each, written atomically and checksummed, and the trained weights beside it. Names follow
+    from identities through a key of the folder's own, so they tell nothing of the images. A result of other images, other
+    weights of an encoder or other code has another name: what is found is what was asked for."""
 
     def __init__(self, folder: Path | str = STORE) -> None:
         self.folder = Path(folder)
@@ -32,10 +30,6 @@ class Store:
         """The name of what these digests identify: 32 hexadecimal digits, HMAC-SHA256 under the key of this store."""
         self._key = self._key or self._own_key()
         return hmac.new(self._key, files.digest(*parts).encode(), "sha256").hexdigest()[:32]
-
-    def name_of(self, identity: Identity) -> str:
-        """The name of a run's result."""
-        return self.name(identity.run)
 
     def _own_key(self) -> bytes:
         path = self.folder / "key"

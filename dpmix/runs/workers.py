@@ -1,8 +1,7 @@
 """Passes side by side, each in a process of its own (loky's, which do not run the caller's script again).
 
 Small encoders gain little from a second thread and all from a second process. A worker takes one pass after another and
-writes to the store as any other process would.
-"""
+writes to the store as any other process would."""
 
 import contextlib
 import os
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
+from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
@@ -24,8 +24,7 @@ from dpmix.runs.spec import ComputeFlags
 
 def count(compute: ComputeFlags, passes: int) -> int:
     """How many passes to run at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = compute.workers or (cores if compute.where().type == "cpu" else 1)
+    most = compute.workers or (cpu_count() if compute.where().type == "cpu" else 1)
     return max(1, min(most, passes))
 
 
@@ -33,9 +32,8 @@ def run(work: Callable[..., None], passes: Sequence[Any], compute: ComputeFlags,
     """`work(pass, compute, *about)` for every pass, in `workers` processes; waits for all of them. Each has a process group
     of its own: a terminal and Jupyter interrupt whole groups, and a second signal would cut the saving of a checkpoint short.
 
-    An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised here
-    as RuntimeError with its own words; the other passes are finished, by a new worker where one died.
-    """
+    An interrupt is passed on: each worker saves its checkpoint first. What a worker refused or could not do is raised
+    here as RuntimeError with its own words; the other passes are finished, by a new worker where one died."""
     waiting, errors, busy = iter(passes), list[str](), set[ProcessPoolExecutor]()
     change, interrupted = threading.Lock(), threading.Event()
     quiet = replace(compute, workers=1, progress=False)

@@ -42,7 +42,7 @@ def test_summary_is_mean_deviation_and_count():
 
 def test_blocks_are_laid_out_as_the_paper_prints_them():
     both = pd.concat([RUNS, runs_of({"self-aug": [90.0]}, epsilon=2.0)])
-    block = report.block(report.summary(both, ["method", "epsilon"]))
+    block = report.block(report.summary(both, ["method", "epsilon"]), ["method"], ["epsilon"])
     assert list(block.index) == ["Self-Aug", "DP-MixSelf"] and list(block.columns) == ["ε = 1", "ε = 2"]
     assert block.to_numpy().tolist() == [["81.0 (1.0)", "90.0"], ["83.8 (0.8)", "–"]]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -235,30 +236,6 @@ def test_no_global_random_state_is_touched():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_evaluation_during_and_at_the_end():
-    images, labels = data()
-    got = train(steps=5, evaluate=lambda model, step: network.accuracy(model, images, labels), evaluate_every=2)
-    assert [step for step, _ in got.diagnostics] == [2, 4, 5]
-    model = tiny()
-    model.load_state_dict(got.state)
-    assert got.diagnostics[-1][1] == network.accuracy(model, images, labels, physical_batch=5)
-
-
-def test_modes_that_an_evaluation_sets_end_with_it():
-    """It may leave the network in another mode than the one that was checked, in which layers may do other things."""
-    model, seen = tiny().eval(), []
-
-    def evaluate(model, step):
-        seen.append({module.training for module in model.modules()})
-        model.train()
-
-    train(model, steps=3, evaluate=evaluate, evaluate_every=1)
-    assert seen == [{False}] * 3 and not any(module.training for module in model.modules())
-    with pytest.raises(RuntimeError, match="stop"):
-        train(model, steps=1, evaluate=lambda model, step: model.train() and exec("raise RuntimeError('stop')"))
-    assert not model.training
-
-
 def test_accuracy():
     class Right(nn.Module):
         def __init__(self):
@@ -287,12 +264,15 @@ def test_fresh_entropy():
 
 
 def interrupted(path, at, **changes):
-    def stop(model, step):
-        if step == at:
-            raise KeyboardInterrupt
+    real = network._Run.clipped_sum
 
-    with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=path, evaluate=stop, evaluate_every=1, **changes)
+    def stop(run):
+        if run.state.step == at:
+            raise KeyboardInterrupt
+        return real(run)
+
+    with mock.patch.object(network._Run, "clipped_sum", stop), pytest.raises(KeyboardInterrupt):
+        train(checkpoint=path, **changes)
 
 
 FULL = dict(momentum=0.9, ema_decay=0.9, weight_decay=0.01, steps=6)
@@ -333,7 +313,6 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert files.load_tensors(path)[1]["step"] == 4
     again = train(checkpoint=path)
     assert again.resumed_from == 4 and same(first.state, again.state)
-    assert train(checkpoint=path, resume=False).resumed_from == 0
 
 
 @pytest.mark.parametrize(
@@ -633,19 +612,3 @@ class Remembers(nn.Module):
 def test_a_buffer_that_follows_the_images_is_refused():
     with pytest.raises(ValueError, match="model: 'largest' changes while private images pass"):
         train(Remembers(), sample_rate=1.0)
-
-
-def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
-    asked = []
-
-    def evaluate(model, step):
-        asked.append(step)
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-        return 1.0
-
-    about = dict(checkpoint=tmp_path / "run", evaluate=evaluate)
-    with pytest.raises(KeyboardInterrupt):
-        train(**about)
-    done = train(**about)
-    assert done.resumed_from == 4 and done.diagnostics == [(4, 1.0)]
