@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import dpmix
-from dpmix.core.checks import require
+from dpmix.core.checks import counted, require
 
 COMMANDS = {
     "check": "look at a folder of images before training on it; spends nothing",
@@ -56,7 +56,8 @@ def main(words: list[str] | None = None) -> int:
         else:
             (_predict if command == "predict" else _card)(**asked)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = "; the same command goes on where it stopped" if command in ("check", "train") else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"dpmix {command}: {error}", file=sys.stderr)
@@ -74,13 +75,20 @@ def _predict(release: str, images: list[str], weights: str | None) -> None:
     import pandas as pd
 
     from dpmix.images.image_cache import printable
+    from dpmix.runs.predict import predictions
 
     folders = [name for name in images if Path(name).expanduser().is_dir()]
     require(len(images) == 1 or not folders, "images", images, "give files, or one folder")
-    found = dpmix.predict(release, images[0] if len(images) == 1 else images, weights=weights)
-    names, surest = map(printable, found.sources), found.probabilities.max(1)
-    columns = {"image": list(names), "class": found.class_names, "probability": surest}
-    pd.DataFrame(columns).to_csv(sys.stdout, index=False, float_format="%.4f")
+    head, bad = True, list[str]()
+    for found, unread in predictions(release, images[0] if len(images) == 1 else images, weights=weights):
+        names, surest = map(printable, found.sources), found.probabilities.max(1, initial=0)
+        columns = {"image": list(names), "class": found.class_names, "probability": surest}
+        pd.DataFrame(columns).to_csv(sys.stdout, index=False, header=head, float_format="%.4f")
+        sys.stdout.flush()
+        head, bad = False, bad + unread
+    if bad:
+        some = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+        raise ValueError(f"without a prediction: {counted(len(bad), 'image')}: {some}")
 
 
 def _card(release: str) -> None:

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `ValueError("name=value: allowed")` unless `condition` holds."""
@@ -30,6 +32,12 @@ def positive(name: str, value: Any, hint: str = "") -> None:
     allowed = f"must be a positive finite number{hint}"
     finite(name, value, allowed)
     require(value > 0, name, value, allowed)
+
+
+def single(name: str, value: float) -> None:
+    """Refuse a number that is infinite, or nothing, in single precision."""
+    kind = np.finfo(np.float32)
+    require(float(kind.tiny) <= abs(value) <= float(kind.max), name, value, "is beyond the numbers of float32")
 
 
 def floats(instance: object, *names: str) -> None:

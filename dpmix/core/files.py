@@ -31,12 +31,13 @@ def digest(*parts: str | bytes) -> str:
     return total.hexdigest()
 
 
-_ELSEWHERE = "; choose a folder that can be written, for results by the environment variable DPMIX_STORE"
+_ELSEWHERE = "; name a folder that can be written (of results, the environment variable DPMIX_STORE names it)"
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run again, what is stored is intact",
     errno.EDQUOT: "the disk quota is used up; free some space and run again, what is stored is intact",
     errno.EFBIG: "the file would be larger than is allowed; raise the limit and run again, what is stored is intact",
     errno.EROFS: "the file system is read-only" + _ELSEWHERE,
+    errno.ENOENT: "there can be no such folder" + _ELSEWHERE,
     errno.EACCES: "no permission to write there" + _ELSEWHERE,
     errno.EPERM: "no permission to write there" + _ELSEWHERE,
 }

@@ -97,7 +97,7 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
         if not is_folder:
             found.left_out["in no class folder"] += 1
             continue
-        said = "is no UTF-8, so it cannot name a class in a file of results; rename it"
+        said = "is no UTF-8 or has control characters, so it cannot name a class in a file of results; rename it"
         require(printable(name) == name, "dataset", printable(base / name), said)
         found.inner.append(set())
         for parent, folders, names in sorted(_walk(base / name)):
@@ -115,10 +115,16 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
 
 
 def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
-    """`os.walk` without what is hidden; ValueError for a link to a folder."""
+    """`os.walk` without what is hidden; ValueError for a link to a folder, OSError for one that cannot be read."""
     seen, said = [], "is a link to a folder; put the folder itself there"
+
+    def refuse(error: OSError) -> None:
+        raise OSError(
+            f"dataset={printable(error.filename)!r}: cannot be read ({error.strerror}); give yourself the right to"
+        )
+
     require(not folder.is_symlink(), "dataset", printable(folder), said)
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not hidden(f))
         for inner in (Path(parent, f) for f in folders):
             require(not inner.is_symlink(), "dataset", printable(inner), said)
@@ -149,6 +155,8 @@ def list_folder(base: Path) -> Listing:
         require(not lost, "dataset", name, f"{part}/ lacks the class folders {', '.join(lost)}")
     _none_empty(name, train, "train/")
     _none_empty(name, test, "test/")
+    beside = {f for f in base.iterdir() if not hidden(f.name) and f.name not in ("train", "test", "synthetic")}
+    train.left_out.update(f"in {printable(f.name)}, beside train and test" for f in sorted(beside))
     _left_out(name, train.left_out + test.left_out)
     return _joined(base, train, test)
 
@@ -191,7 +199,9 @@ def _none_empty(name: str, found: Found, part: str) -> None:
 
 
 def _levels(base: Path, name: str, found: Found) -> None:
-    """Refuse one class, and folders inside class folders that look like the classes."""
+    """Refuse no class, one class, and folders inside class folders that look like the classes."""
+    said = f"no class folders in {base}; put the images of each class into a folder of its own, CLASS/IMAGE"
+    require(bool(found.classes), "dataset", name, said)
     shared = sorted(set.intersection(*found.inner)) if found.inner else []
     deeper = f"are the classes its folders ({', '.join(shared[:3])})? Put them directly into {base}"
     only = f"one class alone, {found.classes[:1]}; {deeper if shared else 'a classifier needs two'}"

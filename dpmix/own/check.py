@@ -4,6 +4,7 @@
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Iterable
@@ -111,6 +112,11 @@ def _run(p: Plan, m: Mechanism) -> Rows:
         ("ε, δ", f"{spec.epsilon:g}, {spec.delta:g} by {spec.accountant.upper()}; δ {why['delta']}"),
         ("noise multiplier, σ", f"{m.noise_multiplier:.4g}"),
         ("signal to noise", f"at most {ratio:.2g} a step, B / (σ √{weights:,}); {ratio * m.steps**0.5:.2g} over all"),
+        *(
+            [("WARNING", f"{printable(p.out)} is there already; train will refuse it")]
+            if os.path.lexists(p.out)
+            else []
+        ),
         *(("WARNING", words) for words in no_meaningful_guarantee(spec.epsilon, spec.delta, m.population)),
     ]
 
@@ -160,4 +166,10 @@ def _worth(p: Plan) -> Rows:
     like = min(sizes, key=lambda name: np.abs(np.log(np.divide(sizes[name], ours))).sum())
     best = tables[like].groupby(["epsilon", "method", "learning_rate"])["accuracy"].mean().groupby("epsilon").max()
     most = ("most like it", f"{like}: N = {sizes[like][0]:,.0f}, classes: {CLASSES[like]}")
-    return [most, *((f"ε = {epsilon:g}", f"at best {accuracy:.1f} % there") for epsilon, accuracy in best.items())]
+    fewer = sizes[like][0] / ours[0]
+    less = [("yours has fewer images", f"{fewer:.0f} times: expect less")] if fewer >= 2 else []
+    return [
+        most,
+        *less,
+        *((f"ε = {epsilon:g}", f"at best {accuracy:.1f} % there") for epsilon, accuracy in best.items()),
+    ]

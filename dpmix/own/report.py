@@ -23,8 +23,10 @@ def of(
     labels: Int64[np.ndarray, " n"],
     classes: Sequence[str],
     names: list[str],
+    copies: int = 0,
 ) -> dict[str, Any]:
-    """Numbers for a test set; `names` are the images'. The interval is Wilson's; calibration is over ten bins of confidence,
+    """Numbers for a test set; `names` are the images', `copies` how many of them equal a training image. A class without a
+    test image has no accuracy (None). The interval is Wilson's; calibration is over ten bins of confidence,
     its error their absolute difference, weighted by images."""
     n, many = len(labels), len(classes)
     chosen, confidence = probabilities.argmax(1), probabilities.max(1)
@@ -35,10 +37,14 @@ def of(
     binned = pd.DataFrame({"from": tenth, "confidence": confidence, "accuracy": right}).groupby("from", as_index=False)
     bins = binned.mean().assign(images=binned.size()["size"])
     wrong = sorted(np.flatnonzero(~right), key=lambda i: -confidence[i])
-    each = zip(classes, counts.tolist(), (confusion.diagonal() / counts).tolist(), strict=True)
+    hits = [
+        int(right) / int(count) if count else None for right, count in zip(confusion.diagonal(), counts, strict=True)
+    ]
+    each = zip(classes, counts.tolist(), hits, strict=True)
     called = [(names[i], classes[labels[i]], classes[chosen[i]], float(confidence[i])) for i in wrong]
     return {
         "images": n,
+        "copies_of_training_images": copies,
         "accuracy": float(right.mean()),
         "interval_95": [float(x) for x in binomtest(int(right.sum()), n).proportion_ci(method="wilson")],
         "largest_class": float(counts.max() / n),
@@ -53,12 +59,16 @@ def of(
 def text(seen: dict[str, Any], release: Path, private: Path) -> str:
     """For reading, as Markdown."""
     low, high = seen["interval_95"]
-    rows = [(c, f"{v['images']:,}", f"{100 * v['accuracy']:.1f}") for c, v in seen["by_class"].items()]
+    each = ((c, v["images"], v["accuracy"]) for c, v in seen["by_class"].items())
+    rows = [(c, f"{n:,}", "–" if right is None else f"{100 * right:.1f}") for c, n, right in each]
+    copied = counted(seen["copies_of_training_images"], "test image")
+    warned = f"**Too high**: {copied} equal a training image. " if seen["copies_of_training_images"] else ""
     return (
         f"**{100 * seen['accuracy']:.1f} % of {counted(seen['images'], 'test image')}** classified correctly "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}; the largest class alone is {100 * seen['largest_class']:.1f}). "
-        f"Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.\n\n"
-        f"Released: `{printable(release)}`. Private, with seed, log and errors: `{printable(private)}`.\n\n"
+        f"{warned}Probabilities are off by {100 * seen['calibration_error']:.1f} points on average.\n\n"
+        f"Released: `{printable(release)}`. Private: log and errors in `{printable(private)}`, the seed in "
+        f"`{printable(private.parent / 'runs')}`.\n\n"
     ) + table(("class", "test images", "right (%)"), rows)
 
 

@@ -71,6 +71,7 @@ def _as(kind: type, name: str, value: Any) -> Any:
         checks.finite(name, value)
         checks.require(kind is float or float(value).is_integer(), name, value, "must be a whole number")
         checks.positive(name, kind(value))
+        checks.single(name, value)
         return kind(value)
     truth = isinstance(value, bool)
     if kind is bool:
@@ -101,7 +102,8 @@ class Plan:
 
     def make_private(self, *names: str) -> None:
         """Folders of what is private, for their owner alone and never for git; a `private` of others stays as it is."""
-        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with files.explained(self.private):
+            self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in names:
             files.write(self.private / name / ".gitignore", b"*\n", private=True)
 
@@ -124,6 +126,8 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
 
     model = choose("model", *_model(listing.files))
     weights = None if asked.weights is None else str(Path(asked.weights).expanduser())
+    if not model.startswith(("open_clip:", "timm:")):
+        checks.one_of("model", model, (*encoders.ENCODERS, "timm:NAME"))
     encoder = encoders.encoder(model, weights, image_size=asked.image_size)
     clip_norm = choose("clip_norm", CLIP_NORMS.get(asked.method, 1.0), f"that of {asked.method}")
     batch = choose("batch_size", n, "every image at every step: the most signal for the noise")
@@ -134,6 +138,10 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     public = data.synthetic_folder(f"folder:{base}")
     scaled = asked.feature_scaling == "public"
     checks.require(not scaled or public.is_dir(), "feature_scaling", "public", f"needs public images in {public}")
+    mixed = views.METHODS[asked.method].k_diff > 0
+    checks.require(
+        not mixed or public.is_dir(), "method", asked.method, f"mixes public images in, and there are none in {public}"
+    )
     usual = recommended_rate(encoder, model, len(listing.class_names), asked.epsilon, scaled) / clip_norm
     rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and asked.learning_rate is None else ()
     found = f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"

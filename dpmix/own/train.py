@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +70,10 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
         spec = _with_rate(p, store, log)
         before = _finished(spec, p, store)
         result = before or run(spec, compute=p.compute, store=store)
+        if before is not None:
+            warnings.warn(
+                f"out={printable(p.out)!r}: this very run was trained before; that model is released", stacklevel=2
+            )
         log.info(f"trained {'before this call ' * (before is not None)}in {result.timing['seconds']:.0f} s")
         shutil.rmtree(partial, ignore_errors=True)
         _explain(release(result, partial, store=store))
@@ -118,7 +123,8 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
     tests, labels = listing.files[listing.train :], listing.labels[listing.train :]
     found = predict(partial, tests, weights=p.spec.weights, device=str(p.compute.where()))
     names = [printable(f.relative_to(listing.base)) for f in tests]
-    seen = report.of(found.probabilities, labels, listing.class_names, names)
+    decoded = data.opened(p.spec.dataset, listing, image_size=p.encoder.image_size, cache=p.compute.cache)
+    seen = report.of(found.probabilities, labels, listing.class_names, names, len(decoded.copies.test))
     off = abs(seen["accuracy"] - result.test_accuracy) * len(tests)
     if off >= max(2.5, 0.005 * len(tests)):  # another engine or precision rounds otherwise
         both = f"the release gives {seen['accuracy']:.4f} on the test images, training gave {result.test_accuracy:.4f}"

@@ -1,6 +1,6 @@
 """What was released, used by anybody: the folder alone gives class names and probabilities for images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dpmix.core import checks, files, heads, transforms
 from dpmix.core.processes import device_of
@@ -43,21 +44,43 @@ def predict(release: File, images: Images, *, weights: File | None = None, devic
 
     Raises ValueError for an encoder's file that is not the one of training (by the sha256 on the card), for a model that
     does not belong to its card, and for images that cannot be decoded; FileNotFoundError for what is absent."""
+    parts, bad = [], list[str]()
+    for part, unread in predictions(release, images, weights=weights, device=device):
+        parts.append(part)
+        bad += unread
+    if bad:
+        raise ValueError("; ".join(bad[:5]) + (f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""))
+    chosen, sources = ([x for p in parts for x in getattr(p, name)] for name in ("class_names", "sources"))
+    return Prediction(chosen, np.concatenate([p.probabilities for p in parts]), parts[0].classes, sources)
+
+
+def predictions(
+    release: File, images: Images, *, weights: File | None = None, device: str = "cpu"
+) -> Iterator[tuple[Prediction, list[str]]]:
+    """`predict` as it goes, some images at a time, so that nothing is lost where one cannot be decoded: the prediction for
+    those that can, and a line on each of the others. No images give one empty prediction."""
     folder = Path(release).expanduser()
     card, listed = read_card(folder), _listed(images)
+    absent = [x for x in listed if isinstance(x, (str, Path)) and not Path(x).expanduser().exists()]
+    if absent:
+        raise FileNotFoundError(f"images={str(absent[0])!r}: no such file or folder")
     classes, (channels, height, width) = tuple(card["class_names"]), card["images"]
     found = files.load_tensors(folder / "model.safetensors", {"card": card_digest(card)}, name="release")
     if found is None:
         raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
     score = _scorer(card, found[0], weights, device_of(device))
-    scores = [torch.zeros(0, len(classes))]
-    for first in range(0, len(listed), AT_A_TIME):
-        pixels = [_pixels(x, height, width, channels) for x in listed[first : first + AT_A_TIME]]
-        scores.append(score(torch.from_numpy(np.stack(pixels))).softmax(1).cpu())
-    probabilities = torch.cat(scores).numpy()
-    chosen = [classes[c] for c in probabilities.argmax(1)]
-    sources = [str(x if isinstance(x, (str, Path)) else i) for i, x in enumerate(listed)]
-    return Prediction(chosen, probabilities, classes, sources)
+    names = [str(x if isinstance(x, (str, Path)) else i) for i, x in enumerate(listed)]
+    for first in tqdm(range(0, max(1, len(listed)), AT_A_TIME), "predicting", disable=None, delay=2):
+        pixels, sources, bad = list[np.ndarray](), list[str](), list[str]()
+        for name, x in zip(names[first : first + AT_A_TIME], listed[first : first + AT_A_TIME], strict=True):
+            try:
+                pixels.append(_pixels(x, height, width, channels))
+                sources.append(name)
+            except ValueError as error:
+                bad.append(str(error))
+        scores = score(torch.from_numpy(np.stack(pixels))).softmax(1).cpu() if pixels else torch.zeros(0, len(classes))
+        chosen = [classes[c] for c in scores.argmax(1)]
+        yield Prediction(chosen, scores.numpy(), classes, sources), bad
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -124,7 +147,5 @@ def _pixels(image: Any, height: int, width: int, channels: int) -> np.ndarray:
             return decoding.of_image(image, height, width, channels)[0]
         with decoding.bombs_refused():
             return decoding.pixels(Path(image).expanduser().read_bytes(), height, width, channels)[0]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"images={str(image)!r}: no such file or folder") from None
     except Exception as error:  # Pillow raises many kinds
         raise ValueError(f"images={str(image)!r}: cannot be decoded ({decoding.reason(error)})") from error

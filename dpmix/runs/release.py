@@ -1,6 +1,7 @@
 """What may leave the house: the weights of one run and its privacy card."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     same = stored is not None and len({json.dumps(r.to_json(), sort_keys=True) for r in (stored, result)}) == 1
     allowed = "the store has another result under this key now; give the store that it came from, or run again"
     checks.require(same, "result", result.key, allowed)
+    whole = all(bool(t.isfinite().all()) for t in tensors.values())
+    said = "the weights are not finite; nothing is released. A lower rate is another training, with a budget of its own"
+    checks.require(whole, "learning_rate", spec.learning_rate, said)
     card = privacy_card(result, store)
     # Not result.key: it is a digest over the images too.
     files.save_tensors(path / "model.safetensors", tensors, {"card": card_digest(card)})
@@ -74,9 +78,10 @@ def _plain_words(result: Result) -> list[str]:
     spent, delta = result.epsilon[result.spec.accountant], result.spec.delta
     assert spent is not None
     hollow = no_meaningful_guarantee(spent, delta, result.population)
+    times = f" ({math.exp(spent):,.1f})" if spent < 10 else ""
     meant = (
-        f"Whatever is concluded from this model about one training example is at most e^{spent:.3g} times as likely as it "
-        f"would be from a model trained without that example, but for a chance of {delta:g}."
+        f"Whatever is concluded from this model about one training example is at most e^{spent:.3g}{times} times as likely as "
+        f"it would be from a model trained without that example, but for a chance of {delta:g} (1 in {1 / delta:,.0f})."
     )
     return [*(f"NO MEANINGFUL GUARANTEE. {why}" for why in hollow), meant]
 
@@ -88,7 +93,7 @@ def _not_accounted_for(result: Result, store: Store) -> list[str]:
     split = "the choice of the learning rate and of other settings on the validation split"
     known = "the number of training examples, from which the sampling rate and the number of steps follow"
     return [
-        f"the choice of this run: the store has {checks.counted(len(others), 'other run')} on private images, "
+        f"the choice of this run: its store has {checks.counted(len(others), 'other run')} on private images, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",
         *([split] if result.spec.validation else []),
         "other models released from the same data: their budgets add up",

@@ -113,6 +113,7 @@ class RunSpec:
         numbers = ("learning_rate", "clip_norm", "epochs")
         for name in numbers:
             checks.positive(name, getattr(self, name))
+            checks.single(name, getattr(self, name))
         checks.floats(self, "epsilon", *numbers, *SHARES, "pretrain_epochs", "weight_decay", "ema_decay")
         for name, allowed in SHARES.items():
             checks.require(0 <= getattr(self, name) < 1, name, getattr(self, name), allowed)

@@ -424,6 +424,30 @@ def test_a_file_more_leaves_all_others_of_a_folder_where_they_are(tmp_path):
     assert len(before ^ {i + 1 for i in after}) > 50, "the wrong way would be seen"
 
 
+def test_what_lies_beside_the_classes_is_told(tmp_path, monkeypatch):
+    for name in ("empty", "flat"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "flat" / "x.png", 1)
+    for name in ("empty", "flat"):
+        with pytest.raises(ValueError, match=r"no class folders in .*; put the images of each class into a folder"):
+            layouts.list_folder(tmp_path / name)
+    base = make_folder(tmp_path / "set")
+    save(base / "val" / "cat" / "x.png", 1)
+    with pytest.warns(UserWarning, match="files left out: 1 in val, beside train and test;"):
+        assert layouts.list_folder(base).train == 8
+    shutil.rmtree(base / "val")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"dataset='.*dog': cannot be read \(Permission denied\)"):
+        layouts.list_folder(base)
+
+
 def test_a_folder_too_small_to_be_split_is_refused_in_one_line(tmp_path):
     def tested(path):
         return layouts.generator(0, "split by name", path.encode().hex()).random() < 0.2

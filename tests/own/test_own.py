@@ -23,6 +23,7 @@ from dpmix.core import accounting, rng, views
 from dpmix.images import data, layouts
 from dpmix.own import report, settings
 from dpmix.own import train as training
+from dpmix.runs import predict as predicting
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = dict(epochs=30, learning_rate=8, model="tiny-convnext", progress=False)
@@ -355,6 +356,10 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(epsilom=2), "argument='epsilom': unknown; did you mean 'epsilon'"),
         (dict(model="tiny-convnet"), "unknown; did you mean 'tiny-convnext'"),
         (dict(progress="no"), "progress='no': must be True or False"),
+        (dict(model="foo"), "model='foo': unknown; known are"),
+        (dict(method="mix-diff"), "method='mix-diff': mixes public images in, and there are none in .*synthetic"),
+        (dict(clip_norm=1e-300), "clip_norm=1e-300: is beyond the numbers of float32"),
+        (dict(learning_rate=1e308), r"learning_rate=1e\+308: is beyond the numbers of float32"),
         (dict(delta=1e-30), "delta|accountant"),
     ],
 )
@@ -440,6 +445,30 @@ def test_intervals_and_calibration_have_the_right_value():
     assert seen["errors"] == [{"image": "x", "true": "b", "predicted": "a", "probability": 0.8}]
     assert seen["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.35 + 0.3) / 4)
     assert report.table(("x", "y"), [("a|b\nc", "d")]) == "| x | y |\n| --- | --- |\n| a\\|b c | d |"
+
+
+def test_a_class_without_test_images_and_copies_of_training_images_are_told():
+    seen = report.of(np.eye(3)[[0, 2]], np.array([0, 0]), ("a", "b", "c"), ["x", "y"], 1)
+    assert seen["by_class"]["b"] == {"images": 0, "accuracy": None} and seen["by_class"]["a"]["accuracy"] == 0.5
+    json.loads(json.dumps(seen, allow_nan=False))
+    text = report.text(seen, Path("out"), Path("private") / "out")
+    assert "| b | 0 | – |" in text and "**Too high**: 1 test image equal a training image" in text
+    assert "log and errors in `private/out`, the seed in `private/runs`" in text
+
+
+def test_one_bad_image_costs_no_other_its_prediction(trained, photos, tmp_path, capsys, monkeypatch):
+    for i, image in enumerate(sorted((photos / "test" / "digit 0").iterdir())[:3]):
+        shutil.copy(image, tmp_path / f"{i}.png")
+    (tmp_path / "1x.png").write_bytes(b"no image")
+    monkeypatch.setattr(predicting, "AT_A_TIME", 2)
+    assert main(["predict", str(trained.release), str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    rows = [line.split(",")[0].rpartition("/")[2] for line in said.out.splitlines()]
+    assert rows == ["image", "0.png", "1.png", "2.png"]
+    assert "without a prediction: 1 image: images='" in said.err and "1x.png': cannot be decoded" in said.err
+    monkeypatch.setattr(predicting, "_scorer", lambda *_: lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["predict", str(trained.release), str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_the_command_line(trained, photos, capsys, tmp_path):

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,7 +60,8 @@ def test_who_releases_is_told_what_it_promises(drawn):
     r, _, folder = drawn
     (meant,) = card_of(folder)["in_plain_words"]
     assert meant.startswith("Whatever is concluded from this model about one training example")
-    assert f"e^{r.epsilon['rdp']:.3g} times" in meant and "a chance of 1e-05" in meant
+    spent = r.epsilon["rdp"]
+    assert f"e^{spent:.3g} ({np.exp(spent):,.1f}) times" in meant and "a chance of 1e-05 (1 in 100,000)" in meant
 
 
 @pytest.mark.parametrize("seed", [0, 2**64, 20251126 * 10**12, 2**127 + 12345])
@@ -147,6 +149,15 @@ def test_a_delta_beyond_the_accountant_of_the_spec_is_refused_before_training(st
         run(replace(SPEC, delta=1e-15, accountant="prv"), compute=COMPUTE, store=store)
 
 
+def test_weights_that_are_not_finite_are_no_release(store, tmp_path, monkeypatch):
+    r = run(SPEC, compute=COMPUTE, store=store)
+    broken = {name: torch.full_like(t, torch.nan) for name, t in store.tensors(r).items()}
+    monkeypatch.setattr(type(store), "tensors", lambda *_: broken)
+    with pytest.raises(ValueError, match=r"learning_rate=.*: the weights are not finite; nothing is released"):
+        release(r, tmp_path / "out", store=store)
+    assert not (tmp_path / "out").exists()
+
+
 # How the run was chosen.
 
 
@@ -160,7 +171,7 @@ def test_the_card_says_how_many_runs_it_may_have_been_chosen_from(store, tmp_pat
     best = max(rates, key=lambda r: r.diagnostics.validation_accuracy)
     first, second, *_ = card_of(release(best, tmp_path / "best", store=store))["not_accounted_for"]
     assert "on the validation split" in second
-    assert "the store has 3 other runs on private images, 2 of them with an accuracy on private" in first
+    assert "its store has 3 other runs on private images, 2 of them with an accuracy on private" in first
 
 
 # What a stranger needs to use the weights, and what tells of their owner.
