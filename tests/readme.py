@@ -17,7 +17,7 @@ def words() -> str:
     about = [a for name in runs for a in evidence.read(name).attrs["about"]]
     whole: dict[str, list[str]] = {}  # of each encoder or network, what it saw
     for a in about:
-        seen = whole.setdefault(a["encoder"], [])
+        seen = whole.setdefault(a["encoder"].removesuffix(", in bfloat16"), [])
         seen += [images] if (images := evidence.images_of(a)) not in seen else []
     sets = "; ".join(f"{encoder}: {', '.join(seen)}" for encoder, seen in whole.items())
     return (
