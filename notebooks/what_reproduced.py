@@ -30,7 +30,7 @@ Markdown(f"**{counted(len(found), 'claim')}: {ledger.counts(found)}.**")
 # %% [markdown]
 # The data are the paper's own or their nearest kin (Caltech-101 in place of Caltech-256). The encoder is not: an EfficientNet-Lite0 trained on ImageNet, which fits two cores, in place of
 # a ViT-B-16 and a ConvNeXt trained on two billion images. So a verdict is about the claim on *this* encoder, and a claim that is contradicted here may hold there.
-# Views are cropped out of a padded image, as the paper has them, and that is what costs: {doc}`On what does the gain depend? <conditions>` has the same comparison with mirrors alone, at other sizes, and with views drawn anew.
+# Views are cropped out of a padded image, as the paper has them, and on CIFAR-10 Self-Aug loses nearly a point by that: {doc}`On what does the gain depend? <conditions>` has the same comparison with mirrors alone, at other sizes, and with views drawn anew.
 #
 # The rule is one for the whole book ({doc}`The rule of decision, and what is ours </deviations>`): the difference is averaged over the cells of the claim within a seed and tested over the seeds, with Holm's correction over all claims of this page. *Holds* and *contradicted*
 # are about the sign. *No effect larger than x* means that the interval excludes half of what the paper found (at least a quarter of a point, at most one). *Undecided* is what it says.
