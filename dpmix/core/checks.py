@@ -34,10 +34,10 @@ def positive(name: str, value: Any, hint: str = "") -> None:
     require(value > 0, name, value, allowed)
 
 
-def single(name: str, value: float) -> None:
+def single(name: str, value: Any) -> None:
     """Refuse a number that is infinite, or nothing, in single precision."""
     kind = np.finfo(np.float32)
-    require(float(kind.tiny) <= abs(value) <= float(kind.max), name, value, "is beyond the numbers of float32")
+    require(float(kind.tiny) <= abs(float(value)) <= float(kind.max), name, value, "is beyond the numbers of float32")
 
 
 def floats(instance: object, *names: str) -> None:

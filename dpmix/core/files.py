@@ -31,7 +31,7 @@ def digest(*parts: str | bytes) -> str:
     return total.hexdigest()
 
 
-_ELSEWHERE = "; name a folder that can be written (of results, the environment variable DPMIX_STORE names it)"
+_ELSEWHERE = "; choose a folder that can be written: of a release by `out`, of results by the variable DPMIX_STORE"
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run again, what is stored is intact",
     errno.EDQUOT: "the disk quota is used up; free some space and run again, what is stored is intact",

@@ -333,9 +333,9 @@ def test_image_data_sets_in_their_official_layout(load, tmp_path, no_decoding, n
     }
     assert ours == theirs and len(ours) == train + test
 
-    moved = shutil.copytree(root, tmp_path / "there", copy_function=shutil.copy2)
+    moved = root.rename(tmp_path / "there")
     no_decoding()
-    again = load(name, moved)  # same names, sizes and times: the cache serves both places
+    again = load(name, moved)  # the same files: the cache serves them wherever they lie
     assert again.digest == splits.digest and torch.equal(again.train.images, splits.train.images)
 
 

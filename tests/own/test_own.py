@@ -397,7 +397,8 @@ def test_a_spec_takes_numpys_numbers_and_names_text():
     assert done.stdout.splitlines() == [name + said for name in names]
 
 
-def test_a_method_is_its_recipe_and_its_clip_norm(photos):
+def test_a_method_is_its_recipe_and_its_clip_norm(photos, monkeypatch, tmp_path):
+    monkeypatch.setattr(settings.data, "synthetic_folder", lambda *_: tmp_path)
     for method, recipe in views.METHODS.items():
         spec = settings.plan(photos, 8, method=method).spec
         assert spec.recipe == recipe
