@@ -28,10 +28,10 @@ evidence.status("conditions", demo=False)
 value = "accuracy"  # what is compared
 
 # %% [markdown]
-# - **as in Table 3**: 96 pixels, a crop out of an image that is padded by an eighth of its side, and a mirror; views drawn once and stored;
-# - **64**, **128** and, where it was run, **224 pixels**: what the encoder sees. Its weights were trained at 224;
-# - **mirrors, no crops**: views keep the framing of the test images;
-# - **views drawn anew** at every step, as Algorithm 1 has them, at 64 pixels; of Self-Aug alone, since that takes ten times as long.
+# - **96 px**, as in Table 3: 96 pixels, a crop out of an image that is padded by an eighth of its side, and a mirror; views drawn once and stored;
+# - **64 px**, **128 px** and, where it was run, **224 px**: what the encoder sees. Its weights were trained at 224;
+# - **mirrors**, no crops: views keep the framing of the test images;
+# - **64 px, anew**: views drawn at every step, as Algorithm 1 has them; of Self-Aug alone, since that takes ten times as long.
 #
 # All with C = 1. What C does is on the page of {doc}`Table 3: fine-tuning with differential privacy <table3>`.
 #
@@ -41,7 +41,15 @@ value = "accuracy"  # what is compared
 
 # %% tags=["hide-input"]
 by = ["dataset", "model", "method", "epsilon", "condition"]
-runs = evidence.chosen("conditions", by)
+short = {
+    "as in Table 3": "96 px",
+    "64 pixels": "64 px",
+    "128 pixels": "128 px",
+    "mirrors, no crops": "mirrors",
+    "64 pixels, views drawn anew": "64 px, anew",
+    "224 pixels": "224 px",
+}
+runs = evidence.chosen("conditions", by).replace({"condition": short})
 found = report.Sources(runs.iloc[:0].assign(mean=[], std=[]), runs, runs.iloc[:0])
 how = {"rows": ("condition",), "columns": ("method",), "split": ("dataset", "epsilon"), "value": value}
 report.tables(found, **how) if len(runs) else "no runs"
@@ -72,10 +80,9 @@ def gains(first: str, second: str) -> pd.DataFrame:
 
 
 if len(runs):
-    places = [c for c in dict.fromkeys(runs["condition"]) if c != "as in Table 3"]
-    beside = {
-        c: "64 pixels" if c == "64 pixels, views drawn anew" else "as in Table 3" for c in places
-    }  # which differs in one thing
+    places = [c for c in dict.fromkeys(runs["condition"]) if c != "96 px"]
+    # Beside what differs in one thing.
+    beside = {c: "64 px" if c == "64 px, anew" else "96 px" for c in places}
     asked = [Comparison(c, other) for c, other in beside.items()]
     parts = [gains(p.first, p.second).assign(gain=f"{report.label(p.first)} − {report.label(p.second)}") for p in pairs]
     compared = report.Sources(found.published, pd.concat(parts, ignore_index=True), found.made)
@@ -83,14 +90,10 @@ if len(runs):
 report.Tables((caption, table.drop(columns="published")) for caption, table in shown) or "no runs"
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy of each method under each condition, a panel a budget"}}
-together = (
-    runs.assign(row=[f"{report.label(m)}, {c}" for m, c in zip(runs["method"], runs["condition"], strict=True)])
-    if len(runs)
-    else runs
-)
-plots.point_plot(found._replace(real=together), line="row", split=("dataset", "epsilon"), value=value) if len(
-    runs
-) else "no runs"
+if len(runs):
+    rows = [f"{report.label(m)}, {c}" for m, c in zip(runs["method"], runs["condition"], strict=True)]
+    together = found._replace(real=runs.assign(row=rows, budget=[f"ε = {e:g}" for e in runs["epsilon"]]))
+plots.point_plot(together, line="row", split=("dataset", "budget"), value=value) if len(runs) else "no runs"
 
 # %% [markdown]
 # ## Run it again
