@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from matplotlib.style import context as look
 from PIL import Image, ImageOps
 from scipy import stats
 from torch import Tensor
@@ -177,6 +178,7 @@ def _eight(method: str, seed: int) -> Tensor:
     return _gradients(encoder.features(made.images.flatten(0, 1)).unflatten(0, (8, -1)), made.targets, head)
 
 
+@look("default")  # whatever a notebook has set
 def step(*, method: str, clip_norm: float, sigma: float, without: int, seed: int) -> str:
     """One step on eight digits in two public directions: averaged, clipped, summed, noised, with and without one of them."""
     checks.require(1 <= without <= 8, "without", without, "must be one of the examples 1 to 8")
@@ -223,6 +225,7 @@ def results() -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+@look("default")
 def curves(*, dataset: str, model: str, methods: Sequence[str]) -> str:
     """Test accuracy against epsilon of runs that came with the repository: means and 95 % intervals over the seeds."""
     runs = results().query("dataset == @dataset and model == @model and method in @methods")
