@@ -288,7 +288,7 @@ def measure(name: str, seeds: Sequence[int], compute: ComputeFlags, examples: in
     runs = MEASURED[name](seeds, compute, examples).drop(columns=["date", "device", "versions"], errors="ignore")
     made = passes.provenance(compute.where(), images)
     hours = (time.time() - start) / 3600
-    about = described(name, runs, made, made, hours, f"{label(p.models[0])} at {p.image_size} pixels{rounded(compute)}")
+    about = described(name, runs, made, made, hours, seen_by(p.models[0], [p.image_size], compute))
     path = place(name, seeds)
     write(path, runs, about | {"dirty": made["dirty"]} | ({"examples": examples} if examples else {}))
     print(f"{name}: rows: {len(runs)}, {60 * hours:.0f} min: {path}", flush=True)
@@ -317,6 +317,11 @@ def described(
 def rounded(compute: ComputeFlags) -> str:
     """What the encoder, or the network, was rounded to; nothing is said of float32."""
     return ", in bfloat16" if compute.precision() == torch.bfloat16 else ""
+
+
+def seen_by(model: str, sizes: Sequence[int], compute: ComputeFlags) -> str:
+    """ "EfficientNet-Lite0 at 64, 96 pixels, in bfloat16"; no size where the encoder has its own."""
+    return label(model) + (f" at {', '.join(map(str, sizes))} pixels" if sizes else "") + rounded(compute)
 
 
 def run(cells: Sequence[Cell], compute: ComputeFlags) -> tuple[pd.DataFrame, list[Result]]:
@@ -362,13 +367,14 @@ def export(
     # Seconds of passes that ran side by side, each of which had a share of the machine.
     hours = sum({(r.spec.seed, r.timing["seconds"]): r.timing["seconds"] for r in results}.values()) / 3600
     hours /= compute.workers or 1
-    encoder = label(runs["model"].iloc[0]) + (f" at {', '.join(map(str, sizes))} pixels" if sizes else "")
+    encoder = seen_by(runs["model"].iloc[0], sizes, compute)
     if results[0].spec.from_scratch:
         epochs = runs["epochs"].iloc[0]
-        encoder += f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
+        encoder = (
+            label(runs["model"].iloc[0]) + f" from scratch, {'one epoch' if epochs == 1 else f'{epochs:g} epochs'}"
+        )
         jpeg = next((Path(compute.root) / runs["dataset"].iloc[0] / "train").rglob("*.jp*g"), None)
-        encoder += ", on a JPEG copy" if jpeg else ""
-    encoder += rounded(compute)
+        encoder += (", on a JPEG copy" if jpeg else "") + rounded(compute)
     about = described(name, runs, first, last, hours, encoder) | {
         "dirty": any(r.provenance["dirty"] for r in results),
         "test_images": max((len(r) for r in scored if r is not None), default=0),

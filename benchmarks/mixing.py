@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from evidence import beside, described, for_part, methods, part_of, place, rounded, seeds_asked, together, write
+from evidence import beside, described, for_part, methods, part_of, place, seeds_asked, seen_by, together, write
 from torch import Tensor
 
 from dpmix.companion import evidence, grids
-from dpmix.companion.report import label
 from dpmix.core import files, heads, views
 from dpmix.core.sources import Source
 from dpmix.runs import passes
@@ -178,15 +177,14 @@ def make(dataset: str, seeds: Sequence[int], compute: ComputeFlags, examples: in
         if not here.exists():
             pd.to_pickle(trained(dataset, seed, compute, examples), here)
         done.append(pd.read_pickle(here))
-        runs = together(done, pd.DataFrame())
+        runs = pd.concat(done, ignore_index=True)
         chosen = evidence.choose(together([runs], others), BY)
         kept = list(chosen[[*BY, "learning_rate", "seed"]].itertuples(index=False, name=None))
         rows = runs[[*BY, "learning_rate", "seed"]].itertuples(index=False, name=None)
         right = [r if row in kept else None for r, row in zip(runs["right"], rows, strict=True)]
         first, last = done[0].attrs["made"], done[-1].attrs["made"]
         hours = sum(d["seconds"].iloc[0] for d in done) / 3600
-        size = grids.preset("laptop", dataset).image_size
-        encoder = f"{label(runs['model'].iloc[0])} at {size} pixels{rounded(compute)}"
+        encoder = seen_by(runs["model"].iloc[0], [grids.preset("laptop", dataset).image_size], compute)
         about = described(name, runs, first, last, hours, encoder)
         about |= {"dirty": any(d.attrs["made"]["dirty"] for d in done), "test_images": len(runs["right"].iloc[0])}
         write(place(name, seeds), runs.assign(right=right), about | ({"examples": examples} if examples else {}))

@@ -50,7 +50,7 @@ short = {
     "224 pixels": "224 px",
 }
 runs = evidence.chosen("conditions", by).replace({"condition": short})
-found = report.Sources(runs.iloc[:0].assign(mean=[], std=[]), runs, runs.iloc[:0])
+found = report.real_alone(runs)
 how = {"rows": ("condition",), "columns": ("method",), "split": ("dataset", "epsilon"), "value": value}
 report.tables(found, **how) if len(runs) else "no runs"
 
@@ -85,7 +85,7 @@ if len(runs):
     beside = {c: "64 px" if c == "64 px, anew" else "96 px" for c in places}
     asked = [Comparison(c, other) for c, other in beside.items()]
     parts = [gains(p.first, p.second).assign(gain=f"{report.label(p.first)} − {report.label(p.second)}") for p in pairs]
-    compared = report.Sources(found.published, pd.concat(parts, ignore_index=True), found.made)
+    compared = report.real_alone(pd.concat(parts, ignore_index=True))
     shown = verdicts.page(compared, asked, value=value, per=("gain",))
 report.Tables((caption, table.drop(columns="published")) for caption, table in shown) or "no runs"
 

@@ -42,7 +42,7 @@ value = "accuracy"  # what is compared
 # %% tags=["hide-input"]
 by = ["dataset", "model", "method", "epsilon"]
 runs = evidence.chosen("mixing", by)
-found = report.Sources(runs.iloc[:0].assign(mean=[], std=[]), runs, runs.iloc[:0])
+found = report.real_alone(runs)
 report.tables(found) if len(runs) else "no runs"
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy of each way to mix, a panel a data set"}}

@@ -111,6 +111,11 @@ class Sources(NamedTuple):
                 yield source, dict(zip(here, names, strict=True)), part
 
 
+def real_alone(runs: pd.DataFrame) -> Sources:
+    """Runs that came with the repository, of a page that has nothing published and makes nothing."""
+    return Sources(runs.iloc[:0].assign(mean=[], std=[]), runs, runs.iloc[:0])
+
+
 def tables(
     s: Sources,
     *,

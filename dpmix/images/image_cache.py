@@ -2,8 +2,8 @@
 
 An entry is `KEY.u8` (the pixels, `[n, C, H, W]`, nothing else) and `KEY.json` (shape and checksums). KEY is a hash of what
 the data set is called, of the wanted shape and of the versions of torchvision and Pillow: public facts, so that names do not
-tell who is in the data set. The record holds a hash of the names, sizes and modification times of the files; where they have
-changed, the entry is made anew. Delete the folder whenever you like.
+tell who is in the data set. The record holds a hash of the names, sizes and times (of modification and of change) of the
+files; where they differ, the entry is made anew. Delete the folder whenever you like.
 
 Faults. The pixels are written to a temporary name, flushed and then renamed, the record after them: an entry without its
 record does not count, so nothing half-written is ever read, whenever the process dies. The whole entry is compared with

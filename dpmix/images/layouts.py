@@ -119,9 +119,7 @@ def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
     seen, said = [], "is a link to a folder; put the folder itself there"
 
     def refuse(error: OSError) -> None:
-        raise OSError(
-            f"dataset={printable(error.filename)!r}: cannot be read ({error.strerror}); give yourself the right to"
-        )
+        raise OSError(f"dataset={printable(error.filename)!r}: cannot be read ({error.strerror}); make it readable")
 
     require(not folder.is_symlink(), "dataset", printable(folder), said)
     for parent, folders, names in os.walk(folder, onerror=refuse):
@@ -156,7 +154,7 @@ def list_folder(base: Path) -> Listing:
     _none_empty(name, train, "train/")
     _none_empty(name, test, "test/")
     beside = {f for f in base.iterdir() if not hidden(f.name) and f.name not in ("train", "test", "synthetic")}
-    train.left_out.update(f"in {printable(f.name)}, beside train and test" for f in sorted(beside))
+    train.left_out.update(f"beside train and test, {printable(f.name)}" for f in sorted(beside))
     _left_out(name, train.left_out + test.left_out)
     return _joined(base, train, test)
 

@@ -22,6 +22,7 @@ from dpmix.images.image_cache import Decoded, printable
 from dpmix.images.overlap import overlap
 from dpmix.own.report import table
 from dpmix.own.settings import OURS, Plan, plan
+from dpmix.runs.material import check_channels
 from dpmix.runs.spec import Mechanism, mechanism, no_meaningful_guarantee
 
 MEASURED = 50
@@ -52,6 +53,7 @@ def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
     m = mechanism(p.spec, p.listing.train)
     p.make_private(*OURS)
     decoded = data.opened(p.spec.dataset, p.listing, image_size=p.encoder.image_size, cache=p.compute.cache)
+    check_channels(p.spec, p.encoder, decoded.images)
     sections = {"The images": _images(p, decoded) + _synthetic(p, decoded), "The run": _run(p, m)}
     return Checked(p, sections | {"What it takes": _cost(p, m, decoded), "What it may be worth": _worth(p)})
 

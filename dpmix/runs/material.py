@@ -16,7 +16,7 @@ from dpmix.images import data
 from dpmix.images.image_cache import forget
 from dpmix.images.overlap import refuse_overlap
 from dpmix.runs.identity import Identity
-from dpmix.runs.spec import ComputeFlags
+from dpmix.runs.spec import ComputeFlags, RunSpec
 
 SCALED = ("caltech101", "caltech256", "sun397", "pets")  # files of many sizes: decoded at the encoder's size
 
@@ -129,10 +129,7 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
     source = spec.dataset, compute.root, image_size, compute.cache, private
     splits = _load(*source)
     if encoder is not None:
-        channels = int(splits.train.images.shape[1])
-        takes = f"{spec.model} takes images of {' or '.join(map(str, encoder.channels))} channel(s)"
-        remedy = f"{takes} and {spec.dataset} has {channels}; choose another model"
-        checks.require(channels in encoder.channels, "model", spec.model, remedy)
+        check_channels(spec, encoder, splits.train.images)
     users = [i.public for i in group if i.spec.uses_synthetic]
     synthetic = _load_public(*source, users[0]) if users else None
     half = _halves(len(splits.train), spec.seed or 0)
@@ -150,6 +147,13 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
     test = Part(splits.test, torch.arange(len(splits.test)))
     about: dict[str, Any] = dict(public=public, synthetic=synthetic, encoder=encoder, digest=splits.digest)
     return Material(pool=everyone, kept=kept, held_out=held_out, train=everyone.at(kept), test=test, **about)
+
+
+def check_channels(spec: RunSpec, encoder: models.Encoder, images: Tensor) -> None:
+    """Refuse images of more or fewer channels than the encoder takes."""
+    channels, takes = images.shape[1], " or ".join(map(str, encoder.channels))
+    said = f"{spec.model} takes images of {takes} channel(s) and {spec.dataset} has {channels}; choose another model"
+    checks.require(channels in encoder.channels, "model", spec.model, said)
 
 
 def _halves(n: int, seed: int) -> dict[str, Int64[Tensor, " half"]]:

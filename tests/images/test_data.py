@@ -433,7 +433,7 @@ def test_what_lies_beside_the_classes_is_told(tmp_path, monkeypatch):
             layouts.list_folder(tmp_path / name)
     base = make_folder(tmp_path / "set")
     save(base / "val" / "cat" / "x.png", 1)
-    with pytest.warns(UserWarning, match="files left out: 1 in val, beside train and test;"):
+    with pytest.warns(UserWarning, match="files left out: 1 beside train and test, val;"):
         assert layouts.list_folder(base).train == 8
     shutil.rmtree(base / "val")
     real = os.scandir

@@ -169,7 +169,7 @@ def test_a_store_is_private_and_says_how_large_it_is_and_how_to_remove_it(data, 
     assert f"{N} examples x {source.union.views} views of 64 features" in said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory in /proc, which Linux alone has")
 def test_what_was_read_does_not_stay_in_memory(data, tmp_path, counted, monkeypatch):
     """Whatever the size of the store, what a batch reads is its own rows and no more."""
     encoder, _ = counted

@@ -429,6 +429,10 @@ def test_no_one_image_decides_which_encoder_there_is(photos, tmp_path):
     one = next(iter(sorted((home / "train").rglob("*.png"))))
     Image.new("RGB", (400, 300), (200, 30, 10)).save(one)
     assert settings.plan(home, 2).spec.model == settings.plan(photos, 2).spec.model == "tiny-convnext"
+    with pytest.raises(
+        ValueError, match=r"model='tiny-convnext': .* 1 channel\(s\) and folder:.* has 3; choose another"
+    ):
+        dpmix.check(home, 2, progress=False)
 
 
 # -------------------------------------------------------------------------------------------------- report, command line

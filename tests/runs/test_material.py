@@ -27,7 +27,7 @@ def resident(cache: Path) -> int:
     return sum(int(kilobytes) for kilobytes in found) * 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory in /proc, which Linux alone has")
 def test_images_are_read_where_they_lie_and_given_back(photos, tmp_path):
     compute = ComputeFlags(cache=str(tmp_path / "cache"), progress=False)
     spec = replace(SPEC, dataset=f"folder:{photos}")
