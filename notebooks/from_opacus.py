@@ -166,7 +166,7 @@ pd.DataFrame.from_dict(rows, orient="index").style.format("{:.2f}")
 # ## Which batch size was that?
 #
 # Opacus derives the sampling rate from the length of the loader, $q = 1/\lceil N/B \rceil$, and divides by $\lfloor Nq \rfloor$. Both fit each other, so the guarantee holds, but for another batch
-# size than was asked for. `exact_sampling(engine, optimizer, loader, batch_size=B)`, called once after line 2, sets Opacus' sampler, divisor and accountant to $q = B/N$ and $B$. It wants a noise multiplier for that rate: the one that `make_private_with_epsilon` found is for the rounded one, and would spend more than the target.
+# size than was asked for. `exact_sampling(engine, optimizer, loader, batch_size=B, noise_multiplier=sigma)`, called once after line 2, sets Opacus' sampler, divisor, accountant and noise to $q = B/N$, $B$ and $\sigma$. It asks for the noise multiplier of that rate: the one that `make_private_with_epsilon` found is for the rounded one, and would spend more than the target.
 
 # %% tags=["hide-input"]
 sizes = {}

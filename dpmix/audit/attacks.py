@@ -162,6 +162,7 @@ def step_canary(
     direction in which the canary moves that sum. `release` (default: the step plus Gaussian noise of `noise_multiplier`
     clip norms) is what is audited against the claim, epsilon of one Gaussian mechanism at `delta`.
 
+    It looks along that direction alone: noise that is missing on some coordinates is for `noise_level` to find.
     The Gaussian-DP bound supposes that the release is Gaussian; Clopper-Pearson supposes nothing and is weaker."""
     checks.require(len(canary) == 1, "canary", len(canary), "must be one record")
     checks.whole("releases", releases, 100)
@@ -206,12 +207,21 @@ def lower_bounds(
 def noise_level(releases: Float[Tensor, "m p"], deviation: float, flake: float = 1e-6) -> tuple[float, float, float]:
     """Estimated over claimed standard deviation of the noise, and the interval in which a correct one lies.
 
-    `releases` share the noise-free sum; m p - p degrees of freedom; a correct noise is outside with probability `flake`."""
+    `releases` share the noise-free sum. The estimate is that of all coordinates together (m p - p degrees of freedom), or, where
+    that is as it should be, of one that stands out (m - 1); a correct noise is outside with probability `flake`."""
     m, p = releases.shape
-    freedom = (m - 1) * p
-    ratio = float(releases.double().var(dim=0).mean().sqrt()) / deviation
-    low, high = np.sqrt(stats.chi2.ppf([flake / 2, 1 - flake / 2], freedom) / freedom)
-    return ratio, float(low), float(high)
+    ratios = releases.double().var(dim=0) / deviation**2
+
+    def between(freedom: int, share: float) -> tuple[float, float]:
+        low, high = np.sqrt(stats.chi2.ppf([share / 2, 1 - share / 2], freedom) / freedom)
+        return float(low), float(high)
+
+    together, (low, high) = float(ratios.mean()) ** 0.5, between((m - 1) * p, flake / 2)
+    one_low, one_high = between(m - 1, flake / 2 / p)
+    for one in (float(ratios.min()) ** 0.5, float(ratios.max()) ** 0.5):
+        if low < together < high and not one_low < one < one_high:
+            return one, one_low, one_high
+    return together, low, high
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpmix.core import precision, rng
-from dpmix.core.checks import one_of, require, whole
+from dpmix.core.checks import one_of, require, single, whole
 from dpmix.core.independence import check_layers, check_network
 from dpmix.core.layer_gradients import ELSE, recording, without_rule
 
@@ -95,7 +95,9 @@ class Clipper:
         channels_last: bool = False,
     ) -> None:
         one_of("engine", engine, ENGINES)
-        require(clip_norm == float("inf") or clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
+        require(clip_norm > 0, "clip_norm", clip_norm, "must be a positive number")
+        if clip_norm != float("inf"):
+            single("clip_norm", clip_norm)
         require(autocast in (None, torch.bfloat16), "autocast", autocast, "must be None or torch.bfloat16")
         check_layers(model)
         self.model, self.clip_norm, self.autocast, self.channels_last = model, clip_norm, autocast, channels_last
@@ -207,25 +209,34 @@ class Clipper:
         """Refuse a model whose gradients the rules of the layers do not see as autograd does, on three examples of noise. One
         that calls a layer with another axis in front of the examples' (sequence first, say) would clip slices of all examples
         instead of examples; one that uses a parameter without calling its layer would leave a part unclipped. The weights of
-        the copy are moved a little: zeros, as heads often start from, would hide what lies below them."""
+        the copy are moved a little: zeros, as heads often start from, would hide what lies below them. It computes
+        in float64, so that a parameter whose gradient is small today is compared as strictly as the others."""
         draw, trial = rng.generator(0, "probe of the layers"), copy.deepcopy(self)
-        trial.clip_norm, trial.fits = float("inf"), True
+        trial.clip_norm, trial.fits, trial.autocast, trial.dtype = float("inf"), True, None, torch.float64
+        trial.model.double()
+        trial.total = trial.total.double()
 
         def noise(*size: int) -> Tensor:
-            return torch.from_numpy(draw.standard_normal(size)).to(self.device, self.dtype)
+            return torch.from_numpy(draw.standard_normal(size)).to(self.device)
 
         images, targets, weights = noise(3, 2, *shape), noise(3, 2, num_classes).softmax(-1), noise(3, 2).softmax(-1)
         with torch.no_grad():
             for p in trial.parameters.values():
                 p.add_(noise(*p.shape), alpha=0.02)
-        each = trial._grouped(images, targets, weights)
+        try:
+            each = trial._grouped(images, targets, weights)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"model: does not run in float64 ({why}), where its gradients are compared; {ELSE}"
+            ) from None
         for i in range(3):
             trial.reset()
             trial._loop(images[i : i + 1], targets[i : i + 1], weights[i : i + 1])
             for name, g in trial.grads().items():
                 found = each[name][i] if name in each else torch.zeros_like(g).flatten()
-                # bfloat16 rounds to a 256th
-                if not (found - g.flatten()).norm() <= 0.1 * g.norm() + 0.01 * trial.total.norm() * (name in each):
+                most = 1e-6 * g.norm() + 1e-12 * trial.total.norm() * (name in each)
+                if not (found - g.flatten()).norm() <= most:
                     why = "gets its input in another order than examples and their views in front"
                     if name not in each:
                         why = "is used without calling its layer, so engine='grouped' does not see its gradient"

@@ -99,12 +99,13 @@ def _check_finite(answers: Tensor, name: str) -> None:
 
 @contextmanager
 def _quietly(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast or a trace in the global random state."""
+    """Without autocast or a trace in the global random state; with gradients, as in training, which a layer can ask for."""
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
+    with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
         yield
 
 
+@torch.no_grad()
 def _moved(model: nn.Module) -> nn.Module:
     draw = rng.generator(0, "moved weights")
     for p in model.parameters():
@@ -114,14 +115,15 @@ def _moved(model: nn.Module) -> nn.Module:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * (float(b.abs().max()) + 1e-30)
 
 
 def _same_among_others(model: Callable[[Tensor], Tensor], noise: Float[Tensor, "n ..."]) -> bool:
     """Whether each half of the outputs stays when the other half's images become others (batches of one size round
-    alike), and whether an image alone comes out nearly the same (they do not)."""
-    together, others = model(noise), 1 - noise
+    alike), and whether an image alone comes out nearly the same (they do not). The others are darker: mirrored at 0.5 they
+    would have the mean square and the largest magnitude that the first ones have."""
+    together, others = model(noise), 0.5 * noise.roll(1, 0)
     odd = torch.arange(len(noise), device=noise.device) % 2 == 1
     for keep in (odd, ~odd):
         if not _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others))[keep], together[keep], 1e-6):

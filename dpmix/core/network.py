@@ -28,10 +28,19 @@ from dpmix.core import accounting, files, rng, views
 from dpmix.core import microbatch as micro
 from dpmix.core.checks import require
 from dpmix.core.clipping_network import Clipper, unflatten
-from dpmix.core.network_checks import Mechanism, check_arguments, check_model, check_untrained, layout
-from dpmix.core.processes import add_up, agree_on_step, device_of, from_first, processes
+from dpmix.core.network_checks import (
+    Mechanism,
+    check_arguments,
+    check_model,
+    check_untrained,
+    layout,
+    trained_names,
+    untrained,
+)
+from dpmix.core.processes import add_up, agree, device_of, from_first, processes
 
 Number = int | float
+EXAMPLES = "labels and ids (digest)"
 COUNTERS = ("examples", "views", "non_finite", "clipped")
 TENSORS = ("weights", "velocity", "ema")
 
@@ -97,6 +106,8 @@ def train(
     epsilon so far. Raises ValueError on bad input before any work, MemoryError naming a physical batch to try.
     """
     m = Mechanism(**mechanism)
+    if delta is not None:
+        m.epsilon_spent(delta, max(m.steps, 1))  # refuses what is no delta before any step
     check_arguments(model, images, labels, m.num_classes, physical_batch, checkpoint_every)
     remedy = "a run with checkpoints must be given its seed, to go on with it"
     require(seed is not None or checkpoint is None, "seed", None, remedy)
@@ -107,9 +118,17 @@ def train(
     clipper = Clipper(model, m.clip_norm, engine, autocast=autocast, channels_last=channels_last)
     run = _Run(m, clipper, (images, labels, ids), public, seed, physical_batch, group, checkpoint, spec or {})
     run.load()
-    agree_on_step(run.state.step, group[1], device)
+    agree(
+        "labels",
+        int(run.belongs_to[EXAMPLES], 16),
+        group[1],
+        device,
+        "other examples; each process is given all of them",
+    )
+    other_steps = "other steps of the checkpoint; they must see the same file"
+    agree("checkpoint", run.state.step, group[1], device, other_steps)
     start = run.state.step
-    untrained = {n: t.clone() for n, t in model.state_dict().items() if n not in clipper.parameters}
+    kept = untrained(model)
     _fill(clipper.parameters, run.state.weights)
     bar = tqdm(total=m.steps, initial=start, desc="DP-SGD", unit="step", disable=not progress or group[0] > 0)
     try:
@@ -120,7 +139,7 @@ def train(
                 bar.update()
                 step, last = run.state.step, run.state.step == m.steps
                 if step == start + 1 or last:
-                    check_untrained(model, untrained)
+                    check_untrained(model, kept)
                 if delta is not None and not bar.disable and (last or step % max(1, m.steps // 20) == 0):
                     bar.set_postfix_str(f"ε = {m.epsilon_spent(delta, step):.2f} of δ = {delta:g}")
                 if last or step % checkpoint_every == 0:
@@ -128,10 +147,13 @@ def train(
     finally:
         bar.close()
         _fill(clipper.parameters, run.state.weights)
-    agree_on_step(run.state.step, group[1], device)  # nobody returns before the last checkpoint is on the disk
+    agree(
+        "checkpoint", run.state.step, group[1], device, other_steps
+    )  # nobody returns before the last checkpoint is on the disk
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
-    averaged = None if ema is None else {n: ema[n].to(t).cpu() if n in ema else t for n, t in weights.items()}
+    first = trained_names(model)
+    averaged = None if ema is None else {n: ema[first[n]].to(t).cpu() if n in first else t for n, t in weights.items()}
     return TrainedNetwork(weights, averaged, m.steps, clipper.engine, run.state.counters, run.seconds(), start)
 
 
@@ -174,6 +196,8 @@ class _Run:
         self.belongs_to: dict[str, Any] = asdict(m) | {"n": n, "image shape": list(self.images.shape[1:])}
         self.belongs_to |= {"public images": len(public.labels) if public else 0, "model": layout(clipper.model)}
         self.belongs_to |= spec | {"seed (digest)": files.digest(repr(("dpmix checkpoint", seed)))[:16]}
+        named = (t.to(torch.int64).numpy().tobytes() for t in (self.labels.cpu(), self.ids.cpu()))
+        self.belongs_to[EXAMPLES] = files.digest(repr(seed), *named)[:15]
         self.compute: dict[str, Any] = {"engine": clipper.engine, "autocast": str(clipper.autocast)}
         self.compute |= {"device": clipper.device.type, "channels_last": clipper.channels_last}
         self.compute |= {"processes": self.world, "physical_batch": physical_batch}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpmix.core import accounting, rng, views
 from dpmix.core import microbatch as micro
-from dpmix.core.checks import positive, require, whole
+from dpmix.core.checks import positive, require, single, whole
 from dpmix.core.independence import check_layers, check_network
 
 
@@ -47,6 +47,7 @@ class Mechanism:
             whole(name, getattr(self, name), least)
         for name in ("clip_norm", "learning_rate", "expected_batch"):
             positive(name, float(getattr(self, name)))
+        single("clip_norm", self.clip_norm)
         for name in ("noise_multiplier", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "must lie in (0, 1]")
@@ -72,6 +73,9 @@ def check_arguments(
     whole("checkpoint_every", every, 1)
     low, high = int(labels.min()), int(labels.max())
     require(low >= 0 and high < num_classes, "num_classes", num_classes, f"the labels go from {low} to {high}")
+    for name, kept in model.state_dict().items():
+        said = "is no tensor, and would be released without noise; remove that layer's get_extra_state"
+        require(isinstance(kept, Tensor), "model", name, said)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
             kind = type(layer).__name__
@@ -94,18 +98,32 @@ def check_model(model: nn.Module, images: views.Images, num_classes: int) -> Non
     check_network(model, tuple(images.shape[1:]))
 
 
+def trained_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a trained parameter, with the first of its names: a tied weight has several."""
+    first = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if id(p) in first}
+
+
+def untrained(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model keeps beside its trained parameters: frozen ones and buffers, also those that are not saved."""
+    names = trained_names(model)
+    kept = model.state_dict() | dict(model.named_buffers(remove_duplicate=False))
+    return {name: t.clone() for name, t in kept.items() if name not in names}
+
+
 def check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Refuse a model that has written to a buffer: what it keeps there is neither clipped nor noised."""
-    now = model.state_dict()
+    now = untrained(model)
     said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
     for name, t in before.items():
-        if not torch.equal(now[name], t):
+        if name not in now or not torch.equal(now[name], t):
             raise ValueError(f"model: {name!r} {said}")
 
 
 def layout(model: nn.Module) -> str:
     """Names, shapes and dtypes of all tensors, and the values of those that are not trained."""
-    digest, trained = hashlib.sha256(), {n for n, p in model.named_parameters() if p.requires_grad}
+    digest, trained = hashlib.sha256(), trained_names(model)
     for name, t in model.state_dict().items():
         digest.update(repr((name, tuple(t.shape), str(t.dtype), name in trained)).encode())
         if name not in trained:

@@ -51,10 +51,9 @@ def add_up(sums: Tensor, counts: dict[str, int], world: int) -> dict[str, int]:
     return dict(zip(counts, box.tolist(), strict=True))
 
 
-def agree_on_step(step: int, world: int, device: torch.device) -> None:
-    """Refuse to go on from different steps: the processes must read the same checkpoint."""
+def agree(name: str, value: int, world: int, device: torch.device, otherwise: str) -> None:
+    """Refuse, in every process, to go on where `value` is not the same in all of them: they see `otherwise`."""
     if world > 1:
-        bounds = torch.tensor([step, -step], device=device)
+        bounds = torch.tensor([value, -value], device=device)
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
-        same = bool(bounds[0] == -bounds[1])
-        require(same, "checkpoint", step, "the processes read different steps; they must see the same file")
+        require(bool(bounds[0] == -bounds[1]), name, value, f"the processes see {otherwise}")

@@ -161,6 +161,9 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     averaged: ViewAveraging = optimizer  # type: ignore[assignment]
     averaged.views = views
 
+    # A second make_private wraps the inner optimizer in one that knows nothing of views.
+    averaged.original_optimizer.register_step_pre_hook(partial(_check_averaged, averaged.params))
+
     # "ew" adds up the calls of a layer itself: its rows stay whole until the optimizer reads them.
     adds = isinstance(model, GradSampleModuleExpandedWeights)
 
@@ -187,12 +190,24 @@ def average_views(model: Any, optimizer: Optimizer, views: int) -> ViewAveraging
     return averaged
 
 
-def exact_sampling(engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLoader, *, batch_size: int) -> None:
+def _check_averaged(parameters: Sequence[nn.Parameter], *_: object) -> None:
+    """Before the inner optimizer's step: no rows of single views are left."""
+    for p in parameters:
+        found = getattr(p, "grad_sample", None)
+        rows = found if isinstance(found, list) else [] if found is None else [found]
+        said = "does not average views: make_private came after average_views; make model and optimizer anew"
+        checks.require(all(hasattr(g, "_mean_of_views") for g in rows), "optimizer", "the last one", said)
+
+
+def exact_sampling(
+    engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLoader, *, batch_size: int, noise_multiplier: float
+) -> None:
     """Opacus' own sampler, divisor and accountant at q = batch_size / n exactly, n being the length of the data set.
 
     `make_private` takes q = 1 / ceil(n / B) and the divisor floor(n q): B = 4,096 of n = 50,000 become q = 1 / 13 and 3,846.
     They fit each other, so the guarantee holds, for another batch size than was asked for. Call this before the first
-    step, with a noise multiplier for (q, T); a pass of the loader keeps its ceil(n / B) steps.
+    step; a pass of the loader keeps its ceil(n / B) steps. `noise_multiplier` is that for (q, T), and becomes the
+    optimizer's: what `make_private_with_epsilon` found is for the smaller q, and would spend more than its target.
 
     Raises ValueError where B exceeds n, the loader does not sample, or steps were made."""
     n, sampler = len(loader.dataset), loader.batch_sampler  # type: ignore[arg-type]
@@ -202,5 +217,7 @@ def exact_sampling(engine: PrivacyEngine, optimizer: DPOptimizer, loader: DataLo
     steps = len(engine.accountant)
     checks.require(steps == 0, "engine", steps, "has made steps at another rate already")
     loader.sample_rate = sampler.sample_rate = batch_size / n  # type: ignore[union-attr, attr-defined]
+    checks.positive("noise_multiplier", noise_multiplier)
+    optimizer.noise_multiplier = noise_multiplier
     optimizer.expected_batch_size = batch_size / getattr(optimizer, "world_size", 1)
     optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(sample_rate=batch_size / n))

@@ -299,6 +299,12 @@ def test_the_noise_of_a_step_is_there_once_whatever_the_physical_batch():
     for wrong in (2 / 3, 1.5):  # the test can tell
         ratio, low, high = audit.noise_level(real(as_bytes(records), 0, 0), 1.5 * 0.4 * wrong)
         assert not low < ratio < high
+    releases = real(as_bytes(records), 0, 0)
+    releases[:, -1] = releases[:1, -1]  # none on the last bias
+    assert audit.noise_level(releases, 1.5 * 0.4)[0] == 0
+    releases[:, -1] = real(as_bytes(records), 0, 0)[:, -1] * 1.7
+    ratio, low, high = audit.noise_level(releases, 1.5 * 0.4)
+    assert ratio > high and ratio == pytest.approx(1.7, rel=0.2)
     step = mutants.Mutants(PLAIN, num_classes=CLASSES).correct
     for chunk, chunks in ((12, 1), (4, 3), (1, 12)):
         ratio, low, high = audit.noise_level(mutants.noise_per_chunk(step, 1.0, chunk, copies=200)(records, 0, 0), 1.0)

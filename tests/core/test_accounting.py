@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from dp_accounting import get_epsilon_gaussian
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -392,3 +393,10 @@ def test_a_start_within_the_budget_is_refined_in_three_evaluations(slope):
 
     found = accounting._refine(excess, 0.0)
     assert -1e-4 <= slope * (found + 0.07) <= 0 and len(asked) == 3
+
+
+@pytest.mark.parametrize("by", ["rdp", "prv", "pld"])
+@pytest.mark.parametrize(("sigma", "steps", "delta"), [(10.0, 200, 1e-12), (10.0, 200, 1e-14), (60.0, 200, 1e-14)])
+def test_no_accountant_is_below_the_exact_epsilon_at_a_tiny_delta(by, sigma, steps, delta):
+    found = epsilon_spent(noise_multiplier=sigma, delta=delta, sample_rate=1.0, steps=steps, accountant=by)
+    assert found >= get_epsilon_gaussian(sigma / steps**0.5, delta)

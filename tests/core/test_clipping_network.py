@@ -551,3 +551,34 @@ def test_without_the_filling_the_size_of_the_last_batch_tells_how_many_there_are
     clipper = Clipper(model, 0.5, "grouped")
     clipper.add(images[4:], targets[4:])
     assert model.sizes[-1] == 6
+
+
+class ZeroBranch(nn.Module):
+    """A residual branch that starts at zero beside large features: its inner gradient is a millionth of the whole. `first`: the
+    inner layer gets the positions in front of the examples."""
+
+    def __init__(self, first: bool):
+        super().__init__()
+        self.first, self.embed, self.inner = first, nn.Linear(2, 6), nn.Linear(6, 6)
+        self.out, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        for layer in (self.out, self.head):
+            nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            self.embed.weight.mul_(200)
+
+    def forward(self, x):
+        tokens = self.embed(x.flatten(2).mT)
+        inner = self.inner(nn.functional.layer_norm(tokens, (6,)).transpose(0, 1) if self.first else tokens / 200)
+        branch = self.out(torch.relu(inner.transpose(0, 1) if self.first else inner))
+        return self.head((tokens + branch).mean(1))
+
+
+def test_a_parameter_with_a_small_gradient_is_compared_as_strictly_as_the_others():
+    images, targets = torch.rand(4, 1, 2, 4, 6), torch.full((4, 1, 3), 1 / 3)
+    with pytest.raises(ValueError, match=r"'inner\.weight' gets its input in another order"):
+        clipped_gradient_sum(ZeroBranch(first=True), images, targets, 0.1, "grouped")
+
+
+def test_a_clip_norm_whose_squares_are_nothing_is_refused():
+    with pytest.raises(ValueError, match="clip_norm=1e-25: must lie between 1e-12"):
+        Clipper(nn.Linear(4, 2), 1e-25)

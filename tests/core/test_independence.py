@@ -250,3 +250,43 @@ def test_a_named_encoder_is_not_asked_twice(private, monkeypatch):
     mine = dataclasses.replace(made, features=lambda x: flat(x))
     sources.FreshViews(mine, private.images, private.labels, [views.Recipe(k_base=1)], num_classes=CLASSES, seed=1)
     assert len(asked) == 1
+
+
+def root_mean_square(x):
+    """Of the batch, after the constants of many an encoder: the same for an image and its negative."""
+    x = (x.flatten(1) - 0.5) / 0.5
+    return x / x.square().mean().sqrt()
+
+
+def test_a_statistic_that_mirrored_neighbours_share_is_seen():
+    with pytest.raises(ValueError, match="the output for an image changes"):
+        independence.check_features(root_mean_square, SHAPE, torch.device("cpu"), "encoder")
+    model = Mix(lambda x: root_mean_square(x.float()))  # in float32 whatever it is given
+    with pytest.raises(ValueError, match="the output for an image changes"):
+        check_no_mixing(nn.Sequential(model, nn.Linear(128, 3)), SHAPE)
+
+
+class Centre(nn.Module):
+    """Centres by a mean that it learns in training alone, kept where a state_dict does not look."""
+
+    def __init__(self, kept: str):
+        super().__init__()
+        self.inner = nn.Linear(128, 3)
+        if kept == "buffer":
+            self.register_buffer("mean", torch.zeros(1), persistent=False)
+        else:
+            self.mean = torch.zeros(1)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        out = self.inner(x - self.mean)
+        if self.training and torch.is_grad_enabled():
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return out
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute"])
+def test_what_learns_in_training_alone_is_seen(kept):
+    with pytest.raises(ValueError, match="the output for an image changes"):
+        check_no_mixing(Centre(kept).train(), SHAPE)
+    check_no_mixing(Centre(kept).eval(), SHAPE)

@@ -535,6 +535,8 @@ def test_out_of_memory_says_what_to_try(tmp_path, monkeypatch, fault):
         (dict(data=data(side=4)), "does not take images of shape"),
         (dict(model=nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3))), "'0' is BatchNorm2d"),
         (dict(model=nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 3))), "not keyed; set p=0"),
+        (dict(delta=2.0), r"delta=2\.0: must lie strictly between 0 and 1"),
+        (dict(clip_norm=1e-25), "clip_norm=1e-25: must lie between 1e-12"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(bad, said, monkeypatch):
@@ -612,3 +614,61 @@ class Remembers(nn.Module):
 def test_a_buffer_that_follows_the_images_is_refused():
     with pytest.raises(ValueError, match="model: 'largest' changes while private images pass"):
         train(Remembers(), sample_rate=1.0)
+
+
+class Tied(nn.Module):
+    """One weight under two names, and (`kept`) something beside its tensors."""
+
+    def __init__(self, kept=None):
+        super().__init__()
+        self.kept, self.first, self.second, self.head = kept, nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x.flatten(1)))))
+
+    def get_extra_state(self):
+        return self.kept
+
+    def set_extra_state(self, state):
+        self.kept = state
+
+
+class OnlyTied(Tied):
+    get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+
+
+def test_tied_weights_are_trained_and_averaged_as_one():
+    torch.random.manual_seed(0)
+    got = train(OnlyTied(), ema_decay=0.9)
+    for state in (got.state, got.ema_state):
+        assert torch.equal(state["first.weight"], state["second.weight"])
+    assert not torch.equal(got.state["first.weight"], got.ema_state["first.weight"])
+
+
+def test_what_is_no_tensor_is_not_released():
+    with pytest.raises(ValueError, match="model='_extra_state': is no tensor"):
+        train(Tied("a word"))
+
+
+def test_a_checkpoint_knows_whose_labels_and_names_it_was_made_of(tmp_path):
+    images, labels = data()
+    train(checkpoint=tmp_path / "run", steps=4)
+    with pytest.raises(ValueError, match="labels and ids"):
+        train(checkpoint=tmp_path / "run", steps=4, data=(images, labels.flip(0)))
+
+
+def test_processes_that_were_given_shares_of_the_data_are_refused(tmp_path):
+    """As a script for DistributedDataParallel would do it: each its own half."""
+    text = """
+        import os, test_network
+        images, labels = test_network.data()
+        half = slice(int(os.environ["RANK"]), None, 2)
+        test_network.train(data=(images[half], labels[half]))
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    run = subprocess.run(
+        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script(text, tmp_path))],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode and "the processes see other examples; each process is given all of them" in run.stderr

@@ -43,7 +43,7 @@ def train(checkpoint: Path, method: str, epochs: int, die_at: int | None = None)
         data_loader=DataLoader(train_set, batch_size=BATCH), noise_multiplier=SIGMA, max_grad_norm=1.0,
     )  # fmt: skip
     optimizer = average_views(model, optimizer, recipe.views)  # 2
-    exact_sampling(engine, optimizer, loader, batch_size=BATCH)
+    exact_sampling(engine, optimizer, loader, batch_size=BATCH, noise_multiplier=SIGMA)
     first = 0
     if checkpoint.exists():
         first = engine.load_checkpoint(path=checkpoint, module=model, optimizer=optimizer)["epoch"]

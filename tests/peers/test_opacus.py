@@ -247,6 +247,27 @@ def test_who_has_the_optimizer_already_averages_too(mode, before):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["hooks", "ew"])
+def test_made_private_again_it_averages_or_is_refused(mode):
+    """Opacus wraps the inner optimizer anew, in one that knows nothing of views: with "ew" K rows an example, K times C."""
+    model, inner = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), None
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    loader = DataLoader(TensorDataset(torch.rand(12, 4, 6), torch.zeros(12, 4, dtype=torch.long)), batch_size=6)
+    about = dict(data_loader=loader, noise_multiplier=0.0, max_grad_norm=1.0, poisson_sampling=False)
+    hooked, optimizer, _ = PrivacyEngine().make_private(module=model, optimizer=inner, grad_sample_mode=mode, **about)
+    peer.average_views(hooked, optimizer, 4)
+    hooked, again, _ = PrivacyEngine().make_private(module=hooked, optimizer=optimizer, grad_sample_mode=mode, **about)
+    hooked.train()
+    again.zero_grad()
+    F.cross_entropy(hooked(torch.rand(6, 4, 6)), torch.zeros(24, dtype=torch.long)).backward()
+    if mode == "hooks":
+        assert all(len(p.grad_sample) == 6 for p in model.parameters())
+        again.step()
+    else:
+        with pytest.raises(ValueError, match="make_private came after average_views"):
+            again.step()
+
+
 def test_per_layer_and_adaptive_clipping_see_examples_too():
     images, targets = batch()
     want, norms = oracle(network("conv"), images, targets, 0.05, per_layer=True)
@@ -499,7 +520,8 @@ def test_opacus_rounds_the_rate_and_the_divisor_and_the_switch_does_not():
     )  # fmt: skip
     assert (len(loader), loader.sample_rate, optimizer.expected_batch_size) == (13, 1 / 13, 3846)
     optimizer = peer.average_views(hooked, optimizer, 1)
-    peer.exact_sampling(engine, optimizer, loader, batch_size=4096)
+    peer.exact_sampling(engine, optimizer, loader, batch_size=4096, noise_multiplier=1.25)
+    assert optimizer.noise_multiplier == 1.25  # not what was found for the smaller rate
     assert optimizer.expected_batch_size == 4096 and loader.sample_rate == 4096 / 50_000
     torch.manual_seed(0)
     sizes = [len(ids) for ids in loader.batch_sampler]
@@ -508,13 +530,15 @@ def test_opacus_rounds_the_rate_and_the_divisor_and_the_switch_does_not():
     x, y = next(iter(loader))
     hooked(x).sub(y).square().mean().backward()
     optimizer.step()
-    assert engine.accountant.history == [(1.0, 4096 / 50_000, 1)]
+    assert engine.accountant.history == [(1.25, 4096 / 50_000, 1)]
     with pytest.raises(ValueError, match="engine=1: has made steps at another rate already"):
-        peer.exact_sampling(engine, optimizer, loader, batch_size=4096)
+        peer.exact_sampling(engine, optimizer, loader, batch_size=4096, noise_multiplier=1.0)
     with pytest.raises(ValueError, match="batch_size=60000: must be a whole number from 1 to n = 50000"):
-        peer.exact_sampling(engine, optimizer, loader, batch_size=60_000)
+        peer.exact_sampling(engine, optimizer, loader, batch_size=60_000, noise_multiplier=1.0)
     with pytest.raises(ValueError, match="loader='DataLoader': does no Poisson sampling"):
-        peer.exact_sampling(PrivacyEngine(), optimizer, DataLoader(data, batch_size=5), batch_size=4096)
+        peer.exact_sampling(
+            PrivacyEngine(), optimizer, DataLoader(data, batch_size=5), batch_size=4096, noise_multiplier=1.0
+        )
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
