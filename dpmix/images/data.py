@@ -6,17 +6,17 @@ import hashlib
 import json
 import tarfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpmix.core.checks import counted, one_of, require, whole
 from dpmix.images.image_cache import FORMAT, Copies, Decoded, decode, duplicates, pixel_hash, printable, sha256
 from dpmix.images.layouts import KNOWN, Listing, list_folder, list_known, scan, stratified_split, where
-from dpmix.images.sets import ImageSet as ImageSet
-from dpmix.images.sets import Splits as Splits
 
 _HERE = Path(__file__).resolve().parents[2]
 PROJECT = _HERE if (_HERE / "data" / "public").is_dir() else Path.cwd()  # the clone; else where Python was started
@@ -25,6 +25,63 @@ CACHE = PROJECT / "data" / "cache"
 PUBLIC = PROJECT / "data" / "public"
 RESULTS = PROJECT / "data" / "results"
 PathLike = str | Path
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images. `images` may lie over a memory map: index it, do not copy it needlessly. `class_names[labels[i]]`
+    names the class of image i. `flip` says whether a mirrored image keeps its label (false for digits). Raises ValueError for
+    any other dtype or shape, for labels that do not fit and for repeated class names."""
+
+    images: Tensor  # uint8 [n, C, H, W]
+    labels: Tensor  # int64 [n]
+    class_names: tuple[str, ...]
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        for name, dtype, dims in (("images", torch.uint8, 4), ("labels", torch.int64, 1)):
+            array = getattr(self, name)
+            good = array.dtype == dtype and array.ndim == dims
+            require(good, name, f"{array.dtype} {list(array.shape)}", f"must be {dtype} with {dims} dimensions")
+        n, shape = len(self.images), list(self.images.shape)
+        require(min(shape[1:]) > 0, "images", shape, "must hold at least one pixel each")
+        require(n == len(self.labels), "labels", len(self.labels), f"must be as many as images: {n}")
+        require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", self.class_names, "must differ")
+        if len(self.labels):
+            low, high, last = int(self.labels.min()), int(self.labels.max()), len(self.class_names) - 1
+            require(low >= 0 and high <= last, "labels", f"{low}..{high}", f"must lie in 0..{last}, one per class name")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:  # no pixels and no labels, wherever it is printed
+        shape = " × ".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({counted(len(self), 'image')}, {shape}, {counted(self.num_classes, 'class')})"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def subset(self, ids: Tensor | np.ndarray | Sequence[int] | slice) -> "ImageSet":
+        """The images `ids`, in that order (a slice is a view, anything else a copy)."""
+        ids = ids if isinstance(ids, slice) else torch.as_tensor(ids, dtype=torch.int64)
+        return ImageSet(self.images[ids], self.labels[ids], self.class_names, self.flip)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and test set. `digest` (sha256, hex) tells apart any two splits, file lists, labels or contents."""
+
+    train: ImageSet
+    test: ImageSet
+    digest: str
+
+    def __post_init__(self) -> None:
+        for field in ("class_names", "flip"):
+            ours, theirs = getattr(self.train, field), getattr(self.test, field)
+            require(ours == theirs, f"test.{field}", theirs, f"must equal train.{field}={ours!r}")
+        ours, theirs = self.train.images.shape[1:], self.test.images.shape[1:]
+        require(ours == theirs, "test.images", list(theirs), f"must have the shape of train.images, {list(ours)}")
 
 
 def _digest(**parts: object) -> str:
@@ -45,12 +102,12 @@ def _load_digits() -> Splits:
     images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = raw.target.astype(np.int64)
     train, test = stratified_split(labels, "digits")
-    whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"), flip=False)
+    whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), DIGITS, flip=False)
     digest = _digest(name="digits", images=images, labels=labels, test=test)
     return Splits(whole.subset(train), whole.subset(test), digest)
 
 
-NAMES = ("digits", *KNOWN, "folder:PATH")
+NAMES, DIGITS = ("digits", *KNOWN, "folder:PATH"), tuple("0123456789")
 _NATIVE = {"digits": 8, "cifar10": 32, "cifar100": 32}
 
 
@@ -62,12 +119,12 @@ def _load_cifar(name: str, root: Path, download: bool) -> Splits:
     parts = [kind(root, train=train, download=download) for train in (True, False)]
     images = [np.ascontiguousarray(p.data.transpose(0, 3, 1, 2)) for p in parts]
     labels, n = [np.array(p.targets, dtype=np.int64) for p in parts], len(images[0])
-    pairs = zip(map(torch.from_numpy, images), map(torch.from_numpy, labels), strict=True)
-    train_set, test_set = (ImageSet(x, y, tuple(parts[0].classes)) for x, y in pairs)
     found = duplicates([pixel_hash(x) for part in images for x in part], n)
     _report(name, found, {}, lambda i: f"training image {i}" if i < n else f"test image {i - n}")
     content = dict(train=images[0], test=images[1], train_labels=labels[0], test_labels=labels[1])
-    return Splits(train_set, test_set, _digest(name=name, class_names=parts[0].classes, **content))
+    pairs = zip(map(torch.from_numpy, images), map(torch.from_numpy, labels), strict=True)
+    train, test = (ImageSet(x, y, tuple(parts[0].classes)) for x, y in pairs)
+    return Splits(train, test, _digest(name=name, class_names=parts[0].classes, **content))
 
 
 ODDITIES = {
@@ -207,7 +264,12 @@ def public_images(
 
     Raises FileNotFoundError if there are none, ValueError that names the classes without any."""
     if name == "digits":
-        return _synthetic_digits()
+        path = public_file("synthetic_digits.npz", PUBLIC)
+        with np.load(path, allow_pickle=False) as arrays:
+            images, classes = (torch.from_numpy(arrays[part]) for part in ("images", "labels"))
+        digits = ImageSet(images, classes, DIGITS, flip=False)
+        _every_class(digits.labels.numpy(), DIGITS, name, str(path))
+        return digits
     base = find_public(name, root)
     found = scan(base)
     class_names = like.class_names if like else tuple(found.classes)
@@ -246,12 +308,3 @@ def public_file(name: str, folder: Path = PUBLIC) -> Path:
     recorded = json.loads(sidecar.read_text())["sha256"]
     require(sha256(path) == recorded, "file", str(path), f"its sha256 is not the recorded; {remedy}")
     return path
-
-
-def _synthetic_digits() -> ImageSet:
-    path = public_file("synthetic_digits.npz", PUBLIC)
-    with np.load(path, allow_pickle=False) as arrays:
-        images, labels = arrays["images"], arrays["labels"]
-    public = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"), flip=False)
-    _every_class(labels, public.class_names, "digits", str(path))
-    return public

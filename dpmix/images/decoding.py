@@ -87,17 +87,12 @@ def fit(image: Image.Image, height: int, width: int, channels: int) -> Pixels:
     """What torchvision's Resize and CenterCrop give, for the images that a camera makes; unchanged at the right size."""
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image = _covering(image, height, width)
+        longest = _STRIP * min(image.size)
+        w, h = min(image.width, longest), min(image.height, longest)
+        if image.size != (w, h):
+            left, top = (image.width - w) // 2, (image.height - h) // 2
+            image = image.crop((left, top, left + w, top + h))
+        cover = (int(w * height / h), height) if height * w >= width * h else (width, int(h * width / w))
+        left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
+        image = image.resize(cover, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
-    w, h = image.size
-    longest = _STRIP * min(w, h)
-    if max(w, h) > longest:
-        left, top = max(0, (w - longest) // 2), max(0, (h - longest) // 2)
-        image = image.crop((left, top, left + min(w, longest), top + min(h, longest)))
-        w, h = image.size
-    cover = (int(w * height / h), height) if height * w >= width * h else (width, int(h * width / w))
-    left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
-    return image.resize(cover, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))

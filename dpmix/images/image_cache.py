@@ -12,6 +12,7 @@ damaged entry is named and decoded again. Processes that want to decode into the
 
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -121,11 +122,8 @@ def decode(
 
     Raises ValueError naming the files that cannot be decoded; then nothing is cached."""
     _inside(base, files)
-    stats = [f.stat() for f in files]
-    states = [
-        (f.relative_to(base).as_posix(), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        for f, s in zip(files, stats, strict=True)
-    ]
+    names, stats = [f.relative_to(base) for f in files], (f.stat() for f in files)
+    states = [(f.as_posix(), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in zip(names, stats, strict=True)]
     facts = [FORMAT, metadata.version("torchvision"), PIL.__version__, size, channels, label]
     entry = cache / _seal(facts)[:32]
     listing = _seal([train, states])
@@ -137,7 +135,16 @@ def decode(
                 return found
             for stale in (*cache.glob("*.u8.*.tmp"), *cache.glob(".*.json.*.tmp")):  # of processes that died
                 stale.unlink()
-            _write(entry, listing, files, base, label, train, size, channels)
+            shape, odd = _chosen(files, size, channels)
+            told = _write(entry, files, names, label, shape)
+            for i, (_, _, done, _) in enumerate(told):
+                for what in done:
+                    odd.setdefault(what, []).append(i)
+            record = {"listing": listing, "shape": (len(files), *shape), "odd": odd}
+            record["copies"] = duplicates([pixels for _, pixels, *_ in told], train)
+            record["pixels"] = sha256(entry.with_suffix(".u8"))
+            record["content"] = hashlib.sha256("".join(content for content, *_ in told).encode()).hexdigest()
+            whole_files.write_json(entry.with_suffix(".json"), record, private=True)
     except OSError as error:
         why = f"cannot be written ({error.strerror or error}); free space or name another folder"
         raise OSError(f"cache={str(cache)!r}: {why}") from error
@@ -146,10 +153,13 @@ def decode(
     return found
 
 
-def _chosen(headers: Sequence[decoding.Header | None], size: Size, channels: int | None) -> tuple[int, int, int, Odd]:
-    """Height, width and channels where the files decide, with the places of the few that decided for all."""
+def _chosen(files: Sequence[Path], size: Size, channels: int | None) -> tuple[tuple[int, int, int], Odd]:
+    """Channels, height and width, by the files where nothing else was asked for; and the places of the few that decided for
+    all."""
     odd: Odd = {}
-    known = [(i, h) for i, h in enumerate(headers) if h]
+    looked_at = files if size is None or channels is None else []
+    with decoding.bombs_refused(), ThreadPoolExecutor(cpu_count()) as pool:
+        known = [(i, h) for i, h in enumerate(_each(pool, decoding.header, looked_at)) if h]
     if size is None:
         sizes = Counter((h.height, h.width) for _, h in known)
         size, most = sizes.most_common(1)[0] if sizes else (DEFAULT_SIZE, 0)
@@ -161,36 +171,27 @@ def _chosen(headers: Sequence[decoding.Header | None], size: Size, channels: int
         channels = 3 if coloured or not known else 1
         if 0 < len(coloured) <= _RARE * len(known):
             odd["not grey"] = coloured
-    return *(size if isinstance(size, tuple) else (size, size)), channels, odd
+    return (channels, *(size if isinstance(size, tuple) else (size, size))), odd
 
 
 def _write(
-    entry: Path,
-    listing: str,
-    files: Sequence[Path],
-    base: Path,
-    label: str,
-    train: int,
-    size: Size,
-    channels: int | None,
-) -> None:
-    """Decode everything into `entry`. Holds one image a thread in memory."""
+    entry: Path, files: Sequence[Path], names: Sequence[Path], label: str, shape: tuple[int, int, int]
+) -> list[tuple[str, str, list[str], str]]:
+    """Decode everything into `entry`, without its record. Holds one image a thread in memory. Returns of each image its file's
+    hash, its pixels' hash, what was done to it, and what went wrong."""
     partial = entry.with_name(f"{entry.name}.u8.{os.getpid()}.tmp")
     try:
         partial.touch(0o600)  # images that their owner keeps from others are kept from them here
         # The pool is left before the file: no thread may write to a file that is closed.
         # Threads, as Pillow decodes and resizes outside Python's lock: nothing to start, nothing to send.
         with partial.open("wb") as out, decoding.bombs_refused(), ThreadPoolExecutor(cpu_count()) as pool:
-            unknown = size is None or channels is None
-            headers = list(_each(pool, lambda i: decoding.header(files[i]), len(files))) if unknown else []
-            height, width, depth, odd = _chosen(headers, size, channels)
-            each = depth * height * width
+            channels, height, width = shape
+            each = channels * height * width
 
             def one(i: int) -> tuple[str, str, list[str], str]:
-                """Write image i. Returns its file's hash, its pixels' hash, what was done to it, what went wrong."""
                 try:
                     data = files[i].read_bytes()
-                    pixels, done = decoding.pixels(data, height, width, depth)
+                    pixels, done = decoding.pixels(data, height, width, channels)
                     pixels = np.ascontiguousarray(pixels)
                 except Exception as error:  # Pillow raises many kinds; all of them are reported below
                     return "", "", [], decoding.reason(error)
@@ -199,12 +200,11 @@ def _write(
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return hashlib.sha256(data).hexdigest(), pixel_hash(pixels), done, ""
 
-            decoded = _each(pool, one, len(files))
+            decoded = _each(pool, one, range(len(files)))
             # Shares and times only: how many private images there are is nobody's business.
             bar = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
             told = list(tqdm(decoded, f"decoding {label}", len(files), delay=1, mininterval=0.5, bar_format=bar))
-            whys = [(f.relative_to(base), why) for f, (*_, why) in zip(files, told, strict=True) if why]
-            bad = [f"{printable(name)!r} ({why})" for name, why in whys]
+            bad = [f"{printable(name)!r} ({why})" for name, (*_, why) in zip(names, told, strict=True) if why]
             listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             many = f"{len(bad):,} of {counted(len(files), 'image')} cannot be decoded: {listed}; repair or remove them"
             require(not bad, "dataset", label, many)
@@ -212,22 +212,15 @@ def _write(
             os.fsync(out.fileno())
         entry.with_suffix(".json").unlink(missing_ok=True)  # it may belong to the files before they changed
         partial.replace(entry.with_suffix(".u8"))
+        return told
     finally:
         partial.unlink(missing_ok=True)
-    for i, (_, _, done, _) in enumerate(told):
-        for what in done:
-            odd.setdefault(what, []).append(i)
-    record = {"listing": listing, "shape": (len(files), depth, height, width), "odd": odd}
-    record["copies"] = duplicates([h for _, h, *_ in told], train)
-    record["pixels"] = sha256(entry.with_suffix(".u8"))
-    record["content"] = hashlib.sha256("".join(h for h, *_ in told).encode()).hexdigest()
-    whole_files.write_json(entry.with_suffix(".json"), record, private=True)
 
 
-def _each(pool: ThreadPoolExecutor, work: Callable[[int], Any], n: int, step: int = 32) -> Iterator[Any]:
-    """`work(0)` to `work(n - 1)`, in order, a few at a time on each thread."""
-    for some in pool.map(lambda first: [work(i) for i in range(first, min(first + step, n))], range(0, n, step)):
-        yield from some
+def _each(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`work` of each item, in order, a few at a time on each thread."""
+    parts = (items[first : first + 32] for first in range(0, len(items), 32))
+    return itertools.chain.from_iterable(pool.map(lambda part: [work(item) for item in part], parts))
 
 
 def _seal(body: object) -> str:

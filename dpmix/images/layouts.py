@@ -7,6 +7,7 @@ move many between training and test."""
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ _NO_PHOTOS = ("@eadir", "__macosx", "thumbs.db", "desktop.ini", "#recycle", "los
 _PARTS = ("train", "test", "val", "valid", "validation", "training", "testing")
 
 
-def stratified_split(labels: np.ndarray, name: str, test_fraction: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of training and test set, ascending: n_train = floor((1 - test_fraction)·n), each class in proportion. Keyed by
+def stratified_split(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of training and test set, ascending: n_train = floor(0.8·n), each class in proportion. Keyed by
     `(SPLIT_SEED, "split", name, class)`. What rounding leaves goes to the classes with the largest remainder."""
     counts = np.bincount(labels)
-    test_total = len(labels) - int(len(labels) * (1 - test_fraction) + 1e-9)
+    test_total = len(labels) - 4 * len(labels) // 5
     quota = counts * test_total / len(labels)
     take = np.floor(quota).astype(int)
     take[np.argsort(take - quota, kind="stable")[: test_total - take.sum()]] += 1
@@ -114,9 +115,9 @@ def scan(base: Path, *, but: tuple[str, ...] = ()) -> Found:
     return found
 
 
-def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """`os.walk` without what is hidden; ValueError for a link to a folder, OSError for one that cannot be read."""
-    seen, said = [], "is a link to a folder; put the folder itself there"
+    said = "is a link to a folder; put the folder itself there"
 
     def refuse(error: OSError) -> None:
         raise OSError(f"dataset={printable(error.filename)!r}: cannot be read ({error.strerror}); make it readable")
@@ -126,8 +127,7 @@ def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
         folders[:] = sorted(f for f in folders if not hidden(f))
         for inner in (Path(parent, f) for f in folders):
             require(not inner.is_symlink(), "dataset", printable(inner), said)
-        seen.append((parent, folders[:], [n for n in names if not hidden(n)]))
-    return seen
+        yield parent, folders, [n for n in names if not hidden(n)]
 
 
 def list_folder(base: Path) -> Listing:
@@ -142,7 +142,7 @@ def list_folder(base: Path) -> Listing:
         whole = scan(base, but=("synthetic",))
         _levels(base, name, whole)
         _left_out(name, whole.left_out)
-        return _split_by_name(whole, base, name)
+        return _split_by_name(base, whole, name)
     for part in ("train", "test"):
         if not (base / part).is_dir():
             raise FileNotFoundError(f"dataset={name!r}: no folder {base / part}; wanted are {part}/CLASS/IMAGE")
@@ -164,34 +164,28 @@ def _joined(base: Path, train: Found, test: Found) -> Listing:
     return Listing(base, files, labels, len(train.files), tuple(train.classes), train.left_out + test.left_out)
 
 
-def _split(found: Found, base: Path, name: str) -> Listing:
-    """80/20, stratified."""
-    _none_empty(name, found, "")
-    return _ordered(found, base, *stratified_split(np.array(found.labels, dtype=np.int64), name))
-
-
-def _split_by_name(found: Found, base: Path, name: str) -> Listing:
-    """80/20 on average: whether a file is for testing follows from its path below `base` and from nothing else."""
-    _none_empty(name, found, "")
-    paths = (os.fsencode(f.relative_to(base)).hex() for f in found.files)
-    tested = np.array([generator(SPLIT_SEED, "split by name", path).random() < 0.2 for path in paths])
-    kept = {c for c, test in zip(found.labels, tested, strict=True) if not test}
-    lacking = [c for i, c in enumerate(found.classes) if i not in kept]
-    remedy = "more images, or folders train/ and test/ of your own, mend it"
-    require(
-        not lacking, "dataset", name, f"a fifth is kept for testing, and of {', '.join(lacking)} that is all; {remedy}"
-    )
-    require(bool(tested.any()), "dataset", name, f"so few images that none of them is kept for testing; {remedy}")
-    return _ordered(found, base, np.flatnonzero(~tested), np.flatnonzero(tested))
-
-
-def _ordered(found: Found, base: Path, train: np.ndarray, test: np.ndarray) -> Listing:
+def _split(base: Path, found: Found, train: np.ndarray, test: np.ndarray) -> Listing:
+    """The files at these places, for training and for testing."""
     labels, order = np.array(found.labels, dtype=np.int64), np.concatenate([train, test])
     files = [found.files[i] for i in order]
     return Listing(base, files, labels[order], len(train), tuple(found.classes), found.left_out)
 
 
-def _none_empty(name: str, found: Found, part: str) -> None:
+def _split_by_name(base: Path, found: Found, name: str) -> Listing:
+    """80/20 on average: whether a file is for testing follows from its path below `base` and from nothing else."""
+    _none_empty(name, found)
+    paths = (os.fsencode(f.relative_to(base)).hex() for f in found.files)
+    tested = np.array([generator(SPLIT_SEED, "split by name", path).random() < 0.2 for path in paths])
+    kept = {c for c, test in zip(found.labels, tested, strict=True) if not test}
+    lacking = [c for i, c in enumerate(found.classes) if i not in kept]
+    remedy = "more images, or folders train/ and test/ of your own, mend it"
+    all_tested = f"a fifth is kept for testing, and of {', '.join(lacking)} that is all; {remedy}"
+    require(not lacking, "dataset", name, all_tested)
+    require(bool(tested.any()), "dataset", name, f"so few images that none of them is kept for testing; {remedy}")
+    return _split(base, found, np.flatnonzero(~tested), np.flatnonzero(tested))
+
+
+def _none_empty(name: str, found: Found, part: str = "") -> None:
     empty = [part + c for i, c in enumerate(found.classes) if i not in set(found.labels)]
     require(not empty, "dataset", name, f"no images in {', '.join(empty)} (taken are {' '.join(SUFFIXES)})")
 
@@ -234,8 +228,7 @@ def list_known(name: str, root: Path, download: bool) -> Listing:
         found = datasets.SUN397(root, download=download)
         pairs = sorted(zip(found._image_files, found._labels, strict=True), key=lambda p: (p[1], p[0].as_posix()))
         both = Found(found.classes, [f for f, _ in pairs], [c for _, c in pairs], Counter(), [])
-        return _split(both, base, name)
-    if name.startswith("cifar"):
+    elif name.startswith("cifar"):
         for part in ("train", "test"):
             if not (base / part).is_dir():
                 raise FileNotFoundError(f"no folder {base / part}")
@@ -243,7 +236,10 @@ def list_known(name: str, root: Path, download: bool) -> Listing:
         require(train.classes == test.classes, "test", test.classes[:3], "must have the classes of train")
         require(len(train.classes) == known.classes, "classes", len(train.classes), f"must be {known.classes}")
         return _joined(base, train, test)
-    if download:
-        kinds = dict(eurosat=datasets.EuroSAT, caltech101=datasets.Caltech101, caltech256=datasets.Caltech256)
-        kinds[name](str(root), download=True)
-    return _split(scan(base, but=("BACKGROUND_Google",)), base, name)
+    else:
+        if download:
+            kinds = dict(eurosat=datasets.EuroSAT, caltech101=datasets.Caltech101, caltech256=datasets.Caltech256)
+            kinds[name](str(root), download=True)
+        both = scan(base, but=("BACKGROUND_Google",))
+    _none_empty(name, both)
+    return _split(base, both, *stratified_split(np.array(both.labels, dtype=np.int64), name))

@@ -31,14 +31,10 @@ def _directions(outlines: Tensor) -> Float[Tensor, "n d"]:
     return torch.where(length >= flat.shape[1] ** 0.5, flat / length, 0)
 
 
-def _grey(images: Tensor) -> Tensor:
-    return images.mean(1, keepdim=True)
-
-
-def overlap(private: ImageSet, public: ImageSet, *, likeness: float = 0.995, difference: float = 10.0) -> Overlap:
+def overlap(private: ImageSet, public: ImageSet) -> Overlap:
     """Public images that are copies, or nearly, of private ones. Exact: same shape and pixels. Near: outlines on a grid of 8
-    × 8 greys are correlated by 0.99 or more, and those on 16 × 16 colours by `likeness` or more, and differ on average by at
-    most `difference` of 255 levels. That finds copies that were resized, encoded again or made slightly noisy; not mirrored
+    × 8 greys are correlated by 0.99 or more, and those on 16 × 16 colours by 0.995 or more, and differ on average by at most
+    10 of 255 levels. That finds copies that were resized, encoded again or made slightly noisy; not mirrored
     or shifted ones, nor images without contrast. Two different digits of scikit-learn are correlated by at most 0.9942."""
     known: dict[str, list[int]] = {}
     if private.images.shape[1:] == public.images.shape[1:]:
@@ -48,14 +44,14 @@ def overlap(private: ImageSet, public: ImageSet, *, likeness: float = 0.995, dif
     ours, theirs = _outlines(private.images, 16), _outlines(public.images, 16)
     if ours.shape[1:] != theirs.shape[1:]:
         side = min(*ours.shape[2:], *theirs.shape[2:])
-        ours, theirs = _outlines(_grey(ours), side), _outlines(_grey(theirs), side)
-    coarse, fine = _directions(_outlines(_grey(theirs), 8)), _directions(theirs)
+        ours, theirs = (_outlines(some.mean(1, keepdim=True), side) for some in (ours, theirs))
+    fine, coarse = _directions(theirs), _directions(_outlines(theirs.mean(1, keepdim=True), 8))
     near: list[list[int]] = []
     for first in range(0, len(ours), 1024):
         some = ours[first : first + 1024]
-        row, column = (_directions(_outlines(_grey(some), 8)) @ coarse.T >= 0.99).nonzero(as_tuple=True)
-        alike = (_directions(some)[row] * fine[column]).sum(1) >= likeness
-        alike &= (some[row] - theirs[column]).abs().flatten(1).mean(1) <= difference
+        row, column = (_directions(_outlines(some.mean(1, keepdim=True), 8)) @ coarse.T >= 0.99).nonzero(as_tuple=True)
+        alike = (_directions(some)[row] * fine[column]).sum(1) >= 0.995
+        alike &= (some[row] - theirs[column]).abs().flatten(1).mean(1) <= 10
         near += torch.stack([row + first, column], 1)[alike].tolist()
     others = sorted({(i, j) for i, j in near} - set(exact))
     return Overlap(*(torch.tensor(pairs, dtype=torch.int64).view(-1, 2) for pairs in (exact, others)))

@@ -160,19 +160,15 @@ def _pipeline(pipeline: Any, revision: str | None) -> Any:
         raise FileNotFoundError(f"pipeline={str(pipeline)!r}: {said}; {remedy}") from error
 
 
-def _fingerprint(pipe: Any) -> str:
-    """Twelve hexadecimal digits that tell apart pipelines with other weights: names, shapes and sums of all tensors."""
-    parts = []
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            parts += [f"{name}.{k} {list(v.shape)} {v.double().sum().item():.6e}" for k, v in part.state_dict().items()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
 def _made_with(pipe: Any, device: str | torch.device) -> dict[str, Any]:
+    """`weights`: twelve hexadecimal digits that tell apart other weights, over names, shapes and sums of all tensors."""
+    nets = [(name, net) for name, net in sorted(pipe.components.items()) if isinstance(net, torch.nn.Module)]
+    tensors = [(f"{name}.{k}", v) for name, net in nets for k, v in net.state_dict().items()]
+    sums = "\n".join(f"{k} {list(v.shape)} {v.double().sum().item():.6e}" for k, v in tensors)
     libraries, config = ("dpmix", "torch", "diffusers", "transformers"), sorted(dict(pipe.scheduler.config).items())
     plain = {k: v for k, v in config if isinstance(v, (str, int, float, bool)) and k[0] != "_"}
-    about = {"weights": _fingerprint(pipe), "scheduler": {"name": type(pipe.scheduler).__name__, **plain}}
+    weights = hashlib.sha256(sums.encode()).hexdigest()[:12]
+    about = {"weights": weights, "scheduler": {"name": type(pipe.scheduler).__name__, **plain}}
     about |= {"dtype": str(pipe.dtype), "device": torch.device(device).type}
     return about | {"versions": {name: importlib.metadata.version(name) for name in libraries}}
 

@@ -93,12 +93,18 @@ def encoder(
         said = type(name).__name__ if weights is None else f"{type(name).__name__}/{Path(weights).name}"
         return _wrap(network, said, image_size, (channels,), [mean] * channels, [std] * channels)
     require(channels is None, "channels", channels, "is for modules only; a named encoder has its own")
+    fits = name not in TINY or image_size in (None, 16)
+    require(fits, "image_size", image_size, f"{name} takes 16 only; leave it out")
+    file = weights_of(name, weights)
     if name in TINY:
-        require(image_size in (None, 16), "image_size", image_size, f"{name} takes 16 only; leave it out")
-        network = fill(build(name), Path(weights_of(name, weights)))
-        return _wrap(network, name, 16, (1,), [0.5], [0.5], "bilinear")
-    make = _open_clip if name.startswith("open_clip:") else _timm
-    return make(name, weights, image_size)
+        return _wrap(fill(build(name), Path(file)), name, 16, (1,), [0.5], [0.5], "bilinear")
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.random.default_generator.manual_seed(0)
+        network, size, published = (_open_clip if name.startswith("open_clip:") else _timm)(name, file)
+    name = name if image_size in (None, size) else f"{name}@{image_size}"
+    constants = ([float(v) for v in published[key]] for key in ("mean", "std"))
+    resize = "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
+    return _wrap(network, name, image_size or size, (1, 3), *constants, resize)
 
 
 def weights_of(name: str, weights: str | Path | None = None) -> Path | str:
@@ -107,7 +113,17 @@ def weights_of(name: str, weights: str | Path | None = None) -> Path | str:
     if name not in (*TINY, *LITE) and not (family in ("open_clip", "timm") and rest):
         one_of("encoder", name, ENCODERS)
     if family == "open_clip":
-        weights = _open_clip_weights(name, rest, weights)
+        import open_clip
+
+        arch, _, tag = rest.partition("/")
+        one_of("open_clip architecture", arch, open_clip.list_models())
+        if tag == "random" or Path(tag).is_file():
+            weights = weights or tag
+        elif tag or weights is None:
+            one_of(f"pretrained weights of {arch}", tag, [*open_clip.list_pretrained_tags_by_model(arch), "random"])
+        if weights is None:
+            cfg = open_clip.get_pretrained_cfg(arch, tag)
+            weights = on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"])
     elif weights is None and name in TINY:
         weights = public_file(f"{name}.safetensors")
     elif weights is None and name in LITE:
@@ -163,60 +179,29 @@ class _ImageFeatures(nn.Module):
         return self.model.encode_image(images)
 
 
-def _open_clip_weights(name: str, rest: str, weights: str | Path | None) -> str | Path:
+def _open_clip(name: str, weights: Path | str) -> tuple[nn.Module, int, dict[str, Any]]:
+    """The network, its own size and the preprocessing that its makers published."""
     import open_clip
 
-    arch, _, tag = rest.partition("/")
-    one_of("open_clip architecture", arch, open_clip.list_models())
-    if tag == "random" or Path(tag).is_file():
-        return weights or tag
-    if tag or weights is None:
-        one_of(f"pretrained weights of {arch}", tag, [*open_clip.list_pretrained_tags_by_model(arch), "random"])
-    if weights is not None:
-        return weights
-    cfg = open_clip.get_pretrained_cfg(arch, tag)
-    return on_disk(name, f"{arch}-{tag}", cfg["hf_hub"].rstrip("/"), cfg["url"])
-
-
-def _open_clip(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
-    import open_clip
-
-    weights = weights_of(name, weights)
     arch, _, tag = name.partition(":")[2].partition("/")
-    model: Any = _fixed(lambda: open_clip.create_model(arch, load_weights=False))
+    model: Any = open_clip.create_model(arch, load_weights=False)
     if weights != "random":
         fill(model, Path(weights))
     cfg = {} if Path(tag).is_file() else open_clip.get_pretrained_cfg(arch, tag)
     published = open_clip.get_model_preprocess_cfg(model) | {k: v for k, v in cfg.items() if k in ("mean", "std")}
     plain = type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)  # then encode_image is the image tower alone
-    return _published(model.visual if plain else _ImageFeatures(model), name, image_size, published["size"], published)
+    size = published["size"]
+    return model.visual if plain else _ImageFeatures(model), size if isinstance(size, int) else size[-1], published
 
 
-def _timm(name: str, weights: str | Path | None, image_size: int | None) -> Encoder:
+def _timm(name: str, weights: Path | str) -> tuple[nn.Module, int, dict[str, Any]]:
+    """As `_open_clip`."""
     import timm
 
-    weights = weights_of(name, weights)
     arch = f"tf_{name.replace('-', '_')}" if name in LITE else name.partition(":")[2]
     one_of("timm model", arch.partition(".")[0], timm.list_models())
-    network: Any = _fixed(lambda: timm.create_model(arch, pretrained=False, num_classes=0))
+    network: Any = timm.create_model(arch, pretrained=False, num_classes=0)
     published = timm.data.resolve_model_data_config(network)
     if weights != "random":
         fill(network, Path(weights), dropped=network.pretrained_cfg.get("classifier") or (), by_place=name in LITE)
-    return _published(network, name, image_size, published["input_size"], published)
-
-
-def _published(network: nn.Module, name: str, image_size: int | None, size: Any, published: dict) -> Encoder:
-    """The encoder with the preprocessing `published` of its makers, at its published size or at the one that was asked for."""
-    side = size if isinstance(size, int) else size[-1]
-    if image_size not in (None, side):
-        name, side = f"{name}@{image_size}", image_size
-    mean, std = ([float(v) for v in published[key]] for key in ("mean", "std"))
-    resize = "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
-    return _wrap(network, name, side, (1, 3), mean, std, resize)
-
-
-def _fixed(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a third party's network with a fixed initialisation; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
-        return make()
+    return network, published["input_size"][-1], published

@@ -93,22 +93,16 @@ def _resizing(before: int, after: int, mode: str) -> Float[Tensor, "after before
 
 
 @cache
-def _openvino() -> Any:
-    """Its core. To import it with its telemetry would report to its makers and leave files in the home folder."""
+def _openvino() -> tuple[Any, int]:
+    """Its core, and the process that started it: its threads do not come along when a process forks, and in the child it
+    would wait for them for ever. To import it with its telemetry would report to its makers and leave files in the home
+    folder."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if it were not installed
     try:
         import openvino
     finally:
         del sys.modules["openvino_telemetry"]
-    _started_in()
-    return openvino.Core()
-
-
-@cache
-def _started_in() -> int:
-    """The process that started OpenVINO. Its threads do not come along when a process forks: in the child it would wait
-    for them for ever."""
-    return os.getpid()
+    return openvino.Core(), os.getpid()
 
 
 def choose(engine: str, device: torch.device) -> str:
@@ -141,7 +135,7 @@ class Compiled:
         self._lock = threading.Lock()
 
     def __call__(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n D"]:
-        if _started_in() != os.getpid():
+        if _openvino()[1] != os.getpid():
             torch.set_num_threads(1)  # PyTorch's own threads do not come along either
             return self.frozen(images)
         parts = padded(self.frozen, images)
@@ -204,7 +198,7 @@ def _queue(frozen: Frozen, example: Tensor, dtype: torch.dtype) -> Any:
     threads = torch.get_num_threads()
     how = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads)}
     how["INFERENCE_PRECISION_HINT"] = "bf16" if dtype == torch.bfloat16 else "f32"
-    compiled = _openvino().compile_model(model, "CPU", how)
+    compiled = _openvino()[0].compile_model(model, "CPU", how)
     queue = openvino.AsyncInferQueue(compiled, 2 * threads)
 
     def keep(request: Any, about: tuple[list[Any], int, Any]) -> None:

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,46 +34,30 @@ AT_A_TIME = 2**25  # bytes of views, at most, that are made while the engine is 
 TARGET = np.dtype([("place", np.int32, 2), ("value", np.float32, 2)])
 
 
-@dataclass
 class Block:
-    """Views `start` to `stop` of a part: a file of n rows and its journal. `columns` are their places in the union."""
+    """`count` views of a part: a file of n rows and its journal. `columns` are the places in the union of those that are
+    wanted, `missing` the chunks to be encoded: every chunk of the journal is compared with its checksum. A warning tells of
+    damaged ones, without a name below the folder of all stores: those follow from the images."""
 
-    path: Path
-    columns: slice
-    start: int
-    stop: int
-    n: int
-    dim: int
-    whole: set[int] = field(default_factory=set)
-    rows: Any = None
-
-    def __post_init__(self) -> None:
-        self.count, self.journal = self.stop - self.start, self.path.with_suffix(".chunks")
-        self.shape = self.n, self.count * (2 * self.dim + TARGET.itemsize)
-        self.size = self.shape[0] * self.shape[1]
-
-    @property
-    def missing(self) -> set[int]:
-        """The chunks to be encoded."""
-        return set(range(-(-self.n // CHUNK))) - self.whole
-
-    def open(self) -> "Block":
-        """Map the file and compare every chunk of the journal with its checksum; a warning tells of damaged ones, without a
-        name below the folder of all stores: those follow from the images."""
-        if self.path.is_file() and self.path.stat().st_size == self.size and self.journal.is_file():
+    def __init__(self, path: Path, columns: slice, count: int, n: int, dim: int) -> None:
+        self.path, self.journal, self.columns, self.count = path, path.with_suffix(".chunks"), columns, count
+        self.row = np.dtype([("features", np.float16, (count, dim)), ("targets", TARGET, (count,))])
+        self.size, self.missing = n * self.row.itemsize, set(range(-(-n // CHUNK)))
+        self.rows: Any = None
+        if path.is_file() and path.stat().st_size == self.size and self.journal.is_file():
             self.map()
             lines = re.findall(rb"^([0-9]{1,12}) ([0-9a-f]{64})$", self.journal.read_bytes(), re.MULTILINE)
             recorded = {int(chunk): wanted.decode() for chunk, wanted in lines}
-            self.whole = {c for c, wanted in recorded.items() if self._checksum(c) == wanted}
-            if damaged := sorted(recorded.keys() - self.whole):
+            damaged = sorted(chunk for chunk, wanted in recorded.items() if self._checksum(chunk) != wanted)
+            self.missing -= recorded.keys() - set(damaged)
+            if damaged:
                 said = f"damaged, encoded again: {checks.counted(len(damaged), 'chunk')} of {CHUNK}, the first {damaged[0]}"
-                warnings.warn(f"{self.path.parents[1]}: {said}", stacklevel=2)
-        return self
+                warnings.warn(f"{path.parents[1]}: {said}", stacklevel=2)
 
     def map(self) -> None:
         """Map the file; its rows are read where they lie."""
-        self._content = image_cache.mapped(self.path, self.shape)
-        self.rows = self._content.numpy()
+        self._content = image_cache.mapped(self.path, (self.size,))
+        self.rows = self._content.numpy().view(self.row)
 
     def forget(self) -> None:
         """Give back the memory of the rows that were read."""
@@ -87,13 +70,12 @@ class Block:
 
     def allocate(self) -> None:
         """Take the room on the disk, so that it cannot run out later; nobody else may read the file."""
-        if self.rows is None:
-            with files.explained(self.path):
-                for path in (self.journal, self.path):
-                    path.unlink(missing_ok=True)
-                    path.touch(0o600)
-                with self.path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, self.size)
+        with files.explained(self.path):
+            for path in (self.journal, self.path):
+                path.unlink(missing_ok=True)
+                path.touch(0o600)
+            with self.path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, self.size)
 
 
 class StoredViews:
@@ -152,7 +134,7 @@ class StoredViews:
                 for stop in [*sorted(there, reverse=True), count]:
                     columns = slice(column + start, column + min(stop, count))
                     path = self.folder / f"{stem}-{start}-{stop}.views"
-                    block = Block(path, columns, start, stop, self.n, self.dim).open()
+                    block = Block(path, columns, stop - start, self.n, self.dim)
                     if stop <= count or not block.missing:
                         break
                 yield block
@@ -177,46 +159,42 @@ class StoredViews:
             block.allocate()
 
     def _encode(self, made: FreshViews, todo: list[int]) -> None:
-        """Make the views of what comes next and write what came before, while the engine is at work."""
+        """Make the views of what comes next, while the engine is at work on what came before."""
         each = self.union.views * made.images[0].numel() * 4
         step = 1 << max(1, min(CHUNK, AT_A_TIME // each)).bit_length() - 1  # parts of one size
         said = f"encoding (views: {self.union.views})"
-        bar, before = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress), None
+        bar = tqdm(total=len(todo) * CHUNK, desc=said, disable=not self.progress)
         with ThreadPoolExecutor(1) as engine_thread, bar:
+            before: Future | None = None
             for chunk in todo:
-                blocks = [block for block in self.blocks if chunk in block.missing]
-                columns = torch.cat([torch.arange(self.union.views)[block.columns] for block in blocks])
-                examples = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.n))
-                sums = [hashlib.sha256() for _ in blocks]
-                for rows in examples.split(step):
-                    images, targets = made.made(rows, 0)
-                    images = images if len(columns) == self.union.views else images[:, columns]
-                    features = engine_thread.submit(made.encoder.features, images.flatten(0, 1))
+                blocks = [(block, hashlib.sha256()) for block in self.blocks if chunk in block.missing]
+                for rows in torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.n)).split(step):
+                    drawn = made.made(rows, 0)
                     if before is not None:
-                        self._write(*before)
-                    before = rows, blocks, features, targets.cpu(), sums, chunk if rows[-1] == examples[-1] else None
+                        before.result()
+                    before = engine_thread.submit(self._write, made.encoder, rows, drawn, blocks)
                     bar.update(len(rows))
             if before is not None:
-                self._write(*before)
+                before.result()
 
-    def _write(
-        self, rows: Tensor, blocks: list[Block], features: Future, targets: Tensor, sums: list, done: int | None
-    ) -> None:
-        """Rows of some blocks; with the last rows of a chunk, its line in the journals."""
-        found = features.result().float().reshape(len(rows), -1, self.dim)
-        narrow = found.clamp(-65504, 65504).half().cpu().numpy()
-        column = 0
-        for block, total in zip(blocks, sums, strict=True):
-            halves = np.ascontiguousarray(narrow[:, column : column + block.count]).reshape(len(rows), -1)
-            data = np.concatenate([halves.view(np.uint8), _packed(targets[:, block.columns])], axis=1)
-            column += block.count
-            total.update(data)
+    def _write(self, encoder: Any, rows: Tensor, made: views.Views, blocks: list[tuple[Block, Any]]) -> None:
+        """Encode views of examples, and write them as rows of the blocks, each with a checksum of its chunk so far; with the
+        last rows of a chunk, its line in the journals."""
+        columns = torch.cat([torch.arange(self.union.views)[block.columns] for block, _ in blocks])
+        images = made.images if len(columns) == self.union.views else made.images[:, columns]
+        features = encoder.features(images.flatten(0, 1)).float().clamp(-65504, 65504).half()
+        features = features.reshape(len(rows), -1, self.dim).split([block.count for block, _ in blocks], 1)
+        targets, last = _packed(made.targets.cpu()), int(rows[-1]) + 1
+        for (block, checksum), part in zip(blocks, features, strict=True):
+            content = np.empty(len(rows), block.row)
+            content["features"], content["targets"] = part.cpu().numpy(), targets[:, block.columns]
+            checksum.update(content)
             with block.path.open("r+b") as file:
-                file.seek(int(rows[0]) * block.shape[1])
-                file.write(data.tobytes())
-            if done is not None:
+                file.seek(int(rows[0]) * block.row.itemsize)
+                file.write(content.tobytes())
+            if last % CHUNK == 0 or last == self.n:
                 with block.journal.open("a") as journal:
-                    journal.write(f"{done} {total.hexdigest()}\n")
+                    journal.write(f"{(last - 1) // CHUNK} {checksum.hexdigest()}\n")
 
     def subset(self, places: Tensor) -> "StoredViews":
         """The examples at these places, in this order; nothing is copied."""
@@ -234,26 +212,25 @@ class StoredViews:
         together = len(rows) > 0 and (np.diff(rows) == 1).all()
         for block in self.blocks:
             picked = block.rows[rows[0] : rows[-1] + 1] if together else block.rows[rows]
-            wide, used = block.count * 2 * self.dim, block.columns.stop - block.columns.start
-            read = picked[:, :wide].view(np.float16).reshape(len(rows), block.count, self.dim)[:, :used]
-            features[:, block.columns] = torch.from_numpy(read).to(self.device)
-            packed = np.ascontiguousarray(picked[:, wide:]).view(TARGET).reshape(len(rows), block.count)[:, :used]
+            used = block.columns.stop - block.columns.start
+            features[:, block.columns] = torch.from_numpy(picked["features"][:, :used]).to(self.device)
+            packed = picked["targets"][:, :used]
             classes, shares = packed["place"].astype(np.int64), packed["value"].copy()
             at, values = (torch.from_numpy(a).to(self.device) for a in (classes, shares))
-            targets[:, block.columns] = targets[:, block.columns].scatter_add(2, at, values)
+            targets[:, block.columns].scatter_add_(2, at, values)
             block.forget()
         lap(self.seconds, "store", tick)
         return scaled(features, self.scaling), targets
 
 
 def _packed(targets: Tensor) -> np.ndarray:
-    """Targets [b, k, num_classes] as the two classes of each view and their shares: bytes [b, k * 16]."""
+    """Targets [b, k, num_classes] as the two classes of each view and their shares: `TARGET` [b, k]."""
     values, places = targets.topk(min(2, targets.shape[2]))
     packed = np.zeros(targets.shape[:2], TARGET)
     packed["value"][..., : values.shape[2]], packed["place"][..., : places.shape[2]] = values.numpy(), places.numpy()
     rest = float((targets.sum(2) - values.sum(2)).abs().max()) if targets.numel() else 0.0
     checks.require(rest < 1e-6, "targets", rest, "of a view must lie on two classes at most to be stored")
-    return packed.view(np.uint8).reshape(len(targets), -1)
+    return packed
 
 
 def _content(*tensors: Any) -> str:

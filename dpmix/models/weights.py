@@ -62,11 +62,9 @@ def fill(network: nn.Module, path: Path, dropped: str | Sequence[str] = (), by_p
     state = {k.removeprefix("module.") if k not in wanted else k: v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k in wanted or not (k.startswith(heads) or k.endswith("position_ids"))}
     wrong = [k for k in {**wanted, **state} if k not in wanted or k not in state or wanted[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(
-            f"weights={str(path)!r}: do not fit {type(network).__name__}, missing, extra or of another shape: "
-            f"{counted(len(wrong), 'tensor')}, such as {', '.join(sorted(wrong)[:3])}; give the weights of this architecture"
-        )
+    some = f"{counted(len(wrong), 'tensor')}, such as {', '.join(sorted(wrong)[:3])}"
+    said = f"do not fit {type(network).__name__}, missing, extra or of another shape: {some}"
+    require(not wrong, "weights", str(path), f"{said}; give the weights of this architecture")
     network.load_state_dict(state)
     return network
 
@@ -81,8 +79,8 @@ def existing(path: Path) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a file; nothing that could run code is unpickled."""
+    _compare(existing(path))
     said = f"weights={str(path)!r}"
-    _compare(existing(path), said)
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -96,12 +94,13 @@ def read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _compare(path: Path, said: str) -> None:
+def _compare(path: Path) -> None:
     """Refuse a file whose sha256 is not the one that comes with it: in FILE.sha256, as `sha256sum` writes it, as the name
     of its blob in the Hugging Face cache, or its first eight digits at the end of its name, as torch.hub puts them."""
     beside, blob = path.with_name(f"{path.name}.sha256"), path.resolve().name
     short = re.fullmatch(r".+-([0-9a-f]{8})\.pth?", path.name)
-    wanted = beside.read_text()[:64] if beside.is_file() else blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+    wanted = beside.read_text()[:64] if beside.is_file() else blob if re.fullmatch("[0-9a-f]{64}", blob) else ""
     wanted = wanted or (short[1] if short else "")
-    if wanted and not sha256(path).startswith(wanted):
-        raise ValueError(f"{said}: damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again")
+    whole = not wanted or sha256(path).startswith(wanted)
+    said = f"damaged, its sha256 is not the recorded {wanted[:12]}; fetch or save it again"
+    require(whole, "weights", str(path), said)

@@ -85,11 +85,9 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(F.relu(x))
-        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        if stride > 1:
-            height, width = (max(-(-side // stride) * stride - stride + kernel - side, 0) for side in x.shape[-2:])
-            if height or width:
-                x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        if self.conv.kernel_size[0] > self.conv.stride[0] > 1:  # 3 and 2: an even side is padded at its end alone
+            height, width = (side % 2 for side in x.shape[-2:])
+            x = F.pad(x, (width, 1, height, 1))
         return self.conv(x)
 
 

@@ -134,7 +134,7 @@ def test_a_damaged_chunk_is_encoded_again_with_a_warning(data, tmp_path, counted
     whole = source.batch(torch.arange(N), 0)[0]
     block = next(b for b in source.blocks if b.count == 3)
     content = bytearray(block.path.read_bytes())
-    content[70 * block.shape[1] + 5] ^= 1
+    content[70 * block.row.itemsize + 5] ^= 1
     block.path.write_bytes(content)
     before = sum(seen)
     with pytest.warns(UserWarning, match="damaged, encoded again: 1 chunk of 64, the first 1"):
