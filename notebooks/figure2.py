@@ -14,7 +14,7 @@
 # # Figure 2: gradients before clipping and noise
 #
 # Why does mixup help? The paper looks at the gradient that each parameter of the head receives, averaged over examples, before it is clipped and before noise is
-# added. Its histogram is narrower for DP-MixSelf and DP-MixDiff {cite:p}`Bao-2023` than for Self-Aug {cite:p}`De-2022`, at every stage of training.
+# added. Its histogram is narrower for DP-MixSelf and DP-MixDiff {cite:p}`Bao-2023` than for Self-Aug {cite:p}`De-2022`, at the stages of training that it shows.
 # The paper reads that as more stable training and faster convergence.
 #
 # ```{warning}
@@ -23,10 +23,10 @@
 # ```
 
 # %% tags=["hide-input"]
-from dpmix.companion import diagnostics, evidence, grids, paper, plots, report, verdicts
+from dpmix.companion import diagnostics, evidence, grids, ledger, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 
-evidence.status("figure2")
+ledger.status("figure2")
 
 # %% tags=["parameters"]
 eps = 1
@@ -101,8 +101,8 @@ verdicts.page(report.Sources(*whole, scale), pairs, cells=("model",), value="dev
 # of one epoch or of all; we give both.
 #
 # Mixed targets are less far from the prediction, and averaging more views cancels more of what differs between them: a mixture may narrow the gradient for reasons of
-# its own, whatever it does for accuracy. A narrower gradient would be consistent with the paper's explanation and would not single it out; where the verdicts above find
-# none, there is nothing to explain.
+# its own, whatever it does for accuracy. A narrower gradient would be consistent with the paper's explanation and would not single it out. On real
+# data the verdicts above do not find it: there is no gain of this kind to explain.
 #
 # ## Run it again
 #

@@ -14,7 +14,7 @@
 # # What does the mixing do?
 #
 # DP-MixSelf adds 18 mixtures to 16 views, and DP-MixDiff {cite:p}`Bao-2023` two synthetic images besides. A gain could come from the mere number of views, from mixing pixels, from how far
-# the mixtures lie from their members (λ is drawn from a Beta distribution that favours the ends), or from the public images as such. The paper does not take these apart. This page does, on the same
+# the mixtures lie from their members (λ is drawn from a Beta distribution that favours the ends), or from the public images as such. The paper takes only the number of views apart (its Table 5). This page takes them all apart, on the same
 # draws: in each row one thing has changed.
 
 # %% tags=["hide-input"]

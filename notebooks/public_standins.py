@@ -98,8 +98,8 @@ plt.show()
 #
 # ## Two encoders
 #
-# `tiny-vit` is a vision transformer and `tiny-convnext` a convolutional network, as in the paper, but with some fifty to seventy thousand
-# weights each. Both learn to name the 36 characters, from images that are shifted, blurred, noised and mixed on the way. Then the classifier is thrown
+# `tiny-vit` is a vision transformer and `tiny-convnext` a convolutional network, as in the paper, but with some fifty and seventy thousand
+# weights. Both learn to name the 36 characters, from images that are shifted, blurred, noised and mixed on the way. Then the classifier is thrown
 # away; what is left gives 64 features of norm one.
 #
 # ## A generator

@@ -26,11 +26,11 @@
 # %% tags=["hide-input"]
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, grids, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, ledger, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core.checks import counted
 
-evidence.status("table10")
+ledger.status("table10")
 
 # %% tags=["parameters"]
 eps = 2  # one number or a list
@@ -119,7 +119,7 @@ verdicts.page(found, pairs)
 # In units of 1/C, as chosen on the validation split; a star marks an end of the grid. The choice is not part of the guarantee ({doc}`Limits </limits>`).
 
 # %% tags=["hide-input"]
-report.chosen_rates(chosen, grids.many(learning_rates, preset.learning_rates))
+report.chosen_rates(found)
 
 # %% tags=["hide-input"]
 report.privacy_table(chosen)

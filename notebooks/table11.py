@@ -24,13 +24,13 @@
 import pandas as pd
 import torch
 
-from dpmix.companion import evidence, grids, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, ledger, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import clipping, rng
 from dpmix.core.checks import counted
 from dpmix.peers import jax as jax_peer
 
-evidence.status("table11")
+ledger.status("table11")
 
 # %% tags=["parameters"]
 eps = [1, 8]

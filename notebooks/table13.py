@@ -24,11 +24,11 @@
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import diagnostics, evidence, grids, paper, report, verdicts
+from dpmix.companion import diagnostics, evidence, grids, ledger, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core.checks import counted
 
-evidence.status("table13")
+ledger.status("table13")
 
 # %% tags=["parameters"]
 dataset = None  # None: "digits" at demo scale, "cifar10" at laptop scale, "caltech256" at paper scale

@@ -14,16 +14,16 @@
 # # Table 2: training from scratch
 #
 # Every weight of a network is trained on private images, from a random start. Table 2 of the paper {cite:p}`Bao-2023` compares **Self-Aug** {cite:p}`De-2022`, which averages the gradient of an example over
-# 16 augmented views before it is clipped, with **DP-MixSelf**, which adds mixtures of those views. There are no synthetic images here: the other methods would have seen less data.
+# 16 augmented views before it is clipped, with **DP-MixSelf**, which adds mixtures of those views. Synthetic images are left out: the other methods do not have them.
 #
 # What the paper claims: DP-MixSelf is ahead on all three data sets and for every ε. The margins are between a few tenths of a point and almost two points.
 
 # %% tags=["hide-input"]
-from dpmix.companion import evidence, grids, networks, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, ledger, networks, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.images import data
 
-evidence.status("table2")
+ledger.status("table2")
 
 # %% tags=["parameters"]
 eps = None  # None: 1, 2, 4 and 8 at paper scale, 2 and 8 in the demo; or one number; or a list
@@ -70,7 +70,7 @@ report.provenance_note(runs, scale)
 # ## Published, real data, demo
 #
 # Test accuracy in percent after the last step, mean (standard deviation) over the n seeds. The data, the network and the length of training differ between the tables, so the levels cannot be compared. The order of
-# the methods can. Runs on real data are on the paper's own images, with a small network and few steps.
+# the methods can. The run on real data is of a JPEG copy of CIFAR-10's images, with a small network, few steps and one budget; of one seed nothing can be decided.
 
 # %% tags=["hide-input"]
 by = ["dataset", "model", "method", "epsilon"]

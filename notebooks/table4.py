@@ -26,13 +26,13 @@ from dataclasses import replace
 
 import torch
 
-from dpmix.companion import evidence, grids, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, ledger, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import views
 from dpmix.core.checks import counted
 from dpmix.images import data
 
-evidence.status("table4")
+ledger.status("table4")
 
 # %% tags=["parameters"]
 eps = 1
@@ -139,7 +139,7 @@ plots.picture_rows(sheet)
 # Learning rates in units of 1/C, as validation chose them; a star marks an end of the grid, where a wider grid might do better.
 
 # %% tags=["hide-input"]
-report.chosen_rates(chosen, grids.many(learning_rates, preset.learning_rates))
+report.chosen_rates(found)
 
 # %% tags=["hide-input"]
 report.privacy_table(chosen)

@@ -21,11 +21,11 @@
 # %% tags=["hide-input"]
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, grids, networks, paper, plots, report, verdicts
+from dpmix.companion import evidence, grids, ledger, networks, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.images import data
 
-evidence.status("table5")
+ledger.status("table5")
 
 # %% tags=["parameters"]
 eps = None  # None: 8, as in the paper; or a number
@@ -127,7 +127,7 @@ verdicts.page(found, pairs, per=("dataset", "model"))
 # In units of 1/C, chosen on the validation split. A star marks an end of the grid.
 
 # %% tags=["hide-input"]
-report.chosen_rates(chosen[~network], grids.many(learning_rates, grids.preset(scale, dataset).learning_rates))
+report.chosen_rates(found._replace(made=chosen[~network]))
 
 # %% [markdown]
 # ## Privacy

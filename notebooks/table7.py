@@ -25,11 +25,11 @@
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, fid, grids, grids_fid, paper, plots, report, verdicts
+from dpmix.companion import evidence, fid, grids, grids_fid, ledger, paper, plots, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core.checks import counted
 
-evidence.status("table7")
+ledger.status("table7")
 
 # %% tags=["parameters"]
 dataset = None  # None: "digits" at demo scale, "cifar10" else

@@ -24,12 +24,12 @@
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, grids, paper, report, verdicts
+from dpmix.companion import evidence, grids, ledger, paper, report, verdicts
 from dpmix.companion.verdicts import Comparison
 from dpmix.core import views
 from dpmix.core.checks import counted
 
-evidence.status("table9")
+ledger.status("table9")
 
 # %% tags=["parameters"]
 k_base = [8, 16, 24]
@@ -117,8 +117,8 @@ verdicts.page(report.Sources(published, real, grids.k_groups(chosen), scale), pa
 
 # %% [markdown]
 # The paper's own numbers say more than its text. Without public images the three best cells are those with $K_\text{self} = K_\text{base}$, ahead of all the others by more
-# than the other cells differ among themselves; the paper gives no deviations. With public images, fewer views of the private example are never worse. On Caltech-256 it is the synthetic images that carry the gain, which fits Table 12, where views without any private pixel
-# come close to the full method ({doc}`Table 12: Pure-DP-MixDiff, and what it means <table12>`).
+# than the other cells differ among themselves; the paper gives no deviations. With public images, fewer views of the private example are never worse. On Caltech-256 it is the synthetic images that carry the gain, which fits the paper's Table 12, where views without any private pixel
+# come close to the full method (on CIFAR-10 we do not find that: {doc}`Table 12: Pure-DP-MixDiff, and what it means <table12>`).
 #
 # The best cell is the best of many on the test set, so its accuracy is a little too good. Nothing in other tables uses it.
 #

@@ -254,13 +254,13 @@ train = audit.bank_run(
 )
 runs = dict(zip(mistakes, audit.one_run(train, canaries, delta=delta), strict=True))
 spent = {
-    name: accounting.epsilon_spent(noise_multiplier=sigma / f, accountant="rdp", **about)
+    name: accounting.epsilon_spent(noise_multiplier=sigma / f, accountant="pld", **about)
     for name, f in mistakes.items()
 }
 one_run = pd.DataFrame(
     {
         "claimed ε": run_epsilon,
-        "ε really spent (RDP)": spent,
+        "ε really spent (PLD)": spent,
         "one-run bound, Steinke et al.": {n: r.steinke for n, r in runs.items()},
         "one-run bound, Gaussian": {n: r.fdp for n, r in runs.items()},
     }
@@ -339,8 +339,8 @@ display(
 )
 
 # %% [markdown]
-# Why the mistake costs more at a larger ε: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`Why microbatches fail </microbatches>`). The paper calibrates by RDP, and so do we where we compare with
-# it.
+# Why the mistake costs more at a larger ε: with little noise a factor of two is not a factor of two. So it is with mixing across examples; pairs that join a step whole spend less than that ({doc}`Why microbatches fail </microbatches>`). We calibrate by RDP where we compare with the paper, which
+# used Opacus and does not say by which accountant.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Epsilon really spent against epsilon claimed if the sensitivity is twice what the noise was made for"}}
 figure, ax = plt.subplots(figsize=(6, 3.6))

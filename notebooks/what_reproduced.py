@@ -13,7 +13,7 @@
 # %% [markdown]
 # # What reproduced
 #
-# The paper {cite:p}`Bao-2023` makes some three dozen claims that an experiment can decide. Here is each of them, in our own words, with the effect that the paper printed, the effect
+# The paper {cite:p}`Bao-2023` makes some forty claims that an experiment can decide. Here is each of them, in our own words, with the effect that the paper printed, the effect
 # that was measured on real data with this code, and a verdict. Nothing on this page is typed in: it is computed from the runs that came with the repository
 # (`data/results/laptop/`, each with its commit, machine, seeds and digest of the data) and from `data/paper/`.
 
@@ -28,7 +28,7 @@ found = ledger.decide(runs)
 Markdown(f"**{counted(len(found), 'claim')}: {ledger.counts(found)}.**")
 
 # %% [markdown]
-# The data are the paper's own or their nearest kin (Caltech-101 in place of Caltech-256). The encoder is not: an EfficientNet-Lite0 trained on ImageNet, which fits two cores, in place of
+# The data are the paper's own, or others where those were not at hand: Caltech-101 for Caltech-256, and CIFAR-10 or EuroSAT for Caltech-256 and CIFAR-100 in Tables 6, 12 and 13; the list says where. The encoder is another one: an EfficientNet-Lite0 trained on ImageNet, which fits two cores, in place of
 # a ViT-B-16 and a ConvNeXt trained on two billion images. So a verdict is about the claim on *this* encoder, and a claim that is contradicted here may hold there.
 # Views are cropped out of a padded image, as the paper has them, and on CIFAR-10 Self-Aug loses nearly a point by that: {doc}`On what does the gain depend? <conditions>` has the same comparison with mirrors alone, at other sizes, and with views drawn anew.
 #
@@ -42,7 +42,7 @@ scale = None  # "demo", "laptop" or "paper": decide the claims once more from th
 plots.effects_plot(found)
 
 # %% [markdown]
-# *Published effects (rings) and measured ones (dots, 95 % intervals), a row a claim, in the order of the paper.*
+# *Published effects (rings) and measured ones (dots, 95 % intervals), a row a claim, in the order of the paper; the words at the left are those before each claim in the list below. The axis is not linear beyond five points.*
 #
 # ## The ledger
 

@@ -38,11 +38,9 @@ def gradients(specs: Sequence[RunSpec], *, stages: int = 5, compute: ComputeFlag
     The weights at which the gradients are taken are those of the private run. A part of training in which no example was
     drawn has a gradient of nan. Raises ValueError for training shorter than `stages` and for networks."""
     checks.whole("stages", stages, 1)
-    groups: dict[RunSpec, list[RunSpec]] = {}
-    for spec in specs:
-        groups.setdefault(pass_of(spec), []).append(spec)
     found: dict[RunSpec, Gradients] = {}
-    for group in groups.values():
+    for shared in dict.fromkeys(map(pass_of, specs)):
+        group = [spec for spec in specs if pass_of(spec) == shared]
         found |= dict(zip(group, _observed(group, stages, compute or ComputeFlags()), strict=True))
     return [found[spec] for spec in specs]
 
@@ -137,7 +135,7 @@ def gradient_deviations(looked: pd.DataFrame) -> pd.DataFrame:
     """Standard deviation over the parameters, times 1,000 (`deviation`): a row a method, seed and stage ("whole", "20 %")."""
     rows = []
     for row in looked.itertuples():
-        parts = {f"{100 * (s + 1) // len(row.gradients.stages)} %": g for s, g in enumerate(row.gradients.stages)}
+        parts = {f"{100 * s // len(row.gradients.stages)} %": g for s, g in enumerate(row.gradients.stages, 1)}
         for stage, g in {"whole": row.gradients.overall, **parts}.items():
             same = {c: getattr(row, c) for c in ("dataset", "model", "method", "seed", "epsilon")}
             rows.append(same | {"stage": stage, "deviation": 1000 * float(g.std())})

@@ -31,17 +31,20 @@ FOLDER = data.RESULTS / "laptop"
 
 
 def choose(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """The runs with the learning rate that validation chose for each condition; runs that held nothing out stay as they
-    are, since nothing is chosen there."""
+    """The runs with the learning rate that validation chose for each condition, and whether it is an `edge` of three or more
+    that were tried; runs that held nothing out stay as they are, since nothing is chosen there."""
+    tried, rate = runs.groupby(list(by), dropna=False)["learning_rate"], runs["learning_rate"]
+    edge = (rate == tried.transform("min")) | (rate == tried.transform("max"))
+    runs = runs.assign(edge=edge & (tried.transform("nunique") > 2))
     fixed = runs["validation"] == 0
     tuned = choose_learning_rate(runs[~fixed], by) if (~fixed).any() else runs[~fixed]
     return pd.concat([tuned, runs[fixed]], ignore_index=True) if fixed.any() else tuned
 
 
-def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None, store: Store | None = None) -> pd.DataFrame:
+def outcomes(runs: pd.DataFrame, *, compute: ComputeFlags | None = None) -> pd.DataFrame:
     """Runs of frozen encoders with the column `right`: which test images the stored weights of each get right, [m] bool;
     None where the store has no weights."""
-    compute, store = compute or ComputeFlags(), store or Store()
+    compute, store = compute or ComputeFlags(), Store()
     tests: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
     right: list[np.ndarray | None] = []
     for name in runs["key"]:
@@ -96,7 +99,9 @@ def chosen(table: str, by: Sequence[str], folder: Path | None = None) -> pd.Data
         again = part["refit"].astype(bool) if "refit" in part else pd.Series(False, index=part.index)
         found = choose(part[~again], by)
         # Further seeds may have changed a choice: what was retrained for an earlier one is no result.
-        parts.append(part[again].merge(found[[*by, "learning_rate"]].drop_duplicates()) if again.any() else found)
+        parts.append(
+            part[again].merge(found[[*by, "learning_rate", "edge"]].drop_duplicates()) if again.any() else found
+        )
     found = pd.concat(parts, ignore_index=True) if parts else runs
     found.attrs["about"] = runs.attrs["about"]
     return found
@@ -122,8 +127,8 @@ def status(table: str, folder: Path | None = None, *, demo: bool = True) -> Mark
         return Markdown(f"**Real data: not run.** {none} {rest}")
     lines = [
         f"- {images_of(a)}: {a['encoder']}, {counted(len(a['seeds']), 'seed')}, "
-        f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}, "
-        f"data {a['data'][:9]}"
+        f"{a['hours']:.1f} hours on {a['machine']}, made until {a['until'][:10]} at commit {a['commit'][:9]}"
+        f"{' with changes' if a.get('dirty') else ''}, data {a['data'][:9]}"
         for a in about
     ]
     return Markdown("**Real data on this page** (they came with the repository):\n\n" + "\n".join(lines))

@@ -1,6 +1,5 @@
 """Small steps of the page about one's own images: a folder to practise on, and what is shown of it."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +32,3 @@ def predicted(found: Prediction, true: Sequence[str]) -> Figure:
         pictures.append(torch.from_numpy(image.transpose(2, 0, 1) / 255))
         words.append(f"{said} ({100 * scores.max():.0f} %)\ntrue: {name}")
     return plots.picture_rows([("What the release says", pictures, words)])
-
-
-def destroy(folder: Path) -> None:
-    """Remove a folder and all that is in it, if it is there."""
-    shutil.rmtree(folder, ignore_errors=not folder.exists())

@@ -90,11 +90,6 @@ def distance(a: Statistics, b: Statistics) -> float:
     return max(float(found), 0.0)
 
 
-def encoder(name: str, image_size: int | None = None) -> models.Encoder:
-    """ "inceptionv3", whose distance is the FID proper, or any encoder of `models` by name."""
-    return inception() if name == INCEPTION else models.encoder(name, image_size=image_size)
-
-
 class _Pooled(nn.Module):
     """pytorch-fid's Inception-v3, in its own input size and scaling, to its last pooled features."""
 
@@ -113,10 +108,12 @@ class _Pooled(nn.Module):
         return torch.cat(found).float() if found else images.new_zeros(0, 2048)
 
 
-def inception(weights: str | Path | None = None) -> models.Encoder:
-    """Inception-v3 as the FID uses it: 2,048 features; grey images become three equal channels. Its weights are read from
-    data/weights/, or from the file `weights`, as tensors only. FileNotFoundError says what to fetch and where to put it;
-    ValueError names a file that is damaged or holds something else."""
+def encoder(name: str, image_size: int | None = None, weights: str | Path | None = None) -> models.Encoder:
+    """Any encoder of `models` by name, or "inceptionv3", whose distance is the FID proper: 2,048 features; grey images become
+    three equal channels. Its weights are read from data/weights/, or from the file `weights`, as tensors only.
+    FileNotFoundError says what to fetch and where to put it; ValueError names a file that is damaged or holds something else."""
+    if name != INCEPTION:
+        return models.encoder(name, weights, image_size=image_size)
     path = WEIGHTS / FILE if weights is None else Path(weights)
     if not path.is_file():
         place = f"{network.FID_WEIGHTS_URL} and save it as data/weights/{FILE}; 'tiny-vit' works now"

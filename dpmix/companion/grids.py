@@ -109,12 +109,6 @@ def recipe(method: str, dataset: str) -> views.Recipe:
     return replace(found, transform=f"{found.transform}+{extra}") if extra else found
 
 
-def clip_norm(method: str) -> float:
-    """C of a method: the paper's (Appendix C), 1 for a method that the paper does not have, x for "METHOD@x"."""
-    base, _, c = parts(method)
-    return float(c) if c else paper.clip_norm(base) if base in paper.METHODS else 1.0
-
-
 def with_public(methods: Sequence[str], dataset: str) -> list[str]:
     """The methods that can run: those that mix in synthetic images only where such images are on disk."""
     there = dataset == "digits" or data.synthetic_folder(dataset).is_dir()
@@ -133,7 +127,7 @@ def methods_grid(
     **fixed: Any,
 ) -> list[Cell]:
     """Every model × method × epsilon × learning rate × seed. What is left out, and epochs or batch_size of None, are those of
-    the scale; `fixed` are other settings of `RunSpec`."""
+    the scale; `fixed` are other settings of `RunSpec`. C is the paper's (Appendix C), or x of "METHOD@x"."""
     p = preset(scale, dataset)
     asked = None if learning_rates is None else many(learning_rates, (), "learning_rates")
     for rate in asked or ():
@@ -141,13 +135,15 @@ def methods_grid(
     names = ("dataset", "epochs", "batch_size", "validation", "redraw", "image_size")
     settings: dict[str, Any] = {name: getattr(p, name) for name in names}
     settings |= {name: v for name, v in fixed.items() if v is not None or name not in ("epochs", "batch_size")}
-    varied: dict[str, tuple[Any, Any]] = {"models": (models, p.models), "methods": (methods, ())}
-    varied |= {"eps": (eps, paper.EPSILONS), "seeds": (seeds, p.seeds)}
-    cells, each = [], product(*(many(*v, name) for name, v in varied.items()))
-    for (model, method, epsilon, seed), rate in ((e, r) for e in each for r in asked or p.rates(e[2])):
-        c, about = clip_norm(method), dict(recipe=recipe(method, p.dataset), model=paper.ENCODERS.get(model, model))
-        spec = RunSpec(epsilon=epsilon, seed=seed, clip_norm=c, learning_rate=rate / c, **about, **settings)
-        cells.append(Cell({"model": model, "method": method}, spec))
+    conditions = many(models, p.models, "models"), many(methods, (), "methods"), many(eps, paper.EPSILONS, "eps")
+    cells = []
+    for model, method, epsilon, seed in product(*conditions, many(seeds, p.seeds, "seeds")):
+        settings |= dict(recipe=recipe(method, p.dataset), model=paper.ENCODERS.get(model, model))
+        base, _, own = parts(method)
+        c = float(own or paper.clip_norm(base))
+        for rate in asked or p.rates(epsilon):
+            spec = RunSpec(epsilon=epsilon, seed=seed, clip_norm=c, learning_rate=rate / c, **settings)
+            cells.append(Cell({"model": model, "method": method}, spec))
     return cells
 
 
@@ -181,12 +177,9 @@ def pretraining_grid(scale: str, *, pretrain_epochs: float = 10, **asked: Any) -
 
 def k_grid(scale: str, k_base: Sequence[int], k_self: Sequence[int], k_diff: Sequence[int], **asked: Any) -> list[Cell]:
     """Table 9: DP-MixDiff with every combination of the three numbers of views."""
-    cells = []
-    for b, s, d in product(k_base, k_self, k_diff):
-        for c in methods_grid(scale, methods=["mix-diff"], **asked):
-            ks: dict[str, Any] = {"k_base": b, "k_self": s, "k_diff": d}
-            cells.append(Cell(c.labels | ks, replace(c.spec, recipe=replace(c.spec.recipe, **ks))))
-    return cells
+    base = methods_grid(scale, methods=["mix-diff"], **asked)
+    every: Any = (dict(k_base=b, k_self=s, k_diff=d) for b, s, d in product(k_base, k_self, k_diff))
+    return [Cell(c.labels | k, replace(c.spec, recipe=replace(c.spec.recipe, **k))) for k in every for c in base]
 
 
 # What Section 6.5 says about Table 9, as groups of its cells; one of a pair is compared with the other.
@@ -207,15 +200,14 @@ def k_groups(table: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
 
 def halves_grid(scale: str, *, dataset: str | None = None, **asked: Any) -> list[Cell]:
     """Table 10: A, B and C on one half of the training set; A and C alone where there are no synthetic images."""
-    there = len(with_public(["mix-diff"], preset(scale, dataset).dataset)) > 0
+    there = with_public(["mix-diff"], preset(scale, dataset).dataset)
     # A mixes nothing in: it names the public images of another variant, so that one pass trains both.
     own = "synthetic-half" if there else "half-2"
     variants = {"A": ("mix-self", own), "B": ("mix-diff", "synthetic-half"), "C": ("mix-diff", "half-2")}
-    cells = []
-    for name, (method, public) in variants.items():
-        if there or name != "B":
-            found = methods_grid(scale, dataset=dataset, methods=[method], train_on="half-1", public=public, **asked)
-            cells += changed_cells(found, name)
+    cells, asked = [], asked | {"dataset": dataset, "train_on": "half-1"}
+    for name in list(variants) if there else ["A", "C"]:
+        method, public = variants[name]
+        cells += changed_cells(methods_grid(scale, methods=[method], public=public, **asked), name)
     return cells
 
 
@@ -242,7 +234,7 @@ def run_cells(cells: Sequence[Cell], *, compute: ComputeFlags | None = None) -> 
 
 
 def labelled(cells: Sequence[Cell], runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs, one a cell and in their order, with the labels of the cells."""
+    """Runs, one a cell and in their order, with the labels of the cells as columns."""
     for name in dict.fromkeys(name for c in cells for name in c.labels):
         runs[name] = [c.labels.get(name) for c in cells]
     return runs

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dpmix import models
-from dpmix.companion import fid, paper
-from dpmix.companion.grids import recipe
+from dpmix.companion import fid, grids, paper
 from dpmix.core import files, heads, rng, views
 from dpmix.images import data
 from dpmix.images.image_cache import sha256
@@ -43,7 +42,7 @@ def fid_of_methods(
 
     def rows(splits: data.Splits, encoder: models.Encoder, seed: int, device: torch.device) -> list[dict[str, Any]]:
         train = some_of(splits.train, examples, seed)
-        recipes = [recipe(m, dataset).for_data(train.flip) for m in methods]
+        recipes = [grids.recipe(m, dataset).for_data(train.flip) for m in methods]
         synthetic = any(r.k_diff for r in recipes)
         public = data.public_images(dataset, compute.root, like=train, cache=compute.cache) if synthetic else None
         union = views.make_union(recipes)
@@ -63,7 +62,7 @@ def fid_of_methods(
             for name, other in against.items()
         ]
 
-    what = {"table": 7, "recipes": {m: repr(recipe(m, dataset)) for m in methods}, "examples": examples}
+    what = {"table": 7, "recipes": {m: repr(grids.recipe(m, dataset)) for m in methods}, "examples": examples}
     return _distances(what, rows, compute, dataset, **asked)
 
 

@@ -6,12 +6,11 @@ that there is no gain of `bound` or more. The whole ledger is one family."""
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from dpmix.companion import evidence, grids, networks, paper, verdicts
-from dpmix.companion.report import label
+from dpmix.companion import evidence, grids, grids_fid, networks, paper, verdicts
+from dpmix.companion.report import beside, label
 from dpmix.companion.verdicts import Comparison
 from dpmix.runs.result import frame
 from dpmix.runs.run import look_up
@@ -20,7 +19,8 @@ NOT_RUN = "not run"
 # The tables whose differences are ratios: the column of their runs, and what a comparison is averaged over.
 RATIOS: dict[str, Any] = {"table7": ("distance", ("model", "reference")), "table8": ("distance", ("model",))}
 RATIOS |= {"table13": ("seconds", ("model",)), "figure2": ("deviation", ("model",))}
-RATE_FOR = ("dataset", "model", "method", "epsilon")
+# What a learning rate was chosen for; within a method, only Table 9 varies the numbers of views.
+RATE_FOR = ("dataset", "model", "method", "epsilon", "k_base", "k_self", "k_diff")
 
 
 def published(table: str) -> pd.DataFrame:
@@ -38,8 +38,7 @@ def published(table: str) -> pd.DataFrame:
     elif table == "table6":
         found = found.replace({"method": {"synthetic-pretraining": grids.PRETRAINED["self-aug"]}})
     elif table == "table8":
-        words = {"test": "training and test", "diffusion": "training and synthetic"}
-        found = found.assign(method=found["compared"].map(words), model=found["fid_model"])
+        found = found.assign(method=found["compared"].map(grids_fid.WORDS), model=found["fid_model"])
     elif table == "table9":
         found = grids.k_groups(found, "mean")
     elif table == "table10":
@@ -50,11 +49,11 @@ def published(table: str) -> pd.DataFrame:
 def committed() -> dict[str, pd.DataFrame]:
     """The runs that came with the repository, of every table that a claim names, at the chosen learning rates."""
     tables = dict.fromkeys(paper.claims()["table"])
-    return {t: _ready(t, evidence.read(t) if t in RATIOS else evidence.chosen(t, _rate_for(t))) for t in tables}
+    return {t: _ready(t, evidence.read(t) if t in RATIOS else evidence.chosen(t, RATE_FOR)) for t in tables}
 
 
 def stored(scale: str) -> dict[str, pd.DataFrame]:
-    """The same from this machine's store at another scale: what is there of Tables 3, 4, 6, 9, 10 and 12. Runs nothing."""
+    """The same from this machine's store at another scale: what is there of Tables 3, 4, 6, 10 and 12. Runs nothing."""
     one = {"demo": "tiny-convnext", "paper": "vit-b-16"}.get(scale)
     others = [f"self-aug+{t}" for t in grids.TABLE4]
     cells = {
@@ -69,12 +68,8 @@ def stored(scale: str) -> dict[str, pd.DataFrame]:
         there = [(c, r) for c, r in zip(wanted, look_up([c.spec for c in wanted]), strict=True) if r is not None]
         if there:
             runs = grids.labelled([c for c, _ in there], frame(r for _, r in there))
-            found[table] = _ready(table, evidence.choose(runs, _rate_for(table)))
+            found[table] = _ready(table, evidence.choose(runs, RATE_FOR))
     return found
-
-
-def _rate_for(table: str) -> tuple[str, ...]:
-    return (*RATE_FOR, "k_base", "k_self", "k_diff") if table == "table9" else RATE_FOR
 
 
 def _ready(table: str, runs: pd.DataFrame) -> pd.DataFrame:
@@ -83,37 +78,34 @@ def _ready(table: str, runs: pd.DataFrame) -> pd.DataFrame:
     return runs.query("stage == 'whole'") if "stage" in runs else runs
 
 
-def where(text: Any) -> dict[str, list[str]]:
-    """ "dataset=cifar10,eurosat epsilon=1": the values of each column; empty for no text."""
-    parts = [] if pd.isna(text) else str(text).split()
-    return {name: values.split(",") for name, _, values in (p.partition("=") for p in parts)}
-
-
-def within(table: pd.DataFrame, text: Any) -> pd.DataFrame:
-    """The rows where a claim is made; what stands for the paper's data sets counts as they do."""
-    for column, values in where(text).items():
+def within(table: pd.DataFrame, where: Any) -> pd.DataFrame:
+    """The rows where a claim is made: "dataset=cifar10,eurosat epsilon=1", or no text for all of them. What stands for the
+    paper's data sets counts as they do."""
+    for column, _, values in (part.partition("=") for part in ("" if pd.isna(where) else where).split()):
         if column in table:
             known = [f"{v:g}" if column == "epsilon" else grids.STANDS_FOR.get(v, v) for v in table[column]]
-            table = table[[k in values for k in known]]
+            table = table[pd.Index(known).isin(values.split(","))]
     return table
 
 
 def decide(runs: Mapping[str, pd.DataFrame], level: float = verdicts.LEVEL) -> pd.DataFrame:
     """Every claim with `published`, `difference`, `low`, `high`, `n`, `bound`, `ratio`, `sets` and `verdict`, in the order of
     the paper. `runs` holds the runs of each table, from `committed` or `stored`; without any a claim is "not run"."""
-    claims = paper.claims()
+    claims, none = paper.claims(), pd.DataFrame(columns=["dataset", "method"])
     rows, effects = [], []
     for c in claims.itertuples():
         value, cells = RATIOS.get(c.table, ("accuracy", ("model", "epsilon")))
+        mine = within(runs.get(c.table, none), c.where)
         said = within(published(c.table), c.where)
-        mine = within(runs.get(c.table, pd.DataFrame({"method": []})), c.where)
-        bound = None if pd.isna(c.bound) else float(c.bound)
-        asked = Comparison(c.first, c.second, c.kind, bound)
-        mine = mine if "method" in mine else mine.assign(method=None)
+        theirs = said if mine.empty else beside(said, mine[mine["method"].isin([c.first, c.second])])
+        asked = Comparison(c.first, c.second, c.kind, None if pd.isna(c.bound) else float(c.bound))
         how: dict[str, Any] = dict(cells=("dataset", *cells), value=value, ratio=c.table in RATIOS)
-        row, effect = verdicts.measure(mine, asked, said, **how)
-        sets = mine.loc[mine["method"].isin([c.first, c.second]), "dataset"] if "dataset" in mine else []
-        rows.append(row | {"sets": ", ".join(label(d) for d in dict.fromkeys(sets)) if effect else ""})
+        row, effect = verdicts.measure(mine, asked, theirs, **how)
+        both = mine[mine["method"].isin([c.first, c.second])].groupby("dataset", sort=False)["method"].nunique() == 2
+        sets = list(both[both].index) if effect else []
+        known = {grids.STANDS_FOR.get(d, d) for d in sets}
+        elsewhere = [d for d in said.get("dataset", pd.Series()).unique() if not known & set(said["dataset"])]
+        rows.append(row | {"sets": ", ".join(map(label, sets)), "elsewhere": ", ".join(map(label, elsewhere))})
         effects.append(effect)
     there = {i: e for i, e in enumerate(effects) if e is not None}
     decided = verdicts.decide(list(there.values()), level).set_index(pd.Index(there))
@@ -131,14 +123,26 @@ def table(found: pd.DataFrame) -> Markdown:
         for r in part.itertuples():
             said, low, got, high = (verdicts.number(x, r.ratio) for x in (r.published, r.low, r.difference, r.high))
             unit = " times" if r.ratio else " points"
-            measured = f"measured {got} [{low}, {high}] on {r.sets}, n = {r.n:.0f}; " if r.verdict != NOT_RUN else ""
+            said = "not printed" if pd.isna(r.published) else said + unit
+            other = f" (the paper: {r.elsewhere})" if r.elsewhere else ""
+            measured = (
+                f"measured {got} [{low}, {high}] on {r.sets}{other}, n = {r.n:.0f}; " if r.verdict != NOT_RUN else ""
+            )
             link = f"[{r.table.replace('table', 'Table ').replace('figure', 'Figure ')}]({r.table}.ipynb)"
-            lines.append(f"- {r.text} {link}. Published {said}{unit}; {measured}**{r.verdict}**.")
+            lines.append(f"- `{r.key}` {r.text} {link}. Published {said}; {measured}**{r.verdict}**.")
     return Markdown("\n".join(lines))
+
+
+def status(name: str) -> Markdown:
+    """The first lines of a table's page: the verdicts on its claims, and which real data they rest on."""
+    found = decide(committed())
+    lines = table(found[found["table"] == name]).data
+    about = "**What the ledger says** ([all claims](what_reproduced.ipynb)), of real data:"
+    return Markdown(f"{about}\n{lines}\n\n{evidence.status(name).data}")
 
 
 def counts(found: pd.DataFrame) -> str:
     """ "holds 12, contradicted 3, ...": how often each verdict was given."""
-    kind = found["verdict"].where(~found["verdict"].str.startswith("no effect"), "no effect of that size")
+    kind = found["verdict"].mask(found["verdict"].str.startswith("no effect"), "no effect of that size").value_counts()
     words = ("holds", "contradicted", "no effect of that size", "undecided", NOT_RUN)
-    return ", ".join(f"{v} {n}" for v in words if (n := int(np.sum(kind == v))))
+    return ", ".join(f"{word} {kind[word]}" for word in words if word in kind)

@@ -122,14 +122,13 @@ def augmentations_grid(
 
 def settings(p: NetworkPreset) -> pd.DataFrame:
     """The settings of these runs beside those at paper scale: what has been cut. C is 1 and weights are standardised in both."""
-
-    def column(s: NetworkPreset) -> dict[str, str]:
+    columns = {}
+    for name, s in (("these runs", p), ("paper scale", network_preset("paper"))):
         kept = {k.replace("_", " "): v for k, v in asdict(s).items() if k not in ("epsilons", "seeds", "views_cut")}
         words = {k: label(v) if isinstance(v, str) else "–" if v is None else f"{v:,g}" for k, v in kept.items()}
         r = s.views_of("mix-self")
-        return words | {"views of Self-Aug": str(r.k_base), "views of DP-MixSelf": f"{r.k_base} + {r.k_self}"}
-
-    return pd.DataFrame({"these runs": column(p), "paper scale": column(network_preset("paper"))})
+        columns[name] = words | {"views of Self-Aug": str(r.k_base), "views of DP-MixSelf": f"{r.k_base} + {r.k_self}"}
+    return pd.DataFrame(columns)
 
 
 def privacy_of_pairs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -171,4 +170,6 @@ def level(runs: pd.DataFrame, classes: int) -> Markdown:
     guess = 100 / classes
     learned = "well above" if low["mean"] > 2 * guess else "**not well above** (such a run has hardly learned)"
     ends = [f"{r['mean']:.1f} % ({label(r['method'])}, ε = {r['epsilon']:g})" for r in (low, high)]
-    return Markdown(f"The means lie between {ends[0]} and {ends[1]}; the lowest is {learned} guessing, {guess:.0f} %.")
+    return Markdown(
+        f"In the runs made now the means lie between {ends[0]} and {ends[1]}; the lowest is {learned} guessing, {guess:.0f} %."
+    )

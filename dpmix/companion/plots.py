@@ -15,20 +15,16 @@ from dpmix.companion.report import Sources, label
 PALETTE = "colorblind"
 
 
-def _panels(s: Sources, split: Sequence[str], by: Sequence[str], value: str) -> list[tuple[str, pd.DataFrame]]:
-    """A title and the means of each source, data set and what else is in `split`."""
-    return [(f"{', '.join(map(label, at.values()))}\n{source}", part) for source, at, part in s.parts(split, by, value)]
-
-
-def _figure(count: int, wide: float, tall: float) -> tuple[Figure, list]:
-    """Axes for `count` panels, two a row, for narrow pages; one that is left over is blank."""
+def _panels(parts: Sequence[tuple[str, dict[str, Any], pd.DataFrame]], wide: float, tall: float) -> tuple[Figure, list]:
+    """Axes with a title for each of `Sources.parts`, two a row, for narrow pages; one that is left over is blank."""
     sns.set_theme(style="whitegrid", palette=PALETTE, font_scale=0.85)
-    columns = min(2, count)
-    rows = -(-count // columns)
+    columns, rows = min(2, len(parts)), -(-len(parts) // 2)
     figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, tall * rows + 0.6), squeeze=False)
-    for ax in axes.flat[count:]:
+    for ax in axes.flat[len(parts) :]:
         ax.set_axis_off()
-    return figure, list(axes.flat[:count])
+    for ax, (source, at, _) in zip(axes.flat, parts, strict=False):
+        ax.set_title(f"{', '.join(map(label, at.values()))}\n{source}")
+    return figure, list(zip(axes.flat, (part for *_, part in parts), strict=False))
 
 
 def _finish(figure: Figure, legend: dict[str, Any] | None = None, wide: int = 4) -> Figure:
@@ -41,18 +37,17 @@ def _finish(figure: Figure, legend: dict[str, Any] | None = None, wide: int = 4)
 
 def accuracy_plot(s: Sources, split: Sequence[str] = ("dataset", "model")) -> Figure:
     """Test accuracy against ε, a panel a source, data set and encoder: mean over the seeds, bars of one deviation."""
-    panels = _panels(s, split, ("method", "epsilon"), "accuracy")
+    figure, panels = _panels(list(s.parts(split, ("method", "epsilon"), "accuracy")), 3.3, 2.9)
     methods = list(dict.fromkeys(m for _, part in panels for m in part["method"]))
     look = dict(zip(methods, zip(sns.color_palette(PALETTE, len(methods)), "osD^vPX*" * 3, strict=False), strict=True))
-    figure, axes = _figure(len(panels), 3.3, 2.9)
     legend = {}
-    for ax, (title, part) in zip(axes, panels, strict=True):
+    for ax, part in panels:
         for method, line in part.groupby("method", sort=False):
             colour, marker = look[method]
             line = line.sort_values("epsilon")
             style = {"marker": marker, "ms": 4, "capsize": 2, "color": colour, "lw": 1.2}
             legend[label(method)] = ax.errorbar(line["epsilon"], line["mean"], line["std"], **style)
-        ax.set(title=title, xscale="log", xlabel="ε", ylabel="test accuracy (%)")
+        ax.set(xscale="log", xlabel="ε", ylabel="test accuracy (%)")
         ticks = sorted(set(part["epsilon"]))
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
         ax.minorticks_off()
@@ -69,15 +64,15 @@ def point_plot(
 ) -> Figure:
     """Means as points with bars of one standard deviation: a panel a source and value of `split`, each with a scale of its
     own, a row a value of `line`."""
-    panels = _panels(s, split, (line,), value)
+    parts = list(s.parts(split, (line,), value))
+    figure, panels = _panels(parts, 3.6, 0.26 * max(len(part) for *_, part in parts) + 1.1)
     names = list(dict.fromkeys(n for _, part in panels for n in part[line]))
     colours = dict(zip(names, sns.color_palette("husl" if len(names) > 10 else PALETTE, len(names)), strict=True))
-    figure, axes = _figure(len(panels), 3.6, 0.26 * max(len(part) for _, part in panels) + 1.1)
-    for ax, (title, part) in zip(axes, panels, strict=True):
+    for ax, part in panels:
         for row, (name, mean, std) in enumerate(zip(part[line], part["mean"], part["std"], strict=True)):
             bars = None if pd.isna(std) else std
             ax.errorbar(mean, row, xerr=bars, fmt="o", ms=5, capsize=3, color=colours[name])
-        ax.set(title=title, ylim=(len(part) - 0.5, -0.5), xlabel=unit)
+        ax.set(ylim=(len(part) - 0.5, -0.5), xlabel=unit)
         ax.set_yticks(range(len(part)), [label(n) for n in part[line]])
         ax.margins(x=0.15)
         ax.locator_params(axis="x", nbins=4)
@@ -89,27 +84,25 @@ def picture_rows(rows: Sequence[tuple[str, Any, Sequence[str]]], columns: int = 
     a caption that are wider than a picture are broken."""
     sns.set_theme(style="white")
     side, head, line = 0.92, 0.36, 0.165  # inches: a picture, the heading of a block, a line of a caption
-    wrap = textwrap.TextWrapper(13)
-    rows = [(a, b, ["\n".join(t for line in c.split("\n") for t in wrap.wrap(line)) for c in cs]) for a, b, cs in rows]
-    lines = [max((1 + c.count("\n") for c in captions if c), default=0) for *_, captions in rows]
-    used = [max(1, -(-len(images) // columns)) for _, images, _ in rows]
-    tall = sum(head + n * (side + line * deep + 0.12) for n, deep in zip(used, lines, strict=True))
+    wrap, blocks, tall = textwrap.TextWrapper(13), [], 0.0
+    for heading, images, captions in rows:
+        broken = ["\n".join(t for part in c.split("\n") for t in wrap.wrap(part)) for c in captions]
+        each = side + line * max((1 + c.count("\n") for c in broken if c), default=0) + 0.12
+        blocks.append((tall, each, heading, zip(images, broken, strict=True)))
+        tall += head + max(1, -(-len(images) // columns)) * each
     wide = (side + 0.1) * columns
     figure = plt.figure(figsize=(wide, tall))
-    top = tall
-    for (heading, images, captions), deep in zip(rows, lines, strict=True):
-        figure.text(0.05 / wide, (top - 0.3) / tall, heading, fontsize=10.5, weight="bold")
-        top -= head
-        for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for above, each, heading, pictures in blocks:
+        figure.text(0.05 / wide, (tall - above - 0.3) / tall, heading, fontsize=10.5, weight="bold")
+        for place, (image, caption) in enumerate(pictures):
             row, column = divmod(place, columns)
-            bottom = top - row * (side + line * deep + 0.12) - side
+            bottom = tall - above - head - row * each - side
             ax = figure.add_axes(((side + 0.1) * column / wide + 0.05 / wide, bottom / tall, side / wide, side / tall))
             pixels = image.detach().cpu().clamp(0, 1).numpy().transpose(1, 2, 0)
             shown = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
             ax.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_axis_off()
             ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha="center", va="top", fontsize=9, linespacing=1.15)
-        top -= max(1, -(-len(images) // columns)) * (side + line * deep + 0.12)
     plt.close(figure)
     return figure
 
@@ -134,7 +127,10 @@ def effects_plot(found: pd.DataFrame) -> Figure:
     ax.set_xscale("symlog", linthresh=5)
     ax.set_xlim(-100, 500)
     ax.set_xticks([-50, -5, 0, 5, 50], ["-50", "-5", "0", "5", "50"])
-    ax.set(xlabel="difference in points (ratios: logarithm, %)", ylim=(-0.7, len(shown) - 0.3))
+    ax.set(
+        xlabel="difference in points (ratios: 100 ln); logarithmic beyond ±5",
+        ylim=(-0.7, len(shown) - 0.3),
+    )
     ax.set_yticks(range(len(shown)), shown["key"])
     return _finish(figure, legend)
 

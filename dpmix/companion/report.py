@@ -5,7 +5,7 @@ columns than a telephone is wide."""
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -46,18 +46,12 @@ def summary(runs: pd.DataFrame, by: Columns, value: str = "accuracy") -> pd.Data
 
 
 def pivot(table: pd.DataFrame, rows: Columns, columns: Columns) -> pd.DataFrame:
-    """The column `cell` (text) laid out by `rows` and `columns`, both under their labels and in the order in which they come."""
-    table = table[[*rows, *columns, "cell"]].copy()
-    for name in (*rows, *columns):
-        values = [entry(name, v) for v in table[name]]
-        table[name] = pd.Categorical(values, categories=list(dict.fromkeys(values)), ordered=True)
-    wide = table.pivot(index=list(rows), columns=list(columns), values="cell").astype(object).fillna("–")
-    if len(rows) == 1:
-        wide.index = pd.Index(wide.index.astype(object).tolist())
-    if len(columns) == 1:
-        wide.columns = pd.Index([c[-1] if isinstance(c, tuple) else c for c in wide.columns.tolist()])
-    wide.columns.names, wide.index.names = [None] * wide.columns.nlevels, [None] * wide.index.nlevels
-    return wide
+    """The column `cell` (text) laid out by one column each way, both under their labels and in the order in which they come."""
+    (row,), (column,) = rows, columns
+    named = {name: [entry(name, v) for v in table[name]] for name in (row, column)}
+    wide = table.assign(**named).pivot(index=row, columns=column, values="cell").fillna("–")
+    order = (list(dict.fromkeys(named[name])) for name in (row, column))
+    return wide.loc[*order].rename_axis(index=None, columns=None)
 
 
 def block(table: pd.DataFrame, rows: Columns, columns: Columns, digits: int = 1) -> pd.DataFrame:
@@ -111,6 +105,24 @@ class Sources(NamedTuple):
                 yield source, dict(zip(here, names, strict=True)), part
 
 
+def beside(published: pd.DataFrame, runs: pd.DataFrame, per: Columns = ()) -> pd.DataFrame:
+    """The published rows that runs are compared with: of their data sets and models (or what these stand for, or the same kind
+    of model, a frozen encoder or a network from scratch) and budgets, where the paper has those; and of what they have in
+    `per`."""
+
+    def same(column: str, word: Callable[[Any], Any]) -> pd.Series:
+        return published[column].map(word).isin(set(runs[column].map(word)))
+
+    wanted = ("dataset", "model", "epsilon")
+    for column in (c for c in dict.fromkeys((*wanted, *per)) if c in published and c in runs):
+        there = same(column, lambda v: STANDS_FOR.get(v, v))
+        if column == "model" and not there.any():
+            there = same(column, lambda v: str(v).startswith("wrn"))
+        if there.any() or column not in wanted:
+            published = published[there]
+    return published
+
+
 def real_alone(runs: pd.DataFrame) -> Sources:
     """Runs that came with the repository, of a page that has nothing published and makes nothing."""
     return Sources(runs.iloc[:0].assign(mean=[], std=[]), runs, runs.iloc[:0])
@@ -137,15 +149,18 @@ def tables(
     return Tables((f"{c[:1].upper()}{c[1:]}", t) for _, c, t in sorted(found, key=lambda f: f[0]))
 
 
-def chosen_rates(chosen: pd.DataFrame, grid: Sequence[float] | None = None) -> Tables:
-    """The learning rate that validation chose (in units of 1/C), a table a model; marked where it ends the grid."""
-    table = chosen.assign(rate=(chosen["learning_rate"] * chosen["clip_norm"]).round(10))
-    grid = sorted(set(table["rate"])) if grid is None else grid
-    ends = {min(grid), max(grid)} if len(grid) > 2 else set()
-    table = table.drop_duplicates(["method", "dataset", "model", "epsilon"])
-    table["cell"] = [f"{r:g}{' *' if r in ends else ''}" for r in table["rate"]]
-    parts = table.groupby(["dataset", "model"], sort=False)
-    return Tables((f"{label(d)}, {label(m)}", pivot(part, ["method"], ["epsilon"])) for (d, m), part in parts)
+def chosen_rates(s: Sources) -> Tables:
+    """The learning rates that validation chose (in units of 1/C, or as they are where nothing is clipped), a table a source,
+    data set and model; starred where the rate is an end of those that were tried."""
+    found = Tables()
+    for source, runs in s.runs().items():
+        table = runs.drop_duplicates(["method", "dataset", "model", "epsilon"])
+        rates = table["learning_rate"] * table["clip_norm"].clip(upper=1.0)
+        table = table.assign(cell=[f"{r:.3g}{' *' if e else ''}" for r, e in zip(rates, table["edge"], strict=True)])
+        for (dataset, model), part in table.groupby(["dataset", "model"], sort=False):
+            caption = f"{source[:1].upper()}{source[1:]}: {label(dataset)}, {label(model)}"
+            found.append((caption, pivot(part, ["method"], ["epsilon"])))
+    return found
 
 
 def privacy_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dpmix.companion.grids import STANDS_FOR
-from dpmix.companion.report import Sources, Tables, entry, label
+from dpmix.companion.report import Sources, Tables, beside, entry, label
 from dpmix.core.checks import counted
 
 LEVEL = 0.05
 POINTS = (0.25, 1.0)  # the least and the largest bound in percentage points
 RATIO = (float(np.log(1.05)), float(np.log(1.1)))  # the same of the logarithm of a ratio
+PLACES = ("dataset", "model", "epsilon", "reference")  # what tells the published numbers of a method apart
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
 
@@ -114,39 +114,27 @@ def bound_of(c: Comparison, published: float, ratio: bool = False) -> float:
     return float(np.clip(abs(published) / 2, least, most))
 
 
-def per_seed(
-    runs: pd.DataFrame, first: str, second: str, cells: Sequence[str], value: str, ratio: bool = False
-) -> tuple[np.ndarray, float]:
-    """The difference of each seed, averaged over the cells that any seed has (a seed without all of them is left out), and
-    the standard error from the test images (nan where the runs do not say which they got right)."""
-    here = runs[runs["method"].isin([first, second])].drop_duplicates([*cells, "seed", "method"])
-    cell = here.groupby(list(cells), dropna=False).ngroup() if cells else 0
+def per_seed(here: pd.DataFrame, c: Comparison, cells: Sequence[str], value: str, ratio: bool) -> pd.Series:
+    """The difference of each seed, averaged over the cells that any seed has (a seed without all of them is left out), of
+    rows of the two methods."""
+    cells = [k for k in cells if k in here]
+    here = here.drop_duplicates([*cells, "seed", "method"])
+    cell = here.groupby(cells, dropna=False).ngroup() if cells else 0
     wide = here.assign(cell=cell).pivot(index="seed", columns=["method", "cell"], values=value)
     wide = np.log(wide) if ratio else wide
-    gaps = (wide[first] - wide[second]).dropna(axis=1, how="all").dropna()
-    return gaps.mean(axis=1).to_numpy(), np.nan if ratio else _of_images(here, first, second)
+    return (wide[c.first] - wide[c.second]).dropna(axis=1, how="all").dropna().mean(axis=1)
 
 
-def _of_images(here: pd.DataFrame, first: str, second: str) -> float:
-    """The standard error, in points, of a mean difference over test images, each taken over all runs of both methods."""
+def _of_images(here: pd.DataFrame, c: Comparison) -> float:
+    """The standard error, in points, of a mean difference over test images, each taken over all runs of both methods; nan
+    where the runs do not say which they got right."""
     if "right" not in here or here["right"].isna().any():
         return np.nan
-    variance, runs = 0.0, len(here)
+    variance = 0.0
     for _, part in here.groupby("dataset", sort=False):  # test sets of their own
-        means = [100 * np.mean(list(part.loc[part["method"] == m, "right"]), axis=0) for m in (first, second)]
-        gap = means[0] - means[1]
-        variance += (len(part) / runs) ** 2 * gap.var(ddof=1) / len(gap)
+        first, second = (100 * np.mean(list(part.loc[part["method"] == m, "right"]), axis=0) for m in c[:2])
+        variance += (len(part) / len(here)) ** 2 * (first - second).var(ddof=1) / len(first)
     return float(np.sqrt(variance))
-
-
-def published_gap(published: pd.DataFrame | None, first: str, second: str, ratio: bool = False) -> float:
-    """The mean published difference over the cells that have both methods; nan where there are none."""
-    if published is None or not {first, second} <= set(published["method"]):
-        return np.nan
-    known = [c for c in ("dataset", "model", "epsilon", "reference", "set") if c in published]
-    wide = published.pivot_table(index=known or None, columns="method", values="mean", dropna=False)
-    wide = np.log(wide) if ratio else wide
-    return float((wide[first] - wide[second]).mean())
 
 
 def measure(
@@ -159,15 +147,19 @@ def measure(
     ratio: bool = False,
 ) -> tuple[dict[str, Any], Effect | None]:
     """One comparison: what was published and what bound that sets, and the effect; None where the runs lack a method."""
-    said = published_gap(published, c.first, c.second, ratio)
+    here, theirs = (t[t["method"].isin(c[:2])] for t in (runs, runs[:0] if published is None else published))
+    said = np.nan
+    if theirs["method"].nunique() == 2:
+        said = float(per_seed(theirs.assign(seed=0), c, PLACES, "mean", ratio).mean())
     bound = bound_of(c, said, ratio)
     row = {"first": c.first, "second": c.second, "claim": c.claim, "published": said, "bound": bound, "ratio": ratio}
-    if not {c.first, c.second} <= set(runs["method"]):
+    if here["method"].nunique() < 2:
         return row | {"images": np.nan}, None
-    values, images = per_seed(runs, c.first, c.second, [k for k in cells if k in runs], value, ratio)
+    values = per_seed(here, c, cells, value, ratio)
+    images = np.nan if ratio else _of_images(here[here["seed"].isin(values.index)], c)
     expected = {"above": 1.0, "no gain": 1.0}.get(c.claim, 0.0 if np.isnan(said) else float(np.sign(said)))
-    error = 0.0 if np.isnan(images) else images
-    return row | {"images": images}, Effect(values.tolist(), bound, expected, c.claim == "no gain", error, ratio)
+    effect = Effect(values.tolist(), bound, expected, c.claim == "no gain")
+    return row | {"images": images}, effect._replace(images=0.0 if np.isnan(images) else images, ratio=ratio)
 
 
 def compare(
@@ -186,11 +178,8 @@ def compare(
     rows, effects = [], []
     per = [c for c in per if c in runs]
     for names, part in runs.groupby(per, sort=False) if per else [((), runs)]:
-        theirs, place = published, dict(zip(per, names, strict=True))
-        for column, name in place.items():
-            if theirs is not None and column in theirs:
-                twin = theirs[theirs[column] == STANDS_FOR.get(name, name)]
-                theirs = twin if len(twin) else theirs
+        place = dict(zip(per, names, strict=True))
+        theirs = None if published is None else beside(published, part, per)
         for c in comparisons:
             row, effect = measure(part, c, theirs, cells=cells, value=value, ratio=ratio)
             if effect is not None and (not c.only or place.get("dataset") in c.only):
@@ -231,5 +220,10 @@ def page(s: Sources, comparisons: Sequence[Comparison], **how: Any) -> Tables:
             no, share = ("not ", ", which seeds share") if table["images"].isna().any() else ("", "")
             what = f"{source}, {seeds}, family of {len(table)}; 95 % intervals hold the error of seeds, and {no}"
             what += f"of the test images{share}"
-            found.append((f"{what[:1].upper()}{what[1:]}", show(table)))
+            if table["ratio"].all():
+                what = f"{source}, {counted(high, 'repeat')}, family of {len(table)}; 95 % intervals hold the error of repeats"
+            shown = show(table)
+            if source != "real data" and s.scale == "demo":  # digits say nothing of a claim
+                shown["verdict"] = shown["verdict"].replace({HOLDS: "same sign", CONTRADICTED: "other sign"})
+            found.append((f"{what[:1].upper()}{what[1:]}", shown))
     return found

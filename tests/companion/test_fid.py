@@ -126,7 +126,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "WEIGHTS", tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / fid.FILE)
     with pytest.raises(ValueError, match="its sha256 is not the recorded 6726825d; fetch"):
-        fid.inception()
+        fid.encoder("inceptionv3")
     (tmp_path / "garbage.pth").write_bytes(b"no tensors")
     (tmp_path / fid.FILE).rename(tmp_path / "foreign.pth")
     for name, why in (
@@ -134,7 +134,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, monkeypatch):
         ("garbage.pth", "refused, damaged"),
     ):
         with pytest.raises(ValueError, match=f"weights=.*{name}.*: {why}"):
-            fid.inception(tmp_path / name)
+            fid.encoder("inceptionv3", weights=tmp_path / name)
 
 
 def test_inception_with_weights_from_a_file_is_pytorch_fids(tmp_path):
@@ -159,7 +159,7 @@ def test_inception_with_weights_from_a_file_is_pytorch_fids(tmp_path):
 
     with torch.no_grad():
         theirs = build()
-        found = fid.inception(tmp_path / "weights.pth")
+        found = fid.encoder("inceptionv3", weights=tmp_path / "weights.pth")
         x = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(found.features(x), theirs(x)[0].flatten(1))
         assert found.features(x[:0]).shape == (0, found.dim) == (0, 2048)

@@ -153,9 +153,6 @@ def test_the_laptop_scale_has_the_papers_settings_on_data_that_two_cores_can_do(
 
 
 def test_a_method_with_another_clip_norm():
-    assert (
-        grids.clip_norm("mix-self@0.05") == 0.05
-        and grids.recipe("mix-self@0.05", "digits") == views.METHODS["mix-self"]
-    )
+    assert grids.recipe("mix-self@0.05", "digits") == views.METHODS["mix-self"]
     (cell,) = methods_grid("demo", methods=["self-aug@0.05"], models="tiny-vit", eps=1, seeds=0, learning_rates=4.0)
     assert (cell.spec.clip_norm, cell.spec.learning_rate) == (0.05, 80.0)

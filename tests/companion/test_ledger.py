@@ -76,14 +76,37 @@ def test_a_claim_is_decided_where_it_is_made():
         found.loc["mix-self-eurosat", "verdict"] == ledger.NOT_RUN
         and found.loc["pairs-cost", "verdict"] == ledger.NOT_RUN
     )
-    assert (
-        ledger.where("dataset=a,b epsilon=1") == {"dataset": ["a", "b"], "epsilon": ["1"]}
-        and ledger.where(np.nan) == {}
+    places = pd.DataFrame({"dataset": list("abca"), "epsilon": [1, 1.0, 1, 8]})
+    assert ledger.within(places, "dataset=a,b epsilon=1 model=none").index.tolist() == [0, 1]
+    assert ledger.within(places, np.nan) is places and ledger.within(places[:0], "dataset=a").columns.equals(
+        places.columns
     )
     text = ledger.table(ledger.decide({"table3": digits})).data
     assert "[Table 3](table3.ipynb)" in text and "**holds**" in text and "**not run**" in text
     assert "not run " in ledger.counts(ledger.decide({"table3": digits}))
     assert plots.effects_plot(ledger.decide({"table3": digits})).axes
+
+
+def test_published_and_measured_are_of_one_kind_and_a_set_without_both_methods_is_not_named():
+    runs = made_up(1.0)
+    table3, table12 = runs["table3"].query("epsilon == 1"), runs["table12"].assign(dataset="cifar10")
+    half = table3.query("dataset == 'cifar10' or method == 'self-aug'").query("dataset in ('cifar10', 'eurosat')")
+    found = ledger.decide({"table3": half, "table12": table12, "table5": runs["table5"].query("model != 'wrn-16-4'")})
+    found = found.set_index("key")
+    said = ledger.published("table3").query("dataset == 'cifar10' and epsilon == 1").groupby("method")["mean"].mean()
+    row = found.loc["mix-self-cifar10"]
+    assert row["published"] == pytest.approx(said["mix-self"] - said["self-aug"]), "of the budget that was run"
+    assert found.loc["mixtures-not-views", "published"] == pytest.approx(0.6), (
+        "of the linear layer, and not of the network"
+    )
+    assert row["sets"] == "CIFAR-10" and row["elsewhere"] == "" and found.loc["mix-self-eurosat", "sets"] == ""
+    assert found.loc["pure-above", "sets"] == "CIFAR-10" and found.loc["pure-above", "elsewhere"] == "CIFAR-100"
+    assert "on CIFAR-10 (the paper: CIFAR-100), n = 8" in ledger.table(found.reset_index()).data
+
+
+def test_a_page_begins_with_the_verdicts_on_its_claims():
+    text = ledger.status("table12").data
+    assert text.index("`pure-above`") < text.index("Real data on this page") and "mix-self-cifar10" not in text
 
 
 def test_what_came_with_the_repository_names_its_origin():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dpmix.companion import paper, plots, report
+from dpmix.companion import evidence, paper, plots, report
 
 
 def runs_of(values: dict[str, list[float]], epsilon=1.0, model="tiny-vit") -> pd.DataFrame:
@@ -79,10 +79,34 @@ def test_published_then_real_data_then_what_was_made_now():
 
 def test_chosen_rates_are_in_units_of_one_over_c_and_ends_are_starred():
     chosen = pd.concat([RUNS, RUNS.assign(epsilon=2.0, learning_rate=160.0, clip_norm=0.05)]).assign(dataset="digits")
-    ((caption, table),) = report.chosen_rates(chosen, [2.0, 4.0, 8.0])
-    assert caption == "digits, tiny ViT" and table.loc["Self-Aug"].tolist() == ["2 *", "8 *"]
-    ((_, table),) = report.chosen_rates(chosen, [1.0, 2.0, 4.0, 8.0, 16.0])
-    assert table.loc["Self-Aug"].tolist() == ["2", "8"]
+    chosen["edge"] = chosen["epsilon"] == 2
+    free = chosen.assign(clip_norm=1e9, learning_rate=3.0, edge=False, dataset="cifar10")  # nothing is clipped
+    (_, real), (caption, table) = report.chosen_rates(report.Sources(chosen, free, chosen))
+    assert caption == "Made now, demo scale: digits, tiny ViT" and table.loc["Self-Aug"].tolist() == ["2", "8 *"]
+    assert set(real.loc["Self-Aug"]) == {"3"}
+
+
+def test_an_end_of_the_rates_that_were_tried_is_marked():
+    rows = [(m, r, sign * r) for m, sign in (("low", -1), ("high", 1)) for r in (1.0, 2.0, 4.0)]
+    rows += [("middle", r, v) for r, v in ((1.0, 1), (2.0, 3), (4.0, 2))] + [("two", 1.0, 1), ("two", 2.0, 2)]
+    runs = pd.DataFrame(rows, columns=["method", "learning_rate", "validation_accuracy"]).assign(validation=0.1, seed=0)
+    found = evidence.choose(runs, ["method"]).set_index("method")
+    assert found["learning_rate"].to_dict() == {"low": 1.0, "high": 4.0, "middle": 2.0, "two": 2.0}
+    assert found["edge"].to_dict() == {"low": True, "high": True, "middle": False, "two": False}
+
+
+def test_published_rows_stand_beside_runs_of_their_kind():
+    table3, table5 = paper.table(3), paper.table(5)
+    runs = pd.DataFrame({"dataset": ["caltech101"], "model": ["efficientnet-lite0"], "epsilon": [2.0]})
+    found = report.beside(table3, runs)
+    assert set(found["dataset"]) == {"caltech256"} and set(found["epsilon"]) == {2} and found["model"].nunique() == 2
+    assert set(report.beside(table3, runs.assign(model="tiny-vit"))["model"]) == {"vit-b-16"}
+    for model, kind in (("efficientnet-lite0", False), ("wrn-10-2", True)):
+        assert set(report.beside(table5, runs.assign(model=model))["model"].str.startswith("wrn")) == {kind}
+    assert len(report.beside(table3, runs.assign(dataset="malaria", epsilon=3.0))) == len(table3), (
+        "the paper has neither"
+    )
+    assert report.beside(table3.assign(framework="JAX"), runs.assign(framework="PyTorch"), ["framework"]).empty
 
 
 def full(runs: pd.DataFrame) -> pd.DataFrame:
