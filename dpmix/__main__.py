@@ -53,8 +53,13 @@ def main(words: list[str] | None = None) -> int:
     try:
         if command in ("check", "train"):
             print(getattr(dpmix, command)(**asked))
+        elif command == "predict":
+            _predict(**asked)
         else:
-            (_predict if command == "predict" else _card)(**asked)
+            from dpmix.own.report import card_text
+            from dpmix.runs.predict import read_card
+
+            print(card_text(read_card(Path(asked["release"]).expanduser())))
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it stopped" if command in ("check", "train") else ""
         print(f"interrupted{goes_on}", file=sys.stderr)
@@ -82,20 +87,13 @@ def _predict(release: str, images: list[str], weights: str | None) -> None:
     head, bad = True, list[str]()
     for found, unread in predictions(release, images[0] if len(images) == 1 else images, weights=weights):
         names, surest = map(printable, found.sources), found.probabilities.max(1, initial=0)
-        columns = {"image": list(names), "class": found.class_names, "probability": surest}
+        columns = {"image": list(names), "class": list(map(printable, found.class_names)), "probability": surest}
         pd.DataFrame(columns).to_csv(sys.stdout, index=False, header=head, float_format="%.4f")
         sys.stdout.flush()
         head, bad = False, bad + unread
     if bad:
         some = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
         raise ValueError(f"without a prediction: {counted(len(bad), 'image')}: {some}")
-
-
-def _card(release: str) -> None:
-    from dpmix.own.report import card_text
-    from dpmix.runs.predict import read_card
-
-    print(card_text(read_card(Path(release).expanduser())))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@
 # DP-MixSelf adds 18 mixtures to 16 views, and DP-MixDiff {cite:p}`Bao-2023` two synthetic images besides. A gain could come from the mere number of views, from mixing pixels, from how far
 # the mixtures lie from their members (λ is drawn from a Beta distribution that favours the ends), or from the public images as such. The paper takes only the number of views apart (its Table 5). This page takes them all apart, on the same
 # draws: in each row one thing has changed.
+#
+# **In short:** on CIFAR-10, so far as three seeds tell: the more is mixed, the lower the accuracy, and what DP-MixDiff gains over DP-MixSelf, two synthetic images bring as mere views, with nothing mixed.
 
 # %% tags=["hide-input"]
 from dpmix.companion import evidence, plots, report, verdicts

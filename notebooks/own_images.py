@@ -37,6 +37,8 @@ physical_batch = None
 
 # %% tags=["hide-input"]
 
+import shutil
+
 import pandas as pd
 from IPython.display import Image, Markdown, display
 
@@ -47,10 +49,10 @@ from dpmix.core.checks import counted
 from dpmix.images import data
 from dpmix.own.report import card_text
 
-practice = folder is None  # then all that is made here is removed at the end
+practice, own = folder is None, data.PROJECT / "data" / "own"  # then all that is made here is removed at the end
 if practice:
-    examples.destroy(data.PROJECT / "data" / "own")
-    folder, mirror = examples.digits_folder(data.PROJECT / "data" / "own" / "photos"), False
+    shutil.rmtree(own, ignore_errors=not own.exists())
+    folder, mirror = examples.digits_folder(own / "photos"), False
 asked = dict(
     out=out, delta=delta, method=method, model=model, weights=weights, image_size=image_size, batch_size=batch_size
 )
@@ -112,7 +114,7 @@ examples.predicted(found, [f.parent.name for f in shown])
 
 # %% tags=["hide-input"]
 if practice:
-    examples.destroy(data.PROJECT / "data" / "own")
+    shutil.rmtree(own)
 
 # %% [markdown]
 # ## A real example: malaria cells

@@ -93,9 +93,9 @@ def _inside(base: Path, files: Sequence[Path]) -> None:
 
 
 def printable(name: str | Path) -> str:
-    """A file name that can be printed anywhere, in one line: bytes that are no UTF-8, and control characters, as \\x.."""
+    """A name that can be printed anywhere, in one line: bytes that are no UTF-8, and what is not to be seen, as \\x.."""
     text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
-    return "".join(c if ord(c) > 31 and ord(c) != 127 else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def pixel_hash(image: np.ndarray) -> str:

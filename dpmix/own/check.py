@@ -54,16 +54,17 @@ def check(folder: Any, epsilon: Any, **settings: Any) -> Checked:
     p.make_private(*OURS)
     decoded = data.opened(p.spec.dataset, p.listing, image_size=p.encoder.image_size, cache=p.compute.cache)
     check_channels(p.spec, p.encoder, decoded.images)
-    sections = {"The images": _images(p, decoded) + _synthetic(p, decoded), "The run": _run(p, m)}
+    sections = {"The images": _images(p, decoded), "The run": _run(p, m)}
     return Checked(p, sections | {"What it takes": _cost(p, m, decoded), "What it may be worth": _worth(p)})
 
 
-def _called(listing: layouts.Listing, i: int) -> str:
-    return printable(listing.files[i].relative_to(listing.base))
-
-
 def _images(p: Plan, decoded: Decoded) -> Rows:
-    listing, n = p.listing, p.listing.train
+    """Counts and oddities of the private images; of the public ones those that copy private ones."""
+    listing, n, base = p.listing, p.listing.train, data.synthetic_folder(p.spec.dataset)
+
+    def called(i: int) -> str:
+        return printable(listing.files[i].relative_to(listing.base))
+
     counts = [np.bincount(part, minlength=len(listing.class_names)) for part in np.split(listing.labels, [n])]
     rows = [("training / test images", f"{n:,} / {len(listing.files) - n:,}")]
     rows += [(f"class {c}", f"{a:,} / {b:,}") for c, a, b in zip(listing.class_names, *counts, strict=True)][:120]
@@ -71,28 +72,22 @@ def _images(p: Plan, decoded: Decoded) -> Rows:
     rows.append(("left out", left or f"nothing (taken are {' '.join(layouts.SUFFIXES)})"))
     for oddity, words in {"turned": "turned upright by their EXIF mark", **data.ODDITIES}.items():
         if found := decoded.odd.get(oddity):
-            rows.append((words.partition(" (")[0], _some(len(found), (_called(listing, i) for i in found))))
+            rows.append((words.partition(" (")[0], _some(called(i) for i in found)))
     for words, pairs in zip(("repeat another", "test, equal a training image"), decoded.copies, strict=True):
-        named = (f"{_called(listing, i)} = {_called(listing, j)}" for i, j in pairs)
-        rows.append((f"exact copies: {words}", _some(len(pairs), named)))
-    return rows
-
-
-def _synthetic(p: Plan, decoded: Decoded) -> Rows:
-    """Public images that copy private ones, by name."""
-    base = data.synthetic_folder(p.spec.dataset)
+        rows.append((f"exact copies: {words}", _some(f"{called(i)} = {called(j)}" for i, j in pairs)))
     if not base.is_dir():
-        return [("synthetic images", f"none in {base}")]
-    private = data.ImageSet(decoded.images, torch.from_numpy(p.listing.labels), p.listing.class_names)
+        return [*rows, ("synthetic images", f"none in {base}")]
+    private = data.ImageSet(decoded.images, torch.from_numpy(listing.labels), listing.class_names)
     public = data.public_images(p.spec.dataset, like=private, cache=p.compute.cache)
     pairs = torch.cat(overlap(private, public)).tolist()
-    named = (f"synthetic image {j} = {_called(p.listing, i)}" for i, j in pairs)
-    return [("synthetic images", f"{len(public):,}"), ("of them copies of private ones", _some(len(pairs), named))]
+    copied = _some(f"synthetic image {j} = {called(i)}" for i, j in pairs)
+    return [*rows, ("synthetic images", f"{len(public):,}"), ("of them copies of private ones", copied)]
 
 
-def _some(many: int, names: Iterable[str]) -> str:
-    shown = [name for name, _ in zip(names, range(5), strict=False)]
-    return f"{many:,}" + (f": {', '.join(shown)}{', ...' if many > 5 else ''}" if many else "")
+def _some(names: Iterable[str]) -> str:
+    """How many, and the first five."""
+    every = list(names)
+    return f"{len(every):,}" + (f": {', '.join(every[:5])}{', ...' if len(every) > 5 else ''}" if every else "")
 
 
 def _run(p: Plan, m: Mechanism) -> Rows:
@@ -102,6 +97,8 @@ def _run(p: Plan, m: Mechanism) -> Rows:
     rate = f"one of {', '.join(f'{r:g}' for r in p.rates)}" if p.rates else f"{spec.learning_rate:g}"
     encoder = f"{spec.model} at {p.encoder.image_size} pixels, {counted(p.encoder.dim, 'feature')}"
     assert spec.epsilon is not None
+    warned = [f"{printable(p.out)} is there already; train will refuse it"] if os.path.lexists(p.out) else []
+    warned += no_meaningful_guarantee(spec.epsilon, spec.delta, m.population)
     return [
         ("N", f"{counted(m.population, 'training image')}; becomes public"),
         ("encoder", f"{encoder}: {why['model']}"),
@@ -114,12 +111,7 @@ def _run(p: Plan, m: Mechanism) -> Rows:
         ("ε, δ", f"{spec.epsilon:g}, {spec.delta:g} by {spec.accountant.upper()}; δ {why['delta']}"),
         ("noise multiplier, σ", f"{m.noise_multiplier:.4g}"),
         ("signal to noise", f"at most {ratio:.2g} a step, B / (σ √{weights:,}); {ratio * m.steps**0.5:.2g} over all"),
-        *(
-            [("WARNING", f"{printable(p.out)} is there already; train will refuse it")]
-            if os.path.lexists(p.out)
-            else []
-        ),
-        *(("WARNING", words) for words in no_meaningful_guarantee(spec.epsilon, spec.delta, m.population)),
+        *(("WARNING", words) for words in warned),
     ]
 
 
@@ -155,10 +147,9 @@ def _time(seconds: float) -> str:
 
 def _worth(p: Plan) -> Rows:
     """Accuracy against epsilon on the public data set, of those that come with the repository, most like this one."""
-    folder, tables = data.RESULTS / "laptop" / "table3", dict[str, pd.DataFrame]()
+    tables = dict[str, pd.DataFrame]()
     for name in CLASSES:
-        content = files.read_json(folder / f"{name}.json")
-        if content is not None:
+        if content := files.read_json(data.RESULTS / "laptop" / "table3" / f"{name}.json"):
             rows = pd.DataFrame(map(json.loads, content["rows"]), columns=content["columns"])
             tables[name] = rows.assign(**json.loads(content["shared"]))
     if not tables:
@@ -167,11 +158,7 @@ def _worth(p: Plan) -> Rows:
     ours = p.listing.train, len(p.listing.class_names)
     like = min(sizes, key=lambda name: np.abs(np.log(np.divide(sizes[name], ours))).sum())
     best = tables[like].groupby(["epsilon", "method", "learning_rate"])["accuracy"].mean().groupby("epsilon").max()
-    most = ("most like it", f"{like}: N = {sizes[like][0]:,.0f}, classes: {CLASSES[like]}")
-    fewer = sizes[like][0] / ours[0]
-    less = [("yours has fewer images", f"{fewer:.0f} times: expect less")] if fewer >= 2 else []
-    return [
-        most,
-        *less,
-        *((f"ε = {epsilon:g}", f"at best {accuracy:.1f} % there") for epsilon, accuracy in best.items()),
-    ]
+    n, fewer = sizes[like][0], sizes[like][0] / ours[0]
+    found = [("most like it", f"{like}: N = {n:,.0f}, classes: {CLASSES[like]}")]
+    found += [("yours has fewer images", f"{fewer:.0f} times: expect less")] if fewer >= 2 else []
+    return found + [(f"ε = {epsilon:g}", f"at best {accuracy:.1f} % there") for epsilon, accuracy in best.items()]

@@ -37,10 +37,7 @@ def of(
     binned = pd.DataFrame({"from": tenth, "confidence": confidence, "accuracy": right}).groupby("from", as_index=False)
     bins = binned.mean().assign(images=binned.size()["size"])
     wrong = sorted(np.flatnonzero(~right), key=lambda i: -confidence[i])
-    hits = [
-        int(right) / int(count) if count else None for right, count in zip(confusion.diagonal(), counts, strict=True)
-    ]
-    each = zip(classes, counts.tolist(), hits, strict=True)
+    each = zip(classes, counts.tolist(), confusion.diagonal().tolist(), strict=True)
     called = [(names[i], classes[labels[i]], classes[chosen[i]], float(confidence[i])) for i in wrong]
     return {
         "images": n,
@@ -48,7 +45,7 @@ def of(
         "accuracy": float(right.mean()),
         "interval_95": [float(x) for x in binomtest(int(right.sum()), n).proportion_ci(method="wilson")],
         "largest_class": float(counts.max() / n),
-        "by_class": {c: {"images": images, "accuracy": accuracy} for c, images, accuracy in each},
+        "by_class": {c: {"images": m, "accuracy": hits / m if m else None} for c, m, hits in each},
         "confusion": confusion.tolist(),
         "calibration": bins.to_dict("records"),
         "calibration_error": float((bins["images"] / n * (bins["confidence"] - bins["accuracy"]).abs()).sum()),
@@ -73,28 +70,23 @@ def text(seen: dict[str, Any], release: Path, private: Path) -> str:
 
 
 def write(seen: dict[str, Any], private: Path, release: Path) -> None:
-    """report.json, report.md and confusion.png, for their owner alone."""
+    """report.json, report.md and confusion.png (a row a true class, in percent of it), for their owner alone."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     rows = [(e["image"], e["true"], e["predicted"], f"{e['probability']:.2f}") for e in seen["errors"][:SHOWN]]
     errors = table(("the surest errors", "true", "predicted", "probability"), rows)
     whole = f"{text(seen, release, private)}\n\n![confusion](confusion.png)\n\n{errors}\n"
     files.write(private / "report.md", whole.encode(), private=True)
     files.write(private / "report.json", json.dumps(seen, indent=1).encode(), private=True)
-    files.write(private / "confusion.png", _picture(seen), private=True)
-
-
-def _picture(seen: dict[str, Any]) -> bytes:
-    """The confusion matrix, a row a true class, in percent of it."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
     counts, classes = np.array(seen["confusion"]), list(seen["by_class"])
-    side, out = min(12, 2.5 + 0.45 * len(classes)), io.BytesIO()
+    side, picture = min(12, 2.5 + 0.45 * len(classes)), io.BytesIO()
     figure = Figure(figsize=(side, side), layout="constrained")
     shown = ConfusionMatrixDisplay(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), display_labels=classes)
     how: dict[str, Any] = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation="vertical")
     shown.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, **how)
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    figure.savefig(picture, format="png", dpi=110)
+    files.write(private / "confusion.png", picture.getvalue(), private=True)
 
 
 def card_text(card: dict[str, Any]) -> str:
@@ -112,7 +104,7 @@ def card_text(card: dict[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; text stays inside its cell."""
+    """Markdown; text stays inside its cell, and nothing in it speaks to a terminal."""
     every = (head, ["---"] * len(head), *rows)
-    lines = ([value.replace("|", "\\|").replace("\n", " ") for value in row] for row in every)
+    lines = ([printable(value.replace("\n", " ")).replace("|", "\\|") for value in row] for row in every)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -115,7 +115,13 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     base = Path(asked.folder).expanduser()
     out = Path(asked.out).expanduser() if asked.out else base.with_name(f"{base.resolve().name}-release")
     private = out.parent / "private"
-    _check_places(base, out, private)
+    # Photographs, release and what is private lie apart: a folder among the classes would be one of them.
+    said = f"is the name of a folder for what is private ({', '.join(OURS)}, private); name the release otherwise"
+    checks.require(out.name not in (*OURS, "private"), "out", str(out), said)
+    said = f"lies inside the folder of images, {base}, among its classes; name a folder beside it"
+    checks.require(not out.resolve().is_relative_to(base.resolve()), "out", str(out), said)
+    said = f"lies in {private}, where what is private will go; name an out in another folder"
+    checks.require(not base.resolve().is_relative_to(private.resolve()), "folder", str(base), said)
     listing = layouts.list_folder(base)
     n, why = listing.train, dict[str, str]()
 
@@ -135,35 +141,22 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     epochs = choose("epochs", round(STEPS * batch / n, 9), f"{STEPS} steps")
     delta = choose("delta", min(1e-5, 10.0 ** math.floor(-2 - math.log10(n))), "at most 1 / (100 N)")
     why["method"] = "no method was found to be better on a frozen encoder" if asked.method == METHOD else "as you said"
-    public = data.synthetic_folder(f"folder:{base}")
-    scaled = asked.feature_scaling == "public"
-    checks.require(not scaled or public.is_dir(), "feature_scaling", "public", f"needs public images in {public}")
-    mixed = views.METHODS[asked.method].k_diff > 0
-    checks.require(
-        not mixed or public.is_dir(), "method", asked.method, f"mixes public images in, and there are none in {public}"
-    )
+    public, recipe = data.synthetic_folder(f"folder:{base}"), views.METHODS[asked.method].for_data(asked.mirror)
+    there, scaled = public.is_dir(), asked.feature_scaling == "public"
+    checks.require(there or not scaled, "feature_scaling", "public", f"needs public images in {public}")
+    said = f"mixes public images in, and there are none in {public}"
+    checks.require(there or recipe.k_diff == 0, "method", asked.method, said)
     usual = recommended_rate(encoder, model, len(listing.class_names), asked.epsilon, scaled) / clip_norm
-    rates = tuple(f * usual for f in SEARCHED) if public.is_dir() and asked.learning_rate is None else ()
+    rates = tuple(f * usual for f in SEARCHED) if there and asked.learning_rate is None else ()
     found = f"the best on {public}" if rates else "as 0.9 √(classes ε) / length of the features, found on public images"
     run: dict[str, Any] = dict(weights=weights, delta=delta, clip_norm=clip_norm, batch_size=batch, epochs=epochs)
     run |= dict(learning_rate=choose("learning_rate", usual, found), validation=0.0, redraw=False, seed=None)
     run |= {name: getattr(asked, name) for name in ("image_size", "epsilon", "accountant", "feature_scaling")}
-    recipe = views.METHODS[asked.method].for_data(asked.mirror)
     spec = RunSpec(dataset=f"folder:{base}", model=model, recipe=recipe, **run)
     flags = {name: getattr(asked, name) for name in ("device", "physical_batch", "progress")}
     compute = ComputeFlags(cache=str(private / "cache"), **flags)
     where: dict[str, Any] = dict(listing=listing, encoder=encoder, out=out, private=private)
     return Plan(spec=spec, compute=compute, rates=rates, reasons=why, **where)
-
-
-def _check_places(base: Path, out: Path, private: Path) -> None:
-    """Photographs, release and what is private lie apart: a folder among the classes would be one of them."""
-    said = f"is the name of a folder for what is private ({', '.join(OURS)}, private); name the release otherwise"
-    checks.require(out.name not in (*OURS, "private"), "out", str(out), said)
-    said = f"lies inside the folder of images, {base}, among its classes; name a folder beside it"
-    checks.require(not out.resolve().is_relative_to(base.resolve()), "out", str(out), said)
-    said = f"lies in {private}, where what is private will go; name an out in another folder"
-    checks.require(not base.resolve().is_relative_to(private.resolve()), "folder", str(base), said)
 
 
 def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilon: float, scaled: bool) -> float:

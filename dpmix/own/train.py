@@ -68,15 +68,21 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     with _logged(p) as log:
         log.info(f"training on {checks.counted(p.listing.train, 'image')} of {printable(p.spec.dataset)}")
         spec = _with_rate(p, store, log)
-        before = _finished(spec, p, store)
-        result = before or run(spec, compute=p.compute, store=store)
+        # A call that was cut off before it could release has left its result.
+        wanted = Contents(p.compute, store.folder).identity(spec)
+        before = next((found for found in store.all() if found.seed_drawn and _identity(found) == wanted), None)
         if before is not None:
-            warnings.warn(
-                f"out={printable(p.out)!r}: this very run was trained before; that model is released", stacklevel=2
-            )
+            said = f"out={printable(p.out)!r}: this very run was trained before; that model is released"
+            warnings.warn(said, stacklevel=2)
+        result = before or run(spec, compute=p.compute, store=store)
         log.info(f"trained {'before this call ' * (before is not None)}in {result.timing['seconds']:.0f} s")
         shutil.rmtree(partial, ignore_errors=True)
-        _explain(release(result, partial, store=store))
+        card = read_card(release(result, partial, store=store))
+        made_by, classes = card["encoder"], card["class_names"]
+        encoder = f"{made_by['name']}, file {made_by['file']}, sha256 {made_by['sha256']}, {made_by['package']}"
+        readme = README.format(classes=", ".join(classes), words=" ".join(card["in_plain_words"]), encoder=encoder)
+        files.write(partial / "README.md", readme.encode())
+        files.write(partial / "class_names.json", (json.dumps(classes, indent=1) + "\n").encode())
         seen = _report(partial, p, result)
         partial.rename(p.out)
         log.info(f"released to {printable(p.out)}; test accuracy {seen['accuracy']:.4f}")
@@ -97,24 +103,10 @@ def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
     return replace(p.spec, learning_rate=rate)
 
 
-def _finished(spec: RunSpec, p: Plan, store: Store) -> Result | None:
-    """The result of a call that was cut off before it could release."""
-    wanted = Contents(p.compute, store.folder).identity(spec)
-    for found in store.all():
-        about, seedless = found.provenance, replace(found.spec, seed=None)
-        if found.seed_drawn and Identity(spec=seedless, code=about["code"], **about["contents"]) == wanted:
-            return found
-    return None
-
-
-def _explain(folder: Path) -> None:
-    """Beside weights and card, what they are, for people."""
-    card = read_card(folder)
-    about, classes = card["encoder"], card["class_names"]
-    encoder = f"{about['name']}, file {about['file']}, sha256 {about['sha256']}, {about['package'] or 'no package'}"
-    readme = README.format(classes=", ".join(classes), words=" ".join(card["in_plain_words"]), encoder=encoder)
-    files.write(folder / "README.md", readme.encode())
-    files.write(folder / "class_names.json", (json.dumps(classes, indent=1) + "\n").encode())
+def _identity(result: Result) -> Identity:
+    """What was asked for, without the seed that was drawn for it."""
+    about = result.provenance
+    return Identity(spec=replace(result.spec, seed=None), code=about["code"], **about["contents"])
 
 
 def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -105,26 +105,20 @@ class Contents:
         path = encoders.weights_of(model, weights)
         if isinstance(path, str):
             return path
-        return self._remember(f"weights {path.name}", path.parent, [path], "", lambda names: sha256(path))
+        return self._digest(f"weights {path.name}", path.parent, [path], None)
 
-    def _digest(self, what: str, base: Path, found: Sequence[Path], facts: str = "") -> str:
-        """Over names, contents and `facts`."""
-
-        def read(names: list[bytes]) -> str:
-            with ThreadPoolExecutor() as pool:
-                return files.digest(facts, *names, *pool.map(sha256, found))
-
-        return self._remember(what, base, found, facts, read)
-
-    def _remember(self, what: str, base: Path, found: Sequence[Path], facts: str, read: Callable[..., str]) -> str:
-        """What `read` makes of the names, once for as long as the files keep their names, sizes and times."""
+    def _digest(self, what: str, base: Path, found: Sequence[Path], facts: str | None = "") -> str:
+        """Over names, contents and `facts`; without facts the sha256 of the only file. It is computed once for as long as the
+        files keep their names, sizes and times."""
         names = [os.fsencode(path.relative_to(base)) for path in found]
         states = (repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for s in (path.stat() for path in found))
-        state = files.digest(facts, *names, *states)
+        state = files.digest(facts or "", *names, *states)
         record = self.memory / "contents" / f"{files.digest(what, os.fsencode(base.resolve()))[:32]}.json"
         known = files.read_json(record) or {}
         if known.get("state") != state:
-            known = {"state": state, "content": read(names)}
+            with ThreadPoolExecutor() as pool:
+                sums = list(pool.map(sha256, found))
+            known = {"state": state, "content": sums[0] if facts is None else files.digest(facts, *names, *sums)}
             with contextlib.suppress(OSError):  # a store that cannot be written can still be read
                 files.write_json(record, known, private=True)
         return known["content"]

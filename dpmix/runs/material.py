@@ -132,7 +132,8 @@ def prepare(group: Sequence[Identity], compute: ComputeFlags) -> Material:
         check_channels(spec, encoder, splits.train.images)
     users = [i.public for i in group if i.spec.uses_synthetic]
     synthetic = _load_public(*source, users[0]) if users else None
-    half = _halves(len(splits.train), spec.seed or 0)
+    order = rng.generator(spec.seed or 0, "halves").permutation(len(splits.train))
+    half = {"half-1": _sorted(order[0::2]), "half-2": _sorted(order[1::2])}
     pool: data.ImageSet | None = synthetic if spec.train_on == "synthetic" else splits.train
     assert pool is not None
     everyone = Part(pool, half.get(spec.train_on, torch.arange(len(pool))))
@@ -154,11 +155,6 @@ def check_channels(spec: RunSpec, encoder: models.Encoder, images: Tensor) -> No
     channels, takes = images.shape[1], " or ".join(map(str, encoder.channels))
     said = f"{spec.model} takes images of {takes} channel(s) and {spec.dataset} has {channels}; choose another model"
     checks.require(channels in encoder.channels, "model", spec.model, said)
-
-
-def _halves(n: int, seed: int) -> dict[str, Int64[Tensor, " half"]]:
-    order = rng.generator(seed, "halves").permutation(n)
-    return {"half-1": _sorted(order[0::2]), "half-2": _sorted(order[1::2])}
 
 
 def _sorted(places: np.ndarray) -> Int64[Tensor, " n"]:

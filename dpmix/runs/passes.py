@@ -1,5 +1,6 @@
 """One pass, from runs that share it to results: training, evaluation, provenance."""
 
+import contextlib
 import platform
 import subprocess
 import time
@@ -51,16 +52,19 @@ class Task(NamedTuple):
 def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFlags, checkpoint: Path) -> Results:
     """All runs of a frozen encoder in one pass."""
     start, specs = time.perf_counter(), [task.spec for task in group]
-    spec, m = specs[0], group[0].mechanism
-    scaling = _scaling(spec, material, compute) if spec.feature_scaling == "public" else None
+    spec, m, public, scaling = specs[0], group[0].mechanism, material.synthetic, None
+    if spec.feature_scaling == "public":  # constants of 5,000 of them at most, evenly spread
+        assert public is not None
+        some = torch.linspace(0, len(public) - 1, min(len(public), 5000)).long()
+        scaling = public_scaling(features_of(spec, Part(public, some), torch.arange(len(some)), material, compute))
     bank, seed = heads_of(group, material), training_seed(spec)
     # Views follow a seed that was given, so that seeds differ in all; those of a drawn one are found again by the next run.
     once = DRAWN_ONCE if group[0].seed_drawn else seed
     source = source_of(spec, [head.recipe for head in bank], material, compute, scaling, once)
-    initial = _pretrain(spec, material, compute, scaling) if spec.pretrain_epochs else None
     how: dict[str, Any] = dict(expected_batch=spec.batch_size, steps=m.steps, sample_rate=m.sample_rate, seed=seed)
-    how |= dict(initial=initial, checkpoint=checkpoint, **_training(compute, specs))
-    trained = heads.train(source, bank, **how)
+    how |= dict(progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds, checkpoint=checkpoint)
+    initial = _pretrained(spec, material, compute, scaling) if spec.pretrain_epochs else None
+    trained = heads.train(source, bank, initial=initial, physical_batch=physical_batch(compute, specs), **how)
     trained = trained if scaling is None else heads.unscaled(trained, scaling)
     return evaluated(group, trained, material, compute, time.perf_counter() - start)
 
@@ -73,24 +77,19 @@ def physical_batch(compute: ComputeFlags, specs: Sequence[RunSpec] = ()) -> int:
     return compute.physical_batch or max(usual, min(stored, default=0))
 
 
-def _training(compute: ComputeFlags, specs: Sequence[RunSpec] = ()) -> dict[str, Any]:
-    flags = {name: getattr(compute, name) for name in ("progress", "checkpoint_seconds")}
-    return flags | {"physical_batch": physical_batch(compute, specs)}
-
-
 def evaluated(
     group: Sequence[Task], bank: heads.Bank, material: Material, compute: ComputeFlags, seconds: float
 ) -> Results:
     """The results of a pass, once its heads are trained in so many seconds: evaluates them."""
-    began, everything, scores = time.perf_counter(), torch.arange(len(material.test)), []
-    for part, rows in ((material.pool, material.held_out), (material.test, everything)):
+    began, scores = time.perf_counter(), []
+    for part, rows in ((material.pool, material.held_out), (material.test, torch.arange(len(material.test)))):
         features = features_of(group[0].spec, part, rows, material, compute)
         right = heads.accuracy(bank, features, part.labels[rows]).tolist() if len(rows) else [None] * len(group)
         scores.append(right)
     timing = {"seconds": seconds + time.perf_counter() - began, "shares": bank.seconds, "views": bank.views}
     timing |= {"heads": len(group), "physical_batch": physical_batch(compute, [task.spec for task in group])}
-    for r, (task, validation, test) in enumerate(zip(group, *scores, strict=True)):
-        about = result(task, test, validation, bank.dropped, timing, material, compute)
+    for r, (task, *accuracies) in enumerate(zip(group, *scores, strict=True)):
+        about = result(task, accuracies, bank.dropped, timing, material, compute)
         yield about, {"weight": bank.weights[r], "bias": bank.biases[r]}
 
 
@@ -98,14 +97,10 @@ def heads_of(group: Sequence[Task], material: Material) -> list[heads.Head]:
     """The head of each run, with the noise of its mechanism, which is its own: keyed by its identity."""
     bank = []
     for task in group:
-        about = _of_spec(task.spec, "learning_rate", "clip_norm", "momentum")
+        about = {name: getattr(task.spec, name) for name in ("learning_rate", "clip_norm", "momentum")}
         about |= dict(recipe=task.spec.recipe.for_data(material.train.whole.flip), identity=task.identity.run)
         bank.append(heads.Head(noise_multiplier=task.mechanism.noise_multiplier, **about))
     return bank
-
-
-def _of_spec(spec: RunSpec, *names: str) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in names}
 
 
 def source_of(
@@ -146,40 +141,29 @@ def features_of(spec: RunSpec, part: Part, places: Tensor, material: Material, c
     return torch.cat([store.batch(some, 0)[0][:, 0].cpu() for some in places.split(1024)])
 
 
-def _scaling(spec: RunSpec, material: Material, compute: ComputeFlags) -> Scaling:
-    """Constants of the synthetic images, of 5,000 at most, evenly spread."""
-    public = material.synthetic
-    assert public is not None
-    some = torch.linspace(0, len(public) - 1, min(len(public), 5000)).long()
-    return public_scaling(features_of(spec, Part(public, some), torch.arange(len(some)), material, compute))
-
-
-def _public_seed(seed: int) -> int:
-    """The seed of training on public images without noise. Its coins must not be those of the private steps: weights that
-    tell which places joined a public batch would tell who joins the private one, and Poisson sampling would hide nobody."""
-    return int(rng.generator(seed, "public training").integers(2**63))
-
-
 def training_seed(spec: RunSpec) -> int:
-    """The seed of a spec's own steps, be its training set private or synthetic."""
+    """The seed of a spec's steps. On public images its coins must not be those of the private steps: weights that tell which
+    places joined a public batch would tell who joins the private one, and Poisson sampling would hide nobody."""
     assert spec.seed is not None
-    return _public_seed(spec.seed) if spec.train_on == "synthetic" else spec.seed
+    on_public = spec.train_on == "synthetic"
+    return int(rng.generator(spec.seed, "public training").integers(2**63)) if on_public else spec.seed
 
 
-def _pretrain(
+def _pretrained(
     spec: RunSpec, material: Material, compute: ComputeFlags, scaling: Scaling | None
 ) -> tuple[Tensor, Tensor]:
     """A head trained on the synthetic images by plain SGD (Table 6): no private image, no noise, no clipping."""
-    public, encoder = material.synthetic, material.encoder
-    assert public is not None and encoder is not None and spec.seed is not None
-    batch, seed = min(spec.batch_size, len(public)), _public_seed(spec.seed)
+    public = material.synthetic
+    assert public is not None
+    there = replace(spec, train_on="synthetic", public="synthetic", redraw=True)
+    alone = replace(material, train=Part(public, torch.arange(len(public))))
+    batch, seed = min(spec.batch_size, len(public)), training_seed(there)
     steps = accounting.steps_for(n=len(public), batch_size=batch, epochs=spec.pretrain_epochs)
     recipe = replace(views.METHODS["self-aug"].for_data(public.flip), k_base=1)
     plain = heads.Head(recipe=recipe, learning_rate=1.0, noise_multiplier=0.0, clip_norm=1e9)
-    about: dict[str, Any] = dict(num_classes=public.num_classes, scaling=scaling, device=compute.where(), seed=seed)
-    source = FreshViews(encoder, public.images, public.labels, [recipe], **about)
+    source = source_of(there, [recipe], alone, compute, scaling)
     how: dict[str, Any] = dict(expected_batch=batch, steps=steps, sample_rate=batch / len(public), seed=seed)
-    bank = heads.train(source, [plain], **how, **_training(compute))
+    bank = heads.train(source, [plain], physical_batch=physical_batch(compute), progress=compute.progress, **how)
     return bank.weights[0], bank.biases[0]
 
 
@@ -191,39 +175,37 @@ def compute_network(group: Sequence[Task], material: Material, compute: ComputeF
     on_gpu, precision, many = device.type == "cuda", compute.precision(), train.whole.num_classes
     model = wide_resnet(*spec.network, many, channels=train.images.shape[1], seed=spec.seed)
     physical = compute.physical_batch or (64 if on_gpu else 8)
-    names = ["clip_norm", "learning_rate", "momentum", "weight_decay", "ema_decay"]
-    names += ["microbatch", "microbatch_mix", "seed"]
-    mechanism: dict[str, Any] = _of_spec(spec, *names) | dict(sample_rate=m.sample_rate, steps=m.steps)
-    mechanism |= dict(noise_multiplier=m.noise_multiplier, expected_batch=spec.batch_size / spec.microbatch)
-    mechanism |= dict(recipe=spec.recipe.for_data(train.whole.flip), identity=task.identity.run)
-    mechanism |= dict(num_classes=many, places=len(material.pool))
+    same = ("clip_norm", "learning_rate", "momentum", "weight_decay", "ema_decay", "microbatch", "microbatch_mix")
+    mechanism: dict[str, Any] = {name: getattr(spec, name) for name in same} | dict(seed=spec.seed)
+    mechanism |= dict(sample_rate=m.sample_rate, steps=m.steps, noise_multiplier=m.noise_multiplier)
+    mechanism |= dict(recipe=spec.recipe.for_data(train.whole.flip), expected_batch=spec.batch_size / spec.microbatch)
+    mechanism |= dict(num_classes=many, places=len(material.pool), identity=task.identity.run)
     flags: dict[str, Any] = dict(device=device, physical_batch=physical, engine=compute.engine, channels_last=on_gpu)
     flags |= dict(autocast=None if precision == torch.float32 else precision, progress=compute.progress)
     flags |= dict(delta=spec.delta if m.noise_multiplier else None, spec={"network": spec.model})
-    saved: dict[str, Any] = dict(checkpoint=checkpoint, checkpoint_every=max(1, min(50, m.steps // 10)))
+    flags |= dict(checkpoint=checkpoint, checkpoint_every=max(1, min(50, m.steps // 10)))
     images: dict[str, Any] = dict(images=train.images, labels=train.labels, ids=train.rows, public=material.public)
-    trained = network.train(model, **images, **mechanism, **flags, **saved)
+    trained = network.train(model, **images, **mechanism, **flags)
     model.load_state_dict(trained.state if trained.ema_state is None else trained.ema_state)
     parts = material.pool.at(material.held_out), material.test
-    validation, test = (network.accuracy(model, part.images, part.labels) if len(part) else None for part in parts)
-    counted, timing = trained.counters, {"seconds": trained.seconds, "engine": trained.engine, "channels_last": on_gpu}
-    timing |= {"views": counted["views"], "heads": 1, "physical_batch": physical}
+    accuracies = [network.accuracy(model, part.images, part.labels) if len(part) else None for part in parts]
+    timing = {"seconds": trained.seconds, "engine": trained.engine, "channels_last": on_gpu, "heads": 1}
+    timing |= {"views": trained.counters["views"], "physical_batch": physical}
     tensors = {name: t.float() for name, t in model.state_dict().items()}
-    assert test is not None
-    yield result(task, test, validation, counted["non_finite"], timing, material, compute), tensors
+    yield result(task, accuracies, trained.counters["non_finite"], timing, material, compute), tensors
 
 
 def result(
-    task: Task,
-    test: float,
-    validation: float | None,
-    dropped: int,
-    timing: dict[str, Any],
-    material: Material,
-    compute: ComputeFlags,
+    task: Task, scores: Sequence[Any], dropped: int, timing: dict[str, Any], material: Material, compute: ComputeFlags
 ) -> Result:
-    """The record of a finished run with these accuracies, and where it came from."""
-    spec, identity, encoder = task.spec, task.identity, material.encoder
+    """The record of a finished run with these accuracies, of validation (or None) and test, and where it came from."""
+    spec, identity, (validation, test) = task.spec, task.identity, scores
+    encoder: dict[str, Any] | None = None
+    if material.encoder is not None:  # for strangers: without the folder where its file lies
+        path = encoders.weights_of(spec.model, spec.weights)
+        file, digest = (path, None) if isinstance(path, str) else (path.name, identity.encoder)
+        encoder = {"file": file, "sha256": digest, "image_size": material.encoder.image_size}
+        encoder |= {"name": encoders.public_name(spec.model), "package": encoders.package_of(spec.model)}
     seen: dict[str, Any] = dict(validation_accuracy=validation, dropped_gradients=dropped)
     busy = sum(timing["shares"].values()) if "shares" in timing else timing["seconds"]
     rate = timing["views"] / max(busy, 1e-9)
@@ -231,7 +213,7 @@ def result(
         "contents": {name: getattr(identity, name) for name in ("private", "public", "encoder")},
         "classes": list(material.test.whole.class_names),
         "images": list(material.test.images.shape[1:]),
-        "encoder": None if encoder is None else _encoder(identity, encoder.image_size),
+        "encoder": encoder,
     }
     return Result(
         spec=spec,
@@ -247,15 +229,6 @@ def result(
     )
 
 
-def _encoder(identity: Identity, image_size: int) -> dict[str, Any]:
-    """Which encoder made the features, for strangers: without the folder where its file lies."""
-    model = identity.spec.model
-    path = encoders.weights_of(model, identity.spec.weights)
-    file = {"file": path, "sha256": None} if isinstance(path, str) else {"file": path.name, "sha256": identity.encoder}
-    about = {"name": encoders.public_name(model), "image_size": image_size, "package": encoders.package_of(model)}
-    return about | file
-
-
 def provenance(device: torch.device, split_digest: str) -> dict[str, Any]:
     """Device, versions, commit and date of a computation."""
     threads = counted(torch.get_num_threads(), "thread")
@@ -267,17 +240,12 @@ def provenance(device: torch.device, split_digest: str) -> dict[str, Any]:
 @cache
 def environment() -> dict[str, Any]:
     """Python, platform, versions of the libraries, and the commit."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    about = {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+    how: dict[str, Any] = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True)
+    about: dict[str, Any] = {"commit": None, "dirty": None}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(words, **how).stdout.strip()
+        about = {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
     versions = {name: metadata.version(name) for name in ("dpmix", *LIBRARIES)}
     system = f"{platform.system()} {platform.machine()}"
     return {"python": platform.python_version(), "platform": system, "versions": versions, **about}

@@ -69,18 +69,16 @@ def predictions(
     if found is None:
         raise FileNotFoundError(f"release={str(folder)!r}: no model.safetensors there; fetch the release again")
     score = _scorer(card, found[0], weights, device_of(device))
-    names = [str(x if isinstance(x, (str, Path)) else i) for i, x in enumerate(listed)]
     for first in tqdm(range(0, max(1, len(listed)), AT_A_TIME), "predicting", disable=None, delay=2):
         pixels, sources, bad = list[np.ndarray](), list[str](), list[str]()
-        for name, x in zip(names[first : first + AT_A_TIME], listed[first : first + AT_A_TIME], strict=True):
+        for i, x in enumerate(listed[first : first + AT_A_TIME], first):
             try:
                 pixels.append(_pixels(x, height, width, channels))
-                sources.append(name)
-            except ValueError as error:
-                bad.append(str(error))
+                sources.append(str(x if isinstance(x, (str, Path)) else i))
+            except Exception as error:  # Pillow raises many kinds
+                bad.append(f"images={str(x)!r}: cannot be decoded ({decoding.reason(error)})")
         scores = score(torch.from_numpy(np.stack(pixels))).softmax(1).cpu() if pixels else torch.zeros(0, len(classes))
-        chosen = [classes[c] for c in scores.argmax(1)]
-        yield Prediction(chosen, scores.numpy(), classes, sources), bad
+        yield Prediction([classes[c] for c in scores.argmax(1)], scores.numpy(), classes, sources), bad
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -118,9 +116,15 @@ def _scorer(
 
 
 def _listed(images: Images) -> Sequence[File | Image.Image]:
-    """Files or pictures; of a folder, its image files, with all that is in it."""
+    """Files or pictures; of a folder, its image files, with all that is in it; of arrays a picture each."""
     if isinstance(images, (np.ndarray, Tensor)):
-        return _pictures(torch.as_tensor(images))
+        given = torch.as_tensor(images)
+        last = given.shape[-1] in (1, 3) and given.shape[1] not in (1, 3)
+        good = given.dtype == torch.uint8 and given.ndim == 4 and (last or given.shape[1] in (1, 3))
+        said = "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels"
+        checks.require(good, "images", f"{given.dtype} {list(given.shape)}", said)
+        arrays = np.ascontiguousarray((given if last else given.permute(0, 2, 3, 1)).cpu().numpy())
+        return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x) for x in arrays]
     if not isinstance(images, (str, Path)):
         return [images] if isinstance(images, Image.Image) else images
     path = Path(images).expanduser()
@@ -132,20 +136,8 @@ def _listed(images: Images) -> Sequence[File | Image.Image]:
     return found
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
-    last = images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3)
-    good = images.dtype == torch.uint8 and images.ndim == 4 and (last or images.shape[1] in (1, 3))
-    said = "must be uint8 [n, C, H, W] or [n, H, W, C] with 1 or 3 channels"
-    checks.require(good, "images", f"{images.dtype} {list(images.shape)}", said)
-    arrays = np.ascontiguousarray((images if last else images.permute(0, 2, 3, 1)).cpu().numpy())
-    return [Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x) for x in arrays]
-
-
 def _pixels(image: Any, height: int, width: int, channels: int) -> np.ndarray:
-    try:
-        if isinstance(image, Image.Image):
-            return decoding.of_image(image, height, width, channels)[0]
-        with decoding.bombs_refused():
-            return decoding.pixels(Path(image).expanduser().read_bytes(), height, width, channels)[0]
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"images={str(image)!r}: cannot be decoded ({decoding.reason(error)})") from error
+    if isinstance(image, Image.Image):
+        return decoding.of_image(image, height, width, channels)[0]
+    with decoding.bombs_refused():
+        return decoding.pixels(Path(image).expanduser().read_bytes(), height, width, channels)[0]

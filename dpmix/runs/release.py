@@ -9,10 +9,8 @@ from typing import Any
 from dpmix.core import checks, files, microbatch
 from dpmix.models import encoders
 from dpmix.runs.result import Result
-from dpmix.runs.spec import RunSpec, no_meaningful_guarantee
+from dpmix.runs.spec import no_meaningful_guarantee
 from dpmix.runs.store import Store
-
-WITHHELD = ("seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy")
 
 
 def release(result: Result, path: Path | str, *, store: Store | None = None) -> Path:
@@ -59,6 +57,8 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
     noise = {"noise_multiplier": sigma, "clip_norm": spec.clip_norm, "sensitivity": sensitivity}
     noise |= {"noise_standard_deviation": sigma * sensitivity, "public_population": result.population}
     epsilon = {name: value for name, value in result.epsilon.items() if value is not None}
+    # Without the seed, and without any path: of a model that names a file, the file's name alone.
+    about = {name: value for name, value in asdict(spec).items() if name not in ("seed", "weights")}
     return {
         "guarantee": {"epsilon": epsilon, "delta": spec.delta, "calibrated_by": spec.accountant},
         "in_plain_words": _plain_words(result),
@@ -66,8 +66,8 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
         "sampling": f"Poisson, every {unit} joins a step with probability {result.sample_rate:.6g}",
         "mechanism": noise | {name: getattr(result, name) for name in ("sample_rate", "steps", "divisor")},
         "not_accounted_for": _not_accounted_for(result, store),
-        "withheld": list(WITHHELD),
-        "spec": _public_spec(spec),
+        "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
+        "spec": about | {"dataset": spec.dataset.partition(":")[0], "model": encoders.public_name(spec.model)},
         "class_names": made_of.get("classes"),
         **{name: made_of[name] for name in ("encoder", "images", "versions")},
     }
@@ -92,6 +92,8 @@ def _not_accounted_for(result: Result, store: Store) -> list[str]:
     compared = [r for r in others if r.diagnostics.validation_accuracy is not None]
     split = "the choice of the learning rate and of other settings on the validation split"
     known = "the number of training examples, from which the sampling rate and the number of steps follow"
+    together = "what is taken as public of all images together: the names of the classes, whether any image is in colour, "
+    together += "a common size, and an encoder that was recommended by what most of them are"
     return [
         f"the choice of this run: its store has {checks.counted(len(others), 'other run')} on private images, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",
@@ -99,10 +101,5 @@ def _not_accounted_for(result: Result, store: Store) -> list[str]:
         "other models released from the same data: their budgets add up",
         "floating-point noise",
         *([known] if result.spec.population is None else []),
+        *([together] if result.spec.dataset.startswith("folder:") else []),
     ]
-
-
-def _public_spec(spec: RunSpec) -> dict[str, Any]:
-    """Without the seed, and without any path: of a model that names a file, the file's name alone."""
-    about = {name: value for name, value in asdict(spec).items() if name not in ("seed", "weights")}
-    return about | {"dataset": spec.dataset.partition(":")[0], "model": encoders.public_name(spec.model)}

@@ -1,9 +1,7 @@
 """`run` and `run_all`: from descriptions of runs to results with provenance.
 
-Each run is looked up in the store; what is missing is grouped by the pass that can compute it (frozen encoders: all heads
-of one data set, encoder, batch size, seed, ...) and checked; then each pass is computed once, and every run becomes one
-JSON. An interrupted pass goes on where it was. What is stored is never computed again, unless something behind it
-changed: the spec, an image, the encoder's weights or the code."""
+What is stored is never computed again, unless something behind it changed: the spec, an image, the encoder's weights or
+the code. An interrupted pass goes on where it was."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -48,15 +46,15 @@ def run_all(
     frozen = next((spec.model for spec in specs if world > 1 and not spec.from_scratch), None)
     refused = "heads on a frozen encoder are one process's work; leave out torchrun"
     checks.require(frozen is None, "model", frozen, refused)
-    asked = from_first(ask(specs, compute, store) if rank == 0 else None, world)
-    groups = from_first(missing(asked, store) if rank == 0 else None, world)
+    known = ask(specs, compute, store) if rank == 0 else []
+    asked, groups = from_first((known, missing(known, store)), world)
     planned = [plan(group, compute) for group in groups]
     many = workers.count(compute, len(planned)) if world == 1 else 1
     if many > 1:
         workers.run(compute_pass, planned, compute, many, store)
     else:
         for group in planned:
-            compute_pass(group, compute, store, rank, world)
+            compute_pass(group, compute, store)
     results = from_first([store.get(one.name) for one in asked] if rank == 0 else None, world)
     gone = [one.name for one, result in zip(asked, results, strict=True) if result is None]
     if gone:
@@ -109,8 +107,9 @@ def plan(group: Sequence[Asked], compute: ComputeFlags) -> list[Task]:
     return [Task(*one, m, epsilons(one.identity.spec, m)) for one, m in zip(group, mechanisms, strict=True)]
 
 
-def compute_pass(group: Sequence[Task], compute: ComputeFlags, store: Store, rank: int = 0, world: int = 1) -> None:
-    """Train what the store still lacks of one pass, and store it."""
+def compute_pass(group: Sequence[Task], compute: ComputeFlags, store: Store) -> None:
+    """Train what the store still lacks of one pass, and store it; not under the name of images that have changed meanwhile."""
+    rank, world = processes(compute.where())
     train = passes.compute_network if group[0].spec.from_scratch else passes.compute_heads
     with store.lock(store.name("pass", group[0].identity.shared.run)) if rank == 0 else nullcontext():
         left, checkpoint = from_first(_left(group, store) if rank == 0 else None, world)
@@ -118,7 +117,11 @@ def compute_pass(group: Sequence[Task], compute: ComputeFlags, store: Store, ran
             shared = material.prepare([task.identity for task in left], compute)
             done = list(train(left, shared, compute, checkpoint))
             if rank == 0:
-                _refuse_changed(left, compute, store)
+                contents = Contents(compute, store.folder)
+                for task in left:
+                    same = contents.identity(task.spec) == task.identity
+                    said = "its images or its encoder's file changed while it was computed; run again"
+                    checks.require(same, "dataset", task.spec.dataset, said)
                 for result, tensors in done:
                     store.put(result, tensors)
                 checkpoint.unlink(missing_ok=True)
@@ -131,11 +134,3 @@ def _left(group: Sequence[Task], store: Store) -> tuple[list[Task], Path]:
     lacks = [task for task in group if store.get(task.name) is None]
     whole, part = (store.checkpoint(*(task.name for task in some)) for some in (group, lacks))
     return (list(group), whole) if lacks and whole.exists() else (lacks, part)
-
-
-def _refuse_changed(group: Sequence[Task], compute: ComputeFlags, store: Store) -> None:
-    """Nothing is stored under the name of images that were others while they were trained on."""
-    contents, remedy = Contents(compute, store.folder), "changed while it was computed; run again"
-    for task in group:
-        same = contents.identity(task.spec) == task.identity
-        checks.require(same, "dataset", task.spec.dataset, f"its images or its encoder's file {remedy}")

@@ -244,16 +244,16 @@ def epsilons(spec: RunSpec, m: Mechanism) -> dict[str, float | None]:
     """Each accountant's epsilon at `spec.delta`; None without noise, and for an accountant that cannot say (ValueError where it
     is `spec.accountant` itself). Of microbatches these bound a movement by 2C; "pair" is what the pair of neighbours spends
     that there really is, by PLD. Asked before training, so that what only a privacy card needs never costs a run."""
-    names = (*accounting.ACCOUNTANTS, *(["pair"] if spec.microbatch > 1 else []))
-    found: dict[str, float | None] = dict.fromkeys(names)
     asked: dict[str, Any] = dict(sample_rate=m.sample_rate, steps=m.steps, delta=spec.delta)
-    for name in names if m.noise_multiplier else ():
-        how: dict[str, Any] = {"accountant": name, "noise_multiplier": m.noise_multiplier}
-        if name == "pair":
-            deviation = microbatch.sensitivity(spec.microbatch) * m.noise_multiplier
-            how = {"accountant": "pld", "neighbours": "change", "noise_multiplier": deviation}
+    asked |= dict(noise_multiplier=m.noise_multiplier)
+    ways: dict[str, dict[str, Any]] = {name: {"accountant": name} for name in accounting.ACCOUNTANTS}
+    if spec.microbatch > 1:
+        deviation = microbatch.sensitivity(spec.microbatch) * m.noise_multiplier
+        ways["pair"] = {"accountant": "pld", "neighbours": "change", "noise_multiplier": deviation}
+    found: dict[str, float | None] = dict.fromkeys(ways)
+    for name, how in ways.items() if m.noise_multiplier else ():
         try:
-            found[name] = accounting.epsilon_spent(**asked, **how)
+            found[name] = accounting.epsilon_spent(**asked | how)
         except (ValueError, ArithmeticError) as error:
             if name == spec.accountant:
                 raise ValueError(f"accountant={name!r}: has no epsilon at delta={spec.delta:g} ({error})") from error

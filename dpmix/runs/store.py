@@ -1,5 +1,6 @@
 """Where results are kept: a folder that only its owner reads, for its records hold seeds."""
 
+import functools
 import hmac
 import os
 import secrets
@@ -24,20 +25,19 @@ class Store:
 
     def __init__(self, folder: Path | str = STORE) -> None:
         self.folder = Path(folder)
-        self._key = b""
 
-    def name(self, *parts: str) -> str:
-        """The name of what these digests identify: 32 hexadecimal digits, HMAC-SHA256 under the key of this store."""
-        self._key = self._key or self._own_key()
-        return hmac.new(self._key, files.digest(*parts).encode(), "sha256").hexdigest()[:32]
-
-    def _own_key(self) -> bytes:
+    @functools.cached_property
+    def _key(self) -> bytes:
         path = self.folder / "key"
         if not path.exists():
             with self.lock("key"):
                 if not path.exists():
                     files.write(path, secrets.token_bytes(32), private=True)
         return path.read_bytes()
+
+    def name(self, *parts: str) -> str:
+        """The name of what these digests identify: 32 hexadecimal digits, HMAC-SHA256 under the key of this store."""
+        return hmac.new(self._key, files.digest(*parts).encode(), "sha256").hexdigest()[:32]
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold a name between processes; a second holder waits."""
@@ -51,11 +51,10 @@ class Store:
         """The stored result, or None; a damaged or misplaced file is named in a warning and counts as absent."""
         path = self._place(name, "json")
         content = files.read_json(path)
-        if content is not None and content.get("key") != name:
-            misplaced = f"{path}: holds the result {content.get('key')!r}; it is left out and made anew"
-            warnings.warn(misplaced, stacklevel=2)
-            content = None
-        return None if content is None else Result.from_json(content)
+        if content is None or content.get("key") == name:
+            return None if content is None else Result.from_json(content)
+        warnings.warn(f"{path}: holds the result {content.get('key')!r}; it is left out and made anew", stacklevel=2)
+        return None
 
     def all(self) -> list[Result]:
         """Every result that is there and whole."""

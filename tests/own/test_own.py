@@ -73,6 +73,7 @@ def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
     assert card["spec"]["delta"] == 1e-4 and card["images"] == [1, 16, 16] and card["spec"]["redraw"] is False
     assert card["guarantee"]["epsilon"]["pld"] == pytest.approx(8, abs=0.01)
     assert not any("validation split" in line for line in card["not_accounted_for"]), "there was none"
+    assert any("the names of the classes, whether any image is in colour" in line for line in card["not_accounted_for"])
 
 
 def test_nothing_private_is_in_the_release(trained, photos):
@@ -358,8 +359,8 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(progress="no"), "progress='no': must be True or False"),
         (dict(model="foo"), "model='foo': unknown; known are"),
         (dict(method="mix-diff"), "method='mix-diff': mixes public images in, and there are none in .*synthetic"),
-        (dict(clip_norm=1e-300), "clip_norm=1e-300: is beyond the numbers of float32"),
-        (dict(learning_rate=1e308), r"learning_rate=1e\+308: is beyond the numbers of float32"),
+        (dict(clip_norm=1e-300), "clip_norm=1e-300: must lie between 1e-12 and 3e38"),
+        (dict(learning_rate=1e308), r"learning_rate=1e\+308: must lie between 1e-12 and 3e38"),
         (dict(delta=1e-30), "delta|accountant"),
     ],
 )
@@ -450,6 +451,11 @@ def test_intervals_and_calibration_have_the_right_value():
     assert seen["errors"] == [{"image": "x", "true": "b", "predicted": "a", "probability": 0.8}]
     assert seen["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.35 + 0.3) / 4)
     assert report.table(("x", "y"), [("a|b\nc", "d")]) == "| x | y |\n| --- | --- |\n| a\\|b c | d |"
+
+
+def test_a_card_of_a_stranger_says_nothing_to_a_terminal():
+    shown = report.table(("card", ""), [("\x1b[31mε|", "a\nb\x9b\u202e")])
+    assert shown.splitlines()[-1] == "| \\x1b[31mε\\| | a b\\x9b\\x202e |"
 
 
 def test_a_class_without_test_images_and_copies_of_training_images_are_told():
