@@ -141,7 +141,7 @@ table = pd.DataFrame(
         **{f"of {c}": round(100 * v["accuracy"], 1) for c, v in r["report"]["by_class"].items()},
     }
     for r in kept["runs"]
-).set_index("ε of an image")
+).set_index("ε of an image").sort_index()
 display(table)
 Markdown(
     f"{counted(parts['train']['images'], 'image')} of {counted(parts['train']['patients'], 'patient')} for training, {counted(parts['test']['images'], 'image')} of {counted(parts['test']['patients'], 'other')} for "

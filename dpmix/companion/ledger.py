@@ -121,24 +121,29 @@ def table(found: pd.DataFrame) -> Markdown:
     for section, part in found.groupby("section", sort=False):
         lines.append(f"\n**{section}**\n")
         for r in part.itertuples():
-            said, low, got, high = (verdicts.number(x, r.ratio) for x in (r.published, r.low, r.difference, r.high))
-            unit = " times" if r.ratio else " points"
-            said = "not printed" if pd.isna(r.published) else said + unit
-            other = f" (the paper: {r.elsewhere})" if r.elsewhere else ""
-            measured = (
-                f"measured {got} [{low}, {high}] on {r.sets}{other}, n = {r.n:.0f}; " if r.verdict != NOT_RUN else ""
-            )
             link = f"[{r.table.replace('table', 'Table ').replace('figure', 'Figure ')}]({r.table}.ipynb)"
-            lines.append(f"- `{r.key}` {r.text} {link}. Published {said}; {measured}**{r.verdict}**.")
+            lines.append(f"- `{r.key}` {r.text} {link}. {_effects(r)}; **{r.verdict}**.")
     return Markdown("\n".join(lines))
+
+
+def _effects(r: Any) -> str:
+    """What was published, and what was measured where."""
+    said, low, got, high = (verdicts.number(x, r.ratio) for x in (r.published, r.low, r.difference, r.high))
+    published = "not printed" if pd.isna(r.published) else said + (" times" if r.ratio else " points")
+    other = f" (the paper: {r.elsewhere})" if r.elsewhere else ""
+    measured = "" if r.verdict == NOT_RUN else f"; measured {got} [{low}, {high}] on {r.sets}{other}, n = {r.n:.0f}"
+    return f"Published {published}{measured}"
 
 
 def status(name: str) -> Markdown:
     """The first lines of a table's page: the verdicts on its claims, and which real data they rest on."""
     found = decide(committed())
-    lines = table(found[found["table"] == name]).data
-    about = "**What the ledger says** ([all claims](what_reproduced.ipynb)), of real data:"
-    return Markdown(f"{about}\n{lines}\n\n{evidence.status(name).data}")
+    asked = list(found[found["table"] == name].itertuples())
+    lines = [f"- **{r.verdict}**: {r.text} {_effects(r)}." for r in asked if r.verdict != NOT_RUN]
+    left = [f"- not run: {' '.join(r.text for r in asked if r.verdict == NOT_RUN)}"]
+    shown = "\n".join(lines + (left if len(lines) < len(asked) else []))
+    about = "**The paper's claims, by the real data of this page** ([all claims](what_reproduced.ipynb)):"
+    return Markdown(f"{about}\n\n{shown}\n\n{evidence.status(name).data}")
 
 
 def counts(found: pd.DataFrame) -> str:

@@ -140,7 +140,7 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
     checks.require(batch <= n, "batch_size", batch, f"must be at most the {checks.counted(n, 'training image')}")
     epochs = choose("epochs", round(STEPS * batch / n, 9), f"{STEPS} steps")
     delta = choose("delta", min(1e-5, 10.0 ** math.floor(-2 - math.log10(n))), "at most 1 / (100 N)")
-    why["method"] = "no method was found to be better on a frozen encoder" if asked.method == METHOD else "as you said"
+    why["method"] = "none was better in our runs without synthetic images" if asked.method == METHOD else "as you said"
     public, recipe = data.synthetic_folder(f"folder:{base}"), views.METHODS[asked.method].for_data(asked.mirror)
     there, scaled = public.is_dir(), asked.feature_scaling == "public"
     checks.require(there or not scaled, "feature_scaling", "public", f"needs public images in {public}")

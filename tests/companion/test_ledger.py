@@ -106,7 +106,8 @@ def test_published_and_measured_are_of_one_kind_and_a_set_without_both_methods_i
 
 def test_a_page_begins_with_the_verdicts_on_its_claims():
     text = ledger.status("table12").data
-    assert text.index("`pure-above`") < text.index("Real data on this page") and "mix-self-cifar10" not in text
+    assert text.index("- **contradicted**: Pure-DP-MixDiff") < text.index("Real data on this page")
+    assert "Fine-tuned" not in text and "- not run: Two or four synthetic images" in ledger.status("table9").data
 
 
 def test_what_came_with_the_repository_names_its_origin():
