@@ -77,7 +77,8 @@ pairs = [
     Comparison("DP-MixDiff, mixtures weigh ¼", "DP-MixDiff"),
     Comparison("DP-MixDiff, mixtures weigh ¾", "DP-MixDiff"),
 ]
-verdicts.page(found, pairs, value=value) if len(runs) else "no runs"
+shown = verdicts.page(found, pairs, value=value) if len(runs) else []
+report.Tables((caption, table.drop(columns="published")) for caption, table in shown) or "no runs"
 
 # %% [markdown]
 # ## Run it again
