@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dpmix.companion import evidence, ledger, plots
+from dpmix.companion import evidence, ledger, plots, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "book" / "_static" / "reproduced.png"
@@ -15,14 +15,11 @@ def words() -> str:
     runs = ledger.committed()
     found = ledger.decide(runs)
     about = [a for name in runs for a in evidence.read(name).attrs["about"]]
-    whole: dict[str, list[str]] = {}  # of each encoder or network, what it saw
-    for a in about:
-        seen = whole.setdefault(a["encoder"].removesuffix(", in bfloat16"), [])
-        seen += [images] if (images := evidence.images_of(a)) not in seen else []
-    sets = "; ".join(f"{encoder}: {', '.join(seen)}" for encoder, seen in whole.items())
+    sets = ", ".join(dict.fromkeys(report.label(a["dataset"]) for a in about))
+    networks = " and ".join(dict.fromkeys(re.split(" at | from |, ", a["encoder"])[0] for a in about))
     return (
         "![Each claim's published effect as a ring, the measured one as a dot with its interval](book/_static/reproduced.png)\n\n"
-        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}): {ledger.counts(found)}. "
+        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}, some in part; {networks}): {ledger.counts(found)}. "
         "Rings are published effects, dots measured ones with 95 % intervals; the rows are explained on the page of that name.*\n"
     )
 
