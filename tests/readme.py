@@ -19,7 +19,8 @@ def words() -> str:
     networks = " and ".join(dict.fromkeys(re.split(" at | from |, ", a["encoder"])[0] for a in about))
     return (
         "![Each claim's published effect as a ring, the measured one as a dot with its interval](book/_static/reproduced.png)\n\n"
-        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}, some in part; {networks}): {ledger.counts(found)}. "
+        f"*What reproduced. Of {len(found)} claims of the paper, on real data ({sets}, "
+        f"some in part; {networks}): {ledger.counts(found)}. "
         "Rings are published effects, dots measured ones with 95 % intervals; the rows are explained on the page of that name.*\n"
     )
 
