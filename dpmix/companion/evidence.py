@@ -35,8 +35,8 @@ def choose(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     that were tried; runs that held nothing out stay as they are, since nothing is chosen there."""
     tried, rate = runs.groupby(list(by), dropna=False)["learning_rate"], runs["learning_rate"]
     edge = (rate == tried.transform("min")) | (rate == tried.transform("max"))
-    runs = runs.assign(edge=edge & (tried.transform("nunique") > 2))
     fixed = runs["validation"] == 0
+    runs = runs.assign(edge=edge & ~fixed & (tried.transform("nunique") > 2))
     tuned = choose_learning_rate(runs[~fixed], by) if (~fixed).any() else runs[~fixed]
     return pd.concat([tuned, runs[fixed]], ignore_index=True) if fixed.any() else tuned
 

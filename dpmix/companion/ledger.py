@@ -97,12 +97,12 @@ def decide(runs: Mapping[str, pd.DataFrame], level: float = verdicts.LEVEL) -> p
         value, cells = RATIOS.get(c.table, ("accuracy", ("model", "epsilon")))
         mine = within(runs.get(c.table, none), c.where)
         said = within(published(c.table), c.where)
-        theirs = said if mine.empty else beside(said, mine[mine["method"].isin([c.first, c.second])])
         asked = Comparison(c.first, c.second, c.kind, None if pd.isna(c.bound) else float(c.bound))
+        both = verdicts.shared(mine, asked, ("dataset", *cells))
+        theirs = said if both.empty else beside(said, both)
         how: dict[str, Any] = dict(cells=("dataset", *cells), value=value, ratio=c.table in RATIOS)
         row, effect = verdicts.measure(mine, asked, theirs, **how)
-        both = mine[mine["method"].isin([c.first, c.second])].groupby("dataset", sort=False)["method"].nunique() == 2
-        sets = list(both[both].index) if effect else []
+        sets = both["dataset"].unique() if effect else []
         known = {grids.STANDS_FOR.get(d, d) for d in sets}
         elsewhere = [d for d in said.get("dataset", pd.Series()).unique() if not known & set(said["dataset"])]
         rows.append(row | {"sets": ", ".join(map(label, sets)), "elsewhere": ", ".join(map(label, elsewhere))})

@@ -155,7 +155,7 @@ def chosen_rates(s: Sources) -> Tables:
     found = Tables()
     for source, runs in s.runs().items():
         table = runs.drop_duplicates(["method", "dataset", "model", "epsilon"])
-        rates = table["learning_rate"] * table["clip_norm"].clip(upper=1.0)
+        rates = table["learning_rate"] * table["clip_norm"].where(table["clip_norm"] < 1e8, 1.0)
         table = table.assign(cell=[f"{r:.3g}{' *' if e else ''}" for r, e in zip(rates, table["edge"], strict=True)])
         for (dataset, model), part in table.groupby(["dataset", "model"], sort=False):
             caption = f"{source[:1].upper()}{source[1:]}: {label(dataset)}, {label(model)}"

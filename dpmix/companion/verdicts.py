@@ -114,6 +114,15 @@ def bound_of(c: Comparison, published: float, ratio: bool = False) -> float:
     return float(np.clip(abs(published) / 2, least, most))
 
 
+def shared(runs: pd.DataFrame, c: Comparison, cells: Sequence[str]) -> pd.DataFrame:
+    """The rows of the two methods, of cells that have both."""
+    here = runs[runs["method"].isin(c[:2])]
+    known = [k for k in cells if k in here]
+    if here.empty or not known:
+        return here
+    return here[here.groupby(known, dropna=False)["method"].transform("nunique") == 2]
+
+
 def per_seed(here: pd.DataFrame, c: Comparison, cells: Sequence[str], value: str, ratio: bool) -> pd.Series:
     """The difference of each seed, averaged over the cells that any seed has (a seed without all of them is left out), of
     rows of the two methods."""
@@ -147,15 +156,16 @@ def measure(
     ratio: bool = False,
 ) -> tuple[dict[str, Any], Effect | None]:
     """One comparison: what was published and what bound that sets, and the effect; None where the runs lack a method."""
-    here, theirs = (t[t["method"].isin(c[:2])] for t in (runs, runs[:0] if published is None else published))
+    here = shared(runs, c, cells)
+    theirs = shared(runs[:0] if published is None else published, c, PLACES)
     said = np.nan
     if theirs["method"].nunique() == 2:
         said = float(per_seed(theirs.assign(seed=0), c, PLACES, "mean", ratio).mean())
     bound = bound_of(c, said, ratio)
     row = {"first": c.first, "second": c.second, "claim": c.claim, "published": said, "bound": bound, "ratio": ratio}
-    if here["method"].nunique() < 2:
+    values = per_seed(here, c, cells, value, ratio) if here["method"].nunique() == 2 else pd.Series(dtype=float)
+    if values.empty:
         return row | {"images": np.nan}, None
-    values = per_seed(here, c, cells, value, ratio)
     images = np.nan if ratio else _of_images(here[here["seed"].isin(values.index)], c)
     expected = {"above": 1.0, "no gain": 1.0}.get(c.claim, 0.0 if np.isnan(said) else float(np.sign(said)))
     effect = Effect(values.tolist(), bound, expected, c.claim == "no gain")
@@ -179,8 +189,9 @@ def compare(
     per = [c for c in per if c in runs]
     for names, part in runs.groupby(per, sort=False) if per else [((), runs)]:
         place = dict(zip(per, names, strict=True))
-        theirs = None if published is None else beside(published, part, per)
         for c in comparisons:
+            both = shared(part, c, [*per, *cells])
+            theirs = None if published is None else beside(published, both if len(both) else part, per)
             row, effect = measure(part, c, theirs, cells=cells, value=value, ratio=ratio)
             if effect is not None and (not c.only or place.get("dataset") in c.only):
                 rows.append({"place": tuple(place.values()), **row})

@@ -35,10 +35,17 @@ def positive(name: str, value: Any, hint: str = "") -> None:
 
 
 def single(name: str, value: Any) -> None:
-    """Refuse a number that is infinite in single precision, or so small that norms near it are lost: the squares of what is
-    below 1e-19 are nothing there, and a norm of many of them would count as zero."""
-    good = 1e-12 <= abs(float(value)) <= float(np.finfo(np.float32).max)
-    require(good, name, value, "must lie between 1e-12 and 3e38, the numbers that float32 can work with")
+    """Refuse a number that is infinite, or nothing, in single precision."""
+    kind = np.finfo(np.float32)
+    require(float(kind.tiny) <= abs(float(value)) <= float(kind.max), name, value, "is beyond the numbers of float32")
+
+
+def clip_norm(value: Any) -> None:
+    """Refuse a clip norm near which norms are lost: the squares of what is below 1e-19 are nothing in float32, and a norm of
+    many of them would count as zero."""
+    positive("clip_norm", value)
+    single("clip_norm", value)
+    require(value >= 1e-12, "clip_norm", value, "must be at least 1e-12; gradients near it have no norm in float32")
 
 
 def floats(instance: object, *names: str) -> None:

@@ -42,8 +42,7 @@ class Head:
 
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
-        checks.positive("clip_norm", self.clip_norm)
-        checks.single("clip_norm", self.clip_norm)
+        checks.clip_norm(self.clip_norm)
         checks.floats(self, "learning_rate", "clip_norm", "noise_multiplier", "momentum")
         checks.require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
         checks.require(self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must not be negative")

@@ -19,7 +19,7 @@ MIXES = (
     "the output for an image changes when other images are left out of the batch{}, so clipping bounds nobody's influence; "
     "remove what mixes the batch (and any dropout)"
 )
-_LARGE, _HUGE = 64, 2 * 10**8  # side and parameters: fewer images, no copy in float64
+_LARGE, HUGE = 64, 2 * 10**8  # side and parameters: fewer images, no copy in float64
 _passed: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
@@ -61,27 +61,30 @@ def check_no_mixing(model: nn.Module, shape: tuple[int, ...], name: str = "model
     size = sum(p.numel() for p in model.parameters())
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = _probe(shape).to(like)
-    with _quietly(noise.device):
-        trial = copy.deepcopy(model)
-        _check_finite(trial(noise[:2]), name)
-        try:
-            if size > _HUGE:
-                raise RuntimeError("no room for a copy in float64")
-            trial, noise = _moved(trial.double()), noise.double()
-            alone = torch.cat([trial(x[None]) for x in noise])
-            good = _close(trial(noise), alone, TIGHT) and _close(trial(noise[1:3]), alone[1:3], TIGHT)
-        except (RuntimeError, TypeError):
-            trial, noise = _moved(copy.deepcopy(model)), noise.to(like.dtype)
-            good = _same_among_others(trial, noise)
-        if not good:
-            raise ValueError(f"{name}: {MIXES.format(_where(trial, noise))}")
+    for gradients in (False, True):  # a layer can ask which it is
+        with _quietly(noise.device), torch.set_grad_enabled(gradients):
+            trial = copy.deepcopy(model)
+            _check_finite(trial(noise[:2]), name)
+            try:
+                if size > HUGE:
+                    raise RuntimeError("no room for a copy in float64")
+                trial, wide = _moved(trial.double()), noise.double()
+                alone = torch.cat([trial(x[None]).detach() for x in wide])
+                good = all(_close(trial(wide[s]).detach(), alone[s], TIGHT) for s in (slice(None), slice(1, 3)))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError):
+                trial, wide = _moved(copy.deepcopy(model)), noise
+                good = _same_among_others(trial, noise)
+            if not good:
+                raise ValueError(f"{name}: {MIXES.format(_where(trial, wide))}")
 
 
 def check_features(features: Callable, shape: tuple[int, ...], device: torch.device, name: str) -> None:
     """`check_no_mixing` of what made its way past `models.encoder`: any function from images [n, C, H, W] to features; `shape`
     is (C, H, W)."""
     noise = _probe(shape).to(device, torch.float32)
-    with _quietly(device):
+    with _quietly(device), torch.no_grad():  # as features are made
         _check_finite(features(noise[:2]), name)
         if not _same_among_others(features, noise):
             raise ValueError(f"{name}: {MIXES.format('')}")
@@ -99,7 +102,7 @@ def _check_finite(answers: Tensor, name: str) -> None:
 
 @contextmanager
 def _quietly(device: torch.device) -> Iterator[None]:
-    """Without autocast or a trace in the global random state; with gradients, as in training, which a layer can ask for."""
+    """Without autocast or a trace in the global random state."""
     devices = [device] if device.type == "cuda" else []
     with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices):
         yield
@@ -123,12 +126,12 @@ def _same_among_others(model: Callable[[Tensor], Tensor], noise: Float[Tensor, "
     """Whether each half of the outputs stays when the other half's images become others (batches of one size round
     alike), and whether an image alone comes out nearly the same (they do not). The others are darker: mirrored at 0.5 they
     would have the mean square and the largest magnitude that the first ones have."""
-    together, others = model(noise), 0.5 * noise.roll(1, 0)
+    together, others = model(noise).detach(), 0.5 * noise.roll(1, 0)
     odd = torch.arange(len(noise), device=noise.device) % 2 == 1
     for keep in (odd, ~odd):
-        if not _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others))[keep], together[keep], 1e-6):
+        if not _close(model(torch.where(keep.view(-1, 1, 1, 1), noise, others)).detach()[keep], together[keep], 1e-6):
             return False
-    return all(_close(model(x[None])[0], y, 2**-6) for x, y in zip(noise, together, strict=True))
+    return all(_close(model(x[None]).detach()[0], y, 2**-6) for x, y in zip(noise, together, strict=True))
 
 
 def _where(model: nn.Module, noise: Float[Tensor, "n ..."]) -> str:
@@ -151,4 +154,4 @@ def _where(model: nn.Module, noise: Float[Tensor, "n ..."]) -> str:
 
 def _note(run: list, name: str, layer: nn.Module, args: tuple, output: Tensor) -> None:
     if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-        run.append((name or "model", type(layer).__name__, args[0][:1].clone(), output[:1].clone()))
+        run.append((name or "model", type(layer).__name__, args[0][:1].clone(), output[:1].detach().clone()))

@@ -118,15 +118,10 @@ def train(
     clipper = Clipper(model, m.clip_norm, engine, autocast=autocast, channels_last=channels_last)
     run = _Run(m, clipper, (images, labels, ids), public, seed, physical_batch, group, checkpoint, spec or {})
     run.load()
-    agree(
-        "labels",
-        int(run.belongs_to[EXAMPLES], 16),
-        group[1],
-        device,
-        "other examples; each process is given all of them",
-    )
-    other_steps = "other steps of the checkpoint; they must see the same file"
-    agree("checkpoint", run.state.step, group[1], device, other_steps)
+    other_labels = "labels: the processes see other examples; each process is given all of them"
+    agree(int(run.belongs_to[EXAMPLES], 16), group[1], device, other_labels)
+    other_steps = "checkpoint: the processes read different steps; they must see the same file"
+    agree(run.state.step, group[1], device, other_steps)
     start = run.state.step
     kept = untrained(model)
     _fill(clipper.parameters, run.state.weights)
@@ -147,9 +142,7 @@ def train(
     finally:
         bar.close()
         _fill(clipper.parameters, run.state.weights)
-    agree(
-        "checkpoint", run.state.step, group[1], device, other_steps
-    )  # nobody returns before the last checkpoint is on the disk
+    agree(run.state.step, group[1], device, other_steps)  # nobody returns before the last checkpoint is on the disk
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     ema = None if run.state.ema is None else unflatten(run.state.ema, clipper.parameters)
     first = trained_names(model)

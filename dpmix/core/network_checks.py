@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpmix.core import accounting, rng, views
 from dpmix.core import microbatch as micro
-from dpmix.core.checks import positive, require, single, whole
+from dpmix.core.checks import clip_norm, positive, require, whole
 from dpmix.core.independence import check_layers, check_network
 
 
@@ -47,7 +47,7 @@ class Mechanism:
             whole(name, getattr(self, name), least)
         for name in ("clip_norm", "learning_rate", "expected_batch"):
             positive(name, float(getattr(self, name)))
-        single("clip_norm", self.clip_norm)
+        clip_norm(self.clip_norm)
         for name in ("noise_multiplier", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "must lie in (0, 1]")
@@ -114,11 +114,22 @@ def untrained(model: nn.Module) -> dict[str, Tensor]:
 
 def check_untrained(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Refuse a model that has written to a buffer: what it keeps there is neither clipped nor noised."""
-    now = untrained(model)
-    said = "changes while private images pass, and would be released without noise; use a layer without such a buffer"
-    for name, t in before.items():
-        if name not in now or not torch.equal(now[name], t):
-            raise ValueError(f"model: {name!r} {said}")
+    now, saved = untrained(model), model.state_dict()
+    for name in sorted(before.keys() | now.keys()):
+        a, b = before.get(name), now.get(name)
+        if name in saved:
+            released = "would be released without noise; use a layer without such a buffer"
+            same = a is not None and b is not None and _equal(a, b)
+        else:  # may be sized by the batch, and is not released
+            released = "carries something of them from step to step; use a layer without such a buffer"
+            same = a is None or b is None or a.shape != b.shape or _equal(a, b)
+        if not same:
+            raise ValueError(f"model: {name!r} changes while private images pass, and {released}")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Also where both are no numbers."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def layout(model: nn.Module) -> str:

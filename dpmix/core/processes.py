@@ -51,9 +51,10 @@ def add_up(sums: Tensor, counts: dict[str, int], world: int) -> dict[str, int]:
     return dict(zip(counts, box.tolist(), strict=True))
 
 
-def agree(name: str, value: int, world: int, device: torch.device, otherwise: str) -> None:
-    """Refuse, in every process, to go on where `value` is not the same in all of them: they see `otherwise`."""
+def agree(value: int, world: int, device: torch.device, otherwise: str) -> None:
+    """Refuse in every process, in the words `otherwise`, to go on where `value` is not the same in all of them."""
     if world > 1:
         bounds = torch.tensor([value, -value], device=device)
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
-        require(bool(bounds[0] == -bounds[1]), name, value, f"the processes see {otherwise}")
+        if bounds[0] != -bounds[1]:
+            raise ValueError(otherwise)

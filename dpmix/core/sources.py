@@ -105,6 +105,7 @@ class FreshViews:
         about: dict[str, Any] = dict(num_classes=self.num_classes, seed=self.seed, public=self.public)
         return self.union.make(images, labels, self.ids[places], step=step if self.redraw else None, **about)
 
+    @torch.no_grad()
     def batch(self, places: Int64[Tensor, " b"], step: int) -> tuple[Tensor, Tensor]:
         tick = time.perf_counter()
         made = self.made(places, step)

@@ -18,6 +18,7 @@ import mmap
 import os
 import platform
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,9 @@ def _inside(base: Path, files: Sequence[Path]) -> None:
 def printable(name: str | Path) -> str:
     """A name that can be printed anywhere, in one line: bytes that are no UTF-8, and what is not to be seen, as \\x.."""
     text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    unseen = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+    hidden = (c not in "\u200c\u200d" and unicodedata.category(c) in unseen for c in text)  # joiners belong to words
+    return "".join(f"\\x{ord(c):02x}" if h else c for c, h in zip(text, hidden, strict=True))
 
 
 def pixel_hash(image: np.ndarray) -> str:

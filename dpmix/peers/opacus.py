@@ -210,6 +210,7 @@ def exact_sampling(
     optimizer's: what `make_private_with_epsilon` found is for the smaller q, and would spend more than its target.
 
     Raises ValueError where B exceeds n, the loader does not sample, or steps were made."""
+    checks.positive("noise_multiplier", noise_multiplier)
     n, sampler = len(loader.dataset), loader.batch_sampler  # type: ignore[arg-type]
     good = isinstance(batch_size, int) and 1 <= batch_size <= n
     checks.require(good, "batch_size", batch_size, f"must be a whole number from 1 to n = {n}")
@@ -217,7 +218,6 @@ def exact_sampling(
     steps = len(engine.accountant)
     checks.require(steps == 0, "engine", steps, "has made steps at another rate already")
     loader.sample_rate = sampler.sample_rate = batch_size / n  # type: ignore[union-attr, attr-defined]
-    checks.positive("noise_multiplier", noise_multiplier)
     optimizer.noise_multiplier = noise_multiplier
     optimizer.expected_batch_size = batch_size / getattr(optimizer, "world_size", 1)
     optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(sample_rate=batch_size / n))

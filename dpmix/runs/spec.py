@@ -114,6 +114,7 @@ class RunSpec:
         for name in numbers:
             checks.positive(name, getattr(self, name))
             checks.single(name, getattr(self, name))
+        checks.clip_norm(self.clip_norm)
         checks.floats(self, "epsilon", *numbers, *SHARES, "pretrain_epochs", "weight_decay", "ema_decay")
         for name, allowed in SHARES.items():
             checks.require(0 <= getattr(self, name) < 1, name, getattr(self, name), allowed)

@@ -168,3 +168,24 @@ def test_a_table_for_reading():
     table = verdicts.show(compare(frame(3.0, seeds=5), PAIR))
     assert table.index.tolist() == ["DP-MixSelf − Self-Aug"] and table["verdict"].tolist() == ["holds"]
     assert verdicts.show(compare(frame(3.0), [])).empty
+
+
+def test_only_cells_that_have_both_methods_count():
+    """Their test images and their published rows, too; two methods that never meet are not compared."""
+    right = [np.array([True] * 40 + [False] * 60), np.array([True] * 50 + [False] * 50)]
+    rows = [
+        ("a", m, e, seed, 40.0 + 10 * i, right[i])
+        for i, m in enumerate(("x", "y"))
+        for e in (1, 8)
+        for seed in range(3)
+    ]
+    rows += [("b", "x", 1, seed, 90.0, right[0]) for seed in range(3)]
+    runs = pd.DataFrame(rows, columns=["dataset", "method", "epsilon", "seed", "accuracy", "right"])
+    said = pd.DataFrame({"dataset": list("aabb"), "method": ["x", "y"] * 2, "mean": [1.0, 3.0, 0.0, 100.0]})
+    c, cells = verdicts.Comparison("y", "x"), ("dataset", "epsilon")
+    row, effect = verdicts.measure(runs, c, said[:2], cells=cells)
+    assert len(effect.values) == 3 and effect.values[0] == 10 and effect.images > 0 and row["published"] == 2
+    (found,) = verdicts.compare(runs, [c], said, cells=("epsilon",)).to_dict("records")
+    assert found["place"] == ("a",) and found["published"] == 2
+    apart = runs[(runs["method"] == "x") == (runs["epsilon"] == 1)]
+    assert verdicts.measure(apart, c, said, cells=cells)[1] is None

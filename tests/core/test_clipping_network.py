@@ -580,5 +580,24 @@ def test_a_parameter_with_a_small_gradient_is_compared_as_strictly_as_the_others
 
 
 def test_a_clip_norm_whose_squares_are_nothing_is_refused():
-    with pytest.raises(ValueError, match="clip_norm=1e-25: must lie between 1e-12"):
+    with pytest.raises(ValueError, match="clip_norm=1e-25: must be at least 1e-12"):
         Clipper(nn.Linear(4, 2), 1e-25)
+
+
+class InFloat32(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.float())
+
+
+def test_a_model_that_insists_on_its_own_dtype_is_compared_as_it_is():
+    images, targets = torch.rand(4, 1, 2, 4, 6), torch.full((4, 1, 3), 1 / 3)
+    right, wrong = InFloat32(Sequence(positions_first=False)), InFloat32(Sequence(positions_first=True))
+    assert clipped_gradient_sum(right, images, targets, 0.1, "grouped").engine == "grouped"
+    with pytest.raises(
+        ValueError, match=r"tokens\.?\w*' (gets its input in another order|changes .* the batch dimension)"
+    ):
+        clipped_gradient_sum(wrong, images, targets, 0.1, "grouped")

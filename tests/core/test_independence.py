@@ -145,7 +145,7 @@ def test_honest_models_pass_and_are_left_as_they_were(name):
 
 def test_a_large_model_is_asked_with_fewer_images_and_without_a_copy_in_float64(monkeypatch):
     monkeypatch.setattr(independence, "_LARGE", 4)
-    monkeypatch.setattr(independence, "_HUGE", 20)
+    monkeypatch.setattr(independence, "HUGE", 20)
     check_no_mixing(wide_resnet(10, 1, 3, channels=2), SHAPE)
     with pytest.raises(ValueError, match="left out of the batch"):
         check_no_mixing(body(Mix(MIXTURES["one per mille of the sum"])), SHAPE)
@@ -290,3 +290,14 @@ def test_what_learns_in_training_alone_is_seen(kept):
     with pytest.raises(ValueError, match="the output for an image changes"):
         check_no_mixing(Centre(kept).train(), SHAPE)
     check_no_mixing(Centre(kept).eval(), SHAPE)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("when", [False, True])
+def test_what_mixes_with_gradients_alone_or_without_them_alone_is_seen(when, around):
+    """Encoders run without, networks train with; and whoever asks may stand in either."""
+    model = nn.Sequential(
+        Mix(lambda x: x - x.mean(0) if torch.is_grad_enabled() == when else x), nn.Flatten(), nn.Linear(128, 3)
+    )
+    with around(), pytest.raises(ValueError, match="the output for an image changes"):
+        check_network(model, SHAPE)

@@ -536,7 +536,7 @@ def test_out_of_memory_says_what_to_try(tmp_path, monkeypatch, fault):
         (dict(model=nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3))), "'0' is BatchNorm2d"),
         (dict(model=nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 3))), "not keyed; set p=0"),
         (dict(delta=2.0), r"delta=2\.0: must lie strictly between 0 and 1"),
-        (dict(clip_norm=1e-25), "clip_norm=1e-25: must lie between 1e-12"),
+        (dict(clip_norm=1e-25), "clip_norm=1e-25: must be at least 1e-12"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(bad, said, monkeypatch):
@@ -672,3 +672,27 @@ def test_processes_that_were_given_shares_of_the_data_are_refused(tmp_path):
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode and "the processes see other examples; each process is given all of them" in run.stderr
+
+
+class Keeps(nn.Module):
+    """Keeps a buffer: `kept` says which."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.inner = kept, tiny()
+        if kept == "no numbers":
+            self.register_buffer("place", torch.full((2,), torch.nan), persistent=False)
+
+    def forward(self, x):
+        if self.kept == "pixels" and torch.is_grad_enabled():
+            self.register_buffer("seen", x.detach().clone())
+        if self.kept == "size of the batch":
+            self.register_buffer("mask", torch.ones(len(x)), persistent=False)
+        return self.inner(x)
+
+
+def test_a_buffer_that_appears_later_is_refused_and_what_is_harmless_is_not():
+    with pytest.raises(ValueError, match="model: 'seen' changes while private images pass, and would be released"):
+        train(Keeps("pixels"))
+    for harmless in ("no numbers", "size of the batch"):
+        assert train(Keeps(harmless)).state

@@ -359,8 +359,8 @@ def test_text_and_numpy_numbers_are_numbers_and_numbers_are_text(name, given, ta
         (dict(progress="no"), "progress='no': must be True or False"),
         (dict(model="foo"), "model='foo': unknown; known are"),
         (dict(method="mix-diff"), "method='mix-diff': mixes public images in, and there are none in .*synthetic"),
-        (dict(clip_norm=1e-300), "clip_norm=1e-300: must lie between 1e-12 and 3e38"),
-        (dict(learning_rate=1e308), r"learning_rate=1e\+308: must lie between 1e-12 and 3e38"),
+        (dict(clip_norm=1e-300), "clip_norm=1e-300: is beyond the numbers of float32"),
+        (dict(learning_rate=1e308), r"learning_rate=1e\+308: is beyond the numbers of float32"),
         (dict(delta=1e-30), "delta|accountant"),
     ],
 )

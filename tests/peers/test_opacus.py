@@ -531,6 +531,9 @@ def test_opacus_rounds_the_rate_and_the_divisor_and_the_switch_does_not():
     hooked(x).sub(y).square().mean().backward()
     optimizer.step()
     assert engine.accountant.history == [(1.25, 4096 / 50_000, 1)]
+    with pytest.raises(ValueError, match=r"noise_multiplier=0\.0: must be a positive finite number"):
+        peer.exact_sampling(engine, optimizer, loader, batch_size=5, noise_multiplier=0.0)
+    assert loader.sample_rate == 4096 / 50_000, "nothing was changed"
     with pytest.raises(ValueError, match="engine=1: has made steps at another rate already"):
         peer.exact_sampling(engine, optimizer, loader, batch_size=4096, noise_multiplier=1.0)
     with pytest.raises(ValueError, match="batch_size=60000: must be a whole number from 1 to n = 50000"):

@@ -81,7 +81,7 @@ BAD = [
     (dict(model="wrn-4-1"), "model='wrn-4-1'"), (dict(model="wrn-10-0"), "model='wrn-10-0'"),
     (dict(microbatch=3, microbatch_mix="add", model="wrn-10-1"), "microbatch=3: must be 2 to mix the pair"),
     (dict(population=100, microbatch=2, model="wrn-10-1"), "population=100: does not go with microbatches, whose fixed"),
-    (dict(clip_norm=1e-60), "clip_norm=1e-60: must lie between 1e-12 and 3e38"),
+    (dict(clip_norm=1e-60), "clip_norm=1e-60: is beyond the numbers of float32"),
     (dict(microbatch=2, train_on="half-1", model="wrn-10-1"), "microbatch=2: the partition is one of the whole training set"),
 ]  # fmt: skip
 
