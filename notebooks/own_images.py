@@ -132,16 +132,20 @@ if practice:
 kept = files.read_json(data.RESULTS / "malaria" / "runs.json")
 parts, about = kept["data"], kept["provenance"]
 usual = parts["train"]["images_of_a_patient"][1]
-table = pd.DataFrame(
-    {
-        "ε of an image": r["epsilon"],
-        f"ε of a patient with {counted(round(usual), 'image')}": r["epsilon"] * usual,
-        "right (%)": round(100 * r["report"]["accuracy"], 1),
-        "95 % interval": "{:.1f} to {:.1f}".format(*(100 * x for x in r["report"]["interval_95"])),
-        **{f"of {c}": round(100 * v["accuracy"], 1) for c, v in r["report"]["by_class"].items()},
-    }
-    for r in kept["runs"]
-).set_index("ε of an image").sort_index()
+table = (
+    pd.DataFrame(
+        {
+            "ε of an image": r["epsilon"],
+            f"ε of a patient with {counted(round(usual), 'image')}": r["epsilon"] * usual,
+            "right (%)": round(100 * r["report"]["accuracy"], 1),
+            "95 % interval": "{:.1f} to {:.1f}".format(*(100 * x for x in r["report"]["interval_95"])),
+            **{f"of {c}": round(100 * v["accuracy"], 1) for c, v in r["report"]["by_class"].items()},
+        }
+        for r in kept["runs"]
+    )
+    .set_index("ε of an image")
+    .sort_index()
+)
 display(table)
 Markdown(
     f"{counted(parts['train']['images'], 'image')} of {counted(parts['train']['patients'], 'patient')} for training, {counted(parts['test']['images'], 'image')} of {counted(parts['test']['patients'], 'other')} for "
