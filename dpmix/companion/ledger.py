@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from dpmix.companion import evidence, grids, grids_fid, networks, paper, verdicts
-from dpmix.companion.report import beside, label
+from dpmix.companion.report import label
 from dpmix.companion.verdicts import Comparison
 from dpmix.runs.result import frame
 from dpmix.runs.run import look_up
@@ -98,11 +98,9 @@ def decide(runs: Mapping[str, pd.DataFrame], level: float = verdicts.LEVEL) -> p
         mine = within(runs.get(c.table, none), c.where)
         said = within(published(c.table), c.where)
         asked = Comparison(c.first, c.second, c.kind, None if pd.isna(c.bound) else float(c.bound))
-        both = verdicts.shared(mine, asked, ("dataset", *cells))
-        theirs = said if both.empty else beside(said, both)
         how: dict[str, Any] = dict(cells=("dataset", *cells), value=value, ratio=c.table in RATIOS)
-        row, effect = verdicts.measure(mine, asked, theirs, **how)
-        sets = both["dataset"].unique() if effect else []
+        row, effect = verdicts.measure(mine, asked, said, **how)
+        sets = verdicts.shared(mine, asked, how["cells"])["dataset"].unique() if effect else []
         known = {grids.STANDS_FOR.get(d, d) for d in sets}
         elsewhere = [d for d in said.get("dataset", pd.Series()).unique() if not known & set(said["dataset"])]
         rows.append(row | {"sets": ", ".join(map(label, sets)), "elsewhere": ", ".join(map(label, elsewhere))})

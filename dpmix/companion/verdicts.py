@@ -152,12 +152,15 @@ def measure(
     published: pd.DataFrame | None,
     *,
     cells: Sequence[str],
+    per: Sequence[str] = (),
     value: str = "accuracy",
     ratio: bool = False,
 ) -> tuple[dict[str, Any], Effect | None]:
-    """One comparison: what was published and what bound that sets, and the effect; None where the runs lack a method."""
+    """One comparison: what was published beside these runs and what bound that sets, and the effect; None where no cell has
+    both methods."""
     here = shared(runs, c, cells)
-    theirs = shared(runs[:0] if published is None else published, c, PLACES)
+    theirs = runs[:0] if published is None else beside(published, here, per) if len(here) else published
+    theirs = shared(theirs, c, PLACES)
     said = np.nan
     if theirs["method"].nunique() == 2:
         said = float(per_seed(theirs.assign(seed=0), c, PLACES, "mean", ratio).mean())
@@ -190,9 +193,7 @@ def compare(
     for names, part in runs.groupby(per, sort=False) if per else [((), runs)]:
         place = dict(zip(per, names, strict=True))
         for c in comparisons:
-            both = shared(part, c, [*per, *cells])
-            theirs = None if published is None else beside(published, both if len(both) else part, per)
-            row, effect = measure(part, c, theirs, cells=cells, value=value, ratio=ratio)
+            row, effect = measure(part, c, published, cells=cells, per=per, value=value, ratio=ratio)
             if effect is not None and (not c.only or place.get("dataset") in c.only):
                 rows.append({"place": tuple(place.values()), **row})
                 effects.append(effect)

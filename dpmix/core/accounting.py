@@ -89,9 +89,8 @@ def epsilon_spent(
             spent = _pld(noise_multiplier, **about, neighbours=neighbours)
         else:
             spent = (_rdp if accountant == "rdp" else _prv)(noise_multiplier, **about)
-    if (
-        sample_rate == 1 and neighbours == "join"
-    ):  # one Gaussian: exact, where a numerical bound may be off at a tiny delta
+    # One Gaussian, and exact: a numerical bound may be off at a tiny delta.
+    if sample_rate == 1 and neighbours == "join":
         spent = max(spent, float(get_epsilon_gaussian(noise_multiplier / steps**0.5, delta)))
     # Conversions give less than zero where delta alone is more than enough; and what is not a number bounds nothing.
     return math.inf if math.isnan(spent) else max(0.0, spent)

@@ -117,9 +117,10 @@ def train(
     check_model(model, images, m.num_classes)
     clipper = Clipper(model, m.clip_norm, engine, autocast=autocast, channels_last=channels_last)
     run = _Run(m, clipper, (images, labels, ids), public, seed, physical_batch, group, checkpoint, spec or {})
-    run.load()
+    # Before a checkpoint is read: one process that refuses it alone would leave the others waiting.
     other_labels = "labels: the processes see other examples; each process is given all of them"
     agree(int(run.belongs_to[EXAMPLES], 16), group[1], device, other_labels)
+    run.load()
     other_steps = "checkpoint: the processes read different steps; they must see the same file"
     agree(run.state.step, group[1], device, other_steps)
     start = run.state.step

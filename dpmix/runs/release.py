@@ -92,10 +92,8 @@ def _not_accounted_for(result: Result, store: Store) -> list[str]:
     compared = [r for r in others if r.diagnostics.validation_accuracy is not None]
     split = "the choice of the learning rate and of other settings on the validation split"
     known = "the number of training examples, from which the sampling rate and the number of steps follow"
-    together = (
-        "what is taken as public of all images together: the names of the classes, whether any image is in colour, "
-    )
-    together += "a common size, and an encoder that was recommended by what most of them are"
+    facts = "the names of the classes, whether any is in colour, a common size, an encoder recommended for most of them"
+    together = f"what is taken as public of all images together: {facts}"
     return [
         f"the choice of this run: its store has {checks.counted(len(others), 'other run')} on private images, "
         f"{len(compared)} of them with an accuracy on private images held out, from which it may have been chosen",

@@ -73,7 +73,7 @@ def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
     assert card["spec"]["delta"] == 1e-4 and card["images"] == [1, 16, 16] and card["spec"]["redraw"] is False
     assert card["guarantee"]["epsilon"]["pld"] == pytest.approx(8, abs=0.01)
     assert not any("validation split" in line for line in card["not_accounted_for"]), "there was none"
-    assert any("the names of the classes, whether any image is in colour" in line for line in card["not_accounted_for"])
+    assert any("the names of the classes, whether any is in colour" in line for line in card["not_accounted_for"])
 
 
 def test_nothing_private_is_in_the_release(trained, photos):
