@@ -19,7 +19,7 @@ from dpmix.core import accounting, files, heads, network, rng, views
 from dpmix.core.checks import counted
 from dpmix.core.sources import FreshViews, Scaling, Source, public_scaling
 from dpmix.models import encoders
-from dpmix.models.stored import StoredViews
+from dpmix.models.stored import StoredViews, content_ids
 from dpmix.models.wide_resnet import wide_resnet
 from dpmix.runs.identity import Identity, code_digest
 from dpmix.runs.material import Material, Part
@@ -29,7 +29,9 @@ from dpmix.runs.spec import ComputeFlags, Mechanism, RunSpec
 LIBRARIES = ["torch", "torchvision", "timm", "open_clip_torch", "Pillow", "opacus", "dp-accounting"]
 LIBRARIES += ["numpy", "scipy", "scikit-learn"]
 UNCHANGED = views.Recipe(k_base=1, transform="none")  # images as they are
-DRAWN_ONCE = 0  # the seed of stored views; no secret, since the guarantee holds for any views of an example's own
+# The seed of the stored views of runs whose own was drawn. It is no secret, since the guarantee holds for any views that are
+# an example's own: such views are keyed by its content, not by a place that one image more would move.
+DRAWN_ONCE = 0
 
 Results = Iterator[tuple[Result, dict[str, Tensor]]]  # with the trained weights of each
 
@@ -59,7 +61,7 @@ def compute_heads(group: Sequence[Task], material: Material, compute: ComputeFla
         scaling = public_scaling(features_of(spec, Part(public, some), torch.arange(len(some)), material, compute))
     bank, seed = heads_of(group, material), training_seed(spec)
     # Views follow a seed that was given, so that seeds differ in all; those of a drawn one are found again by the next run.
-    once = DRAWN_ONCE if group[0].seed_drawn else seed
+    once = None if group[0].seed_drawn else seed
     source = source_of(spec, [head.recipe for head in bank], material, compute, scaling, once)
     how: dict[str, Any] = dict(expected_batch=spec.batch_size, steps=m.steps, sample_rate=m.sample_rate, seed=seed)
     how |= dict(progress=compute.progress, checkpoint_seconds=compute.checkpoint_seconds, checkpoint=checkpoint)
@@ -109,27 +111,30 @@ def source_of(
     material: Material,
     compute: ComputeFlags,
     scaling: Scaling | None = None,
-    once: int = DRAWN_ONCE,
+    once: int | None = None,
 ) -> Source:
     """The encoded views of the training set: made at every step or, with `redraw=False`, read from the store in the cache: those
-    of all the private examples, drawn by the seed `once`; it serves every budget, rate, batch size and number of epochs."""
+    of all the private examples, drawn by the seed `once` and an example's place or, where it is None, by what no other
+    example decides; it serves every budget, rate, batch size and number of epochs."""
     train, encoder = material.train, material.encoder
     assert encoder is not None
     about: dict[str, Any] = dict(public=material.public, scaling=scaling)
     if not spec.redraw:
-        return _stored(encoder, material.pool, recipes, once, compute, **about).subset(material.kept)
+        ids = content_ids(material.pool.images) if once is None else material.pool.rows
+        about |= dict(seed=DRAWN_ONCE if once is None else once, ids=ids)
+        return _stored(encoder, material.pool, recipes, compute, **about).subset(material.kept)
     about |= dict(num_classes=train.whole.num_classes, ids=train.rows, device=compute.where(), seed=training_seed(spec))
     return FreshViews(encoder, train.images, train.labels, recipes, **about)
 
 
 def _stored(
-    encoder: encoders.Encoder, part: Part, recipes: list[views.Recipe], seed: int, compute: ComputeFlags, **about: Any
+    encoder: encoders.Encoder, part: Part, recipes: list[views.Recipe], compute: ComputeFlags, **about: Any
 ) -> StoredViews:
     folder = Path(compute.cache).expanduser() / "views"
     with files.explained(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the names below follow from the images
-    about |= dict(num_classes=part.whole.num_classes, ids=part.rows, device=compute.where(), progress=compute.progress)
-    return StoredViews(encoder, part.images, part.labels, recipes, seed=seed, folder=folder, **about)
+    about |= dict(num_classes=part.whole.num_classes, device=compute.where(), progress=compute.progress)
+    return StoredViews(encoder, part.images, part.labels, recipes, folder=folder, **about)
 
 
 def features_of(spec: RunSpec, part: Part, places: Tensor, material: Material, compute: ComputeFlags) -> Tensor:
@@ -137,7 +142,7 @@ def features_of(spec: RunSpec, part: Part, places: Tensor, material: Material, c
     assert material.encoder is not None
     if spec.redraw or len(places) == 0:
         return heads.encode(material.encoder, part.at(places).images, compute.where())
-    store = _stored(material.encoder, part, [UNCHANGED], DRAWN_ONCE, compute)
+    store = _stored(material.encoder, part, [UNCHANGED], compute)
     return torch.cat([store.batch(some, 0)[0][:, 0].cpu() for some in places.split(1024)])
 
 

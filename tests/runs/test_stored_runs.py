@@ -7,8 +7,10 @@ import torch
 
 import dpmix
 from dpmix.core import files, heads, views
+from dpmix.images import data
 from dpmix.models import encoders, stored
 from dpmix.runs import passes
+from dpmix.runs.material import Material, Part
 from dpmix.runs.spec import ComputeFlags, RunSpec
 from dpmix.runs.store import Store
 
@@ -76,6 +78,24 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
         ((theirs, _),) = (files.load_tensors(path) for path in (tmp_path / "two").rglob(f"{b.key}.safetensors"))
         assert (mine["weight"] - theirs["weight"]).norm() < 5e-3 * mine["weight"].norm()
     assert [r.test_accuracy for r in one] == pytest.approx([r.test_accuracy for r in two], abs=0.006)
+
+
+@pytest.mark.parametrize(("once", "stay"), [(None, True), (3, False)])
+def test_an_image_more_leaves_the_views_of_the_others_as_they_are_where_the_seed_of_views_is_known(
+    tmp_path, compute, once, stay
+):
+    """The first file moves the places of all. A seed that is given must be secret: then the draws are worth the same at any place."""
+    recipe, features = views.Recipe(k_base=2, k_self=2, k_diff=1), []
+    splits, public = dpmix.load("digits"), data.public_images("digits")
+    for first in (0, 1):
+        rows = torch.arange(first, 80)
+        pool = Part(splits.train.subset(rows), torch.arange(len(rows)))
+        material = Material(pool=pool, kept=pool.rows, held_out=pool.rows[:0], train=pool, test=pool, public=public,
+                            synthetic=public, encoder=dpmix.encoder("tiny-vit"), digest="")  # fmt: skip
+        source = passes.source_of(replace(SPEC, seed=None), [recipe], material, compute, None, once)
+        features.append(source.batch(torch.arange(1 - first, 80 - first), step=0))
+    (a, a_targets), (b, b_targets) = features
+    assert (torch.equal(a, b) and torch.equal(a_targets, b_targets)) == stay
 
 
 def test_scaled_features_train_and_the_head_takes_features_as_they_are(tmp_path, compute):
