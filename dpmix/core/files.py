@@ -167,13 +167,17 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock between processes: a second holder waits. Released by the system if the process dies."""
+def lock(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold `path` as a lock between processes: a second holder waits or, with `busy`, is refused in these words (ValueError).
+    Released by the system if the process dies."""
     path = Path(path)
     taken = filelock.FileLock(path, mode=0o600)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        taken.acquire()
+        try:
+            taken.acquire(timeout=0 if busy else -1)
+        except filelock.Timeout:
+            raise ValueError(busy) from None
     try:
         yield
     finally:

@@ -71,6 +71,7 @@ def text(seen: dict[str, Any], release: Path, private: Path) -> str:
 
 def write(seen: dict[str, Any], private: Path, release: Path) -> None:
     """report.json, report.md and confusion.png (a row a true class, in percent of it), for their owner alone."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -84,8 +85,9 @@ def write(seen: dict[str, Any], private: Path, release: Path) -> None:
     figure = Figure(figsize=(side, side), layout="constrained")
     shown = ConfusionMatrixDisplay(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), display_labels=classes)
     how: dict[str, Any] = dict(include_values=len(classes) <= 20, values_format=".0f", xticks_rotation="vertical")
-    shown.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, **how)
-    figure.savefig(picture, format="png", dpi=110)
+    with rc_context({"text.parse_math": False}):  # a class may be called "$5 to $9"
+        shown.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, **how)
+        figure.savefig(picture, format="png", dpi=110)
     files.write(private / "confusion.png", picture.getvalue(), private=True)
 
 

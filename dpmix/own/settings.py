@@ -3,6 +3,7 @@
 import contextlib
 import math
 import numbers
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -130,7 +131,7 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
         why[name] = reason if given is None else "as you said"
         return recommended if given is None else given
 
-    model = choose("model", *_model(listing.files))
+    model = choose("model", *_model(listing))
     weights = None if asked.weights is None else str(Path(asked.weights).expanduser())
     if not model.startswith(("open_clip:", "timm:")):
         checks.one_of("model", model, (*encoders.ENCODERS, "timm:NAME"))
@@ -171,10 +172,12 @@ def recommended_rate(encoder: encoders.Encoder, model: str, classes: int, epsilo
     return float(f"{0.9 * math.sqrt(classes * min(epsilon, 10.0)) / length:.2g}")
 
 
-def _model(files: list[Path]) -> tuple[str, str]:
-    """The encoder for such images, by the headers of a hundred of them or so: that of most, so that no one image decides."""
+def _model(listing: layouts.Listing) -> tuple[str, str]:
+    """The encoder for such images, by the headers of a hundred of them: that of most, so that no one image decides. Which are
+    looked at is decided by their names: one image more takes the place of one at most."""
+    looked_at = sorted(listing.files, key=lambda f: files.digest(os.fsencode(f.relative_to(listing.base))))[:100]
     with decoding.bombs_refused():
-        some = [h for h in map(decoding.header, files[:: max(1, len(files) // 100)]) if h]
+        some = [h for h in map(decoding.header, looked_at) if h]
     if 2 * sum(h.grey and max(h.width, h.height) <= 32 for h in some) > len(some):
         return "tiny-convnext", "small and grey, as what it was made of"
     return "efficientnet-lite0", "ImageNet features that fit a CPU"

@@ -61,11 +61,13 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     Raises ValueError and FileNotFoundError, in one line and before any work, for what cannot be.
     """
     p = plan(folder, epsilon, **settings)
-    remedy = "is there already; name another folder (a second model of the same images is a second release)"
-    checks.require(not os.path.lexists(p.out), "out", str(p.out), remedy)
     mechanism(p.spec, p.listing.train)
-    store, partial = Store(p.private / "runs"), p.report / "release.partial"
-    with _logged(p) as log:
+    # Beside the release: what is private may lie on another disk, from where nothing can be renamed.
+    store, partial = Store(p.private / "runs"), p.out.with_name(f".{p.out.name}.partial")
+    _refuse_a_second(p.out)
+    busy = f"out={str(p.out)!r}: another training is under way for it; wait for its end, or name another folder"
+    with _logged(p) as log, files.lock(p.report / "lock", busy):
+        _refuse_a_second(p.out)
         log.info(f"training on {checks.counted(p.listing.train, 'image')} of {printable(p.spec.dataset)}")
         spec = _with_rate(p, store, log)
         # A call that was cut off before it could release has left its result.
@@ -87,6 +89,11 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
         partial.rename(p.out)
         log.info(f"released to {printable(p.out)}; test accuracy {seen['accuracy']:.4f}")
     return Trained(p.out, p.report, seen)
+
+
+def _refuse_a_second(out: Path) -> None:
+    remedy = "is there already; name another folder (a second model of the same images is a second release)"
+    checks.require(not os.path.lexists(out), "out", str(out), remedy)
 
 
 def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:

@@ -1,5 +1,6 @@
 """One's own images: check, train, predict, the report, the command line; what people got wrong before."""
 
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 import dpmix
 from dpmix.__main__ import main
 from dpmix.companion import examples, paper
-from dpmix.core import accounting, rng, views
+from dpmix.core import accounting, files, rng, views
 from dpmix.images import data, layouts
 from dpmix.own import report, settings
 from dpmix.own import train as training
@@ -55,7 +57,7 @@ def test_a_release_is_whole_and_what_is_private_lies_beside_it(trained, photos):
     assert sorted(p.name for p in trained.release.iterdir()) == names
     private = photos.parent / "private"
     assert trained.private == private / "release"
-    kept = [".gitignore", "confusion.png", "log.txt", "report.json", "report.md"]
+    kept = [".gitignore", "confusion.png", "lock", "log.txt", "report.json", "report.md"]
     assert sorted(p.name for p in trained.private.iterdir()) == kept
     if shutil.which("git"):
         subprocess.run(["git", "init", "-q"], cwd=photos.parent, check=True)
@@ -124,6 +126,33 @@ def test_what_was_cut_off_before_its_release_is_not_trained_again(trained, photo
     assert all(torch.equal(ours[name], theirs[name]) for name in ("weight", "bias")) and found.report == trained.report
     with pytest.raises(pytest.fail.Exception, match="trained"):  # another budget is another run
         dpmix.train(photos, 7, out=photos.with_name("third"), delta=1e-4, **QUICK)
+    shutil.rmtree(again)
+
+
+def test_two_trainings_for_one_release_do_not_mix(photos, tmp_path, monkeypatch):
+    """The card of one with the words of the other would be worse than none."""
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained"))
+    with (
+        files.lock(tmp_path / "private" / "release" / "lock"),
+        pytest.raises(ValueError, match=r"out='.*release': another training is under way for it; wait for its end"),
+    ):
+        dpmix.train(photos, 8, out=tmp_path / "release", delta=1e-4, **QUICK)
+
+
+def test_a_release_appears_where_the_private_folder_is_on_another_disk(trained, photos, monkeypatch):
+    again, real = photos.with_name("elsewhere"), Path.rename
+
+    def rename(self, target):
+        disks = [{"private"} & set(p.relative_to(photos.parent).parts) for p in (self, Path(target))]
+        if disks[0] != disks[1]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.warns(UserWarning, match="this very run was trained before"):
+        assert dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK).release == again
+    assert not [p for p in photos.parent.iterdir() if "partial" in p.name]
     shutil.rmtree(again)
 
 
@@ -436,6 +465,20 @@ def test_no_one_image_decides_which_encoder_there_is(photos, tmp_path):
         dpmix.check(home, 2, progress=False)
 
 
+def test_one_image_more_does_not_change_which_images_are_asked_for_an_encoder(tmp_path, monkeypatch):
+    """Every second file is a thumbnail: at a stride, one file less would turn scans into thumbnails."""
+    asked: list[str] = []
+    monkeypatch.setattr(settings.decoding, "header", lambda path: asked.append(path.name))
+    names = [f"{i:03d}{kind}.png" for i in range(200) for kind in ("", "_thumb")]
+    looked_at = []
+    for some in (names, names[1:]):
+        paths = [tmp_path / n for n in some]
+        settings._model(layouts.Listing(tmp_path, paths, np.zeros(len(some)), len(some), ("a",), Counter()))
+        looked_at.append(set(asked))
+        asked.clear()
+    assert len(looked_at[0]) == len(looked_at[1]) == 100 and len(looked_at[0] - looked_at[1]) <= 1
+
+
 # -------------------------------------------------------------------------------------------------- report, command line
 
 
@@ -451,6 +494,13 @@ def test_intervals_and_calibration_have_the_right_value():
     assert seen["errors"] == [{"image": "x", "true": "b", "predicted": "a", "probability": 0.8}]
     assert seen["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.35 + 0.3) / 4)
     assert report.table(("x", "y"), [("a|b\nc", "d")]) == "| x | y |\n| --- | --- |\n| a\\|b c | d |"
+
+
+def test_classes_are_called_anything(tmp_path):
+    """Two dollar signs begin a formula where pictures take them for one."""
+    seen = report.of(np.eye(3)[[0, 1, 2]], np.array([0, 1, 2]), ("$_1", "$_5", "$\\frac"), list("xyz"))
+    report.write(seen, tmp_path, tmp_path / "out")
+    assert Image.open(tmp_path / "confusion.png").size[0] > 100
 
 
 def test_a_card_of_a_stranger_says_nothing_to_a_terminal():

@@ -84,7 +84,7 @@ def test_stored_and_fresh_views_that_are_drawn_once_give_one_head(tmp_path, comp
 def test_an_image_more_leaves_the_views_of_the_others_as_they_are_where_the_seed_of_views_is_known(
     tmp_path, compute, once, stay
 ):
-    """The first file moves the places of all. A seed that is given must be secret: then the draws are worth the same at any place."""
+    """The first file moves all places. A seed that is given must be secret: then draws are worth the same at any place."""
     recipe, features = views.Recipe(k_base=2, k_self=2, k_diff=1), []
     splits, public = dpmix.load("digits"), data.public_images("digits")
     for first in (0, 1):
