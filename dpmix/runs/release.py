@@ -24,6 +24,8 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     checks.require(result.noise_multiplier > 0, "result.noise_multiplier", 0, allowed)
     allowed = "mixes in the other half of the private images unprotected: an experiment (Table 10), not to be released"
     checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, allowed)
+    allowed = "who is in a half depends on who else is there: an experiment (Table 10), not to be released"
+    checks.require("half" not in spec.train_on, "train_on", spec.train_on, allowed)
     tensors, stored = store.tensors(result), store.get(result.key)
     if not (stored or result).seed_drawn:
         why = "was given, and whoever knows or guesses it can subtract the noise"
