@@ -7,8 +7,10 @@ checksum. A crash at any moment leaves the old file or the new one, a checkpoint
 import contextlib
 import errno
 import hashlib
+import hmac
 import json
 import os
+import secrets
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -83,6 +85,21 @@ def write(path: Path, data: bytes, *, private: bool = False) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def secret(folder: Path) -> bytes:
+    """The key of a private folder, made once: names that others may see follow from it, and so tell nothing (`keyed`)."""
+    path = Path(folder) / "key"
+    if not path.exists():
+        with lock(path.parent / "locks" / "key"):
+            if not path.exists():
+                write(path, secrets.token_bytes(32), private=True)
+    return path.read_bytes()
+
+
+def keyed(key: bytes, *parts: str) -> str:
+    """The name of what these parts identify: 32 hexadecimal digits, HMAC-SHA256 under a folder's key."""
+    return hmac.new(key, digest(*parts).encode(), "sha256").hexdigest()[:32]
 
 
 def write_json(path: Path, content: dict, *, private: bool = False) -> None:

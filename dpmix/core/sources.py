@@ -6,6 +6,7 @@
 Privacy does not care: in both cases the views of example i depend on example i and on public images only.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -58,8 +59,9 @@ class Source(Protocol):
 
 
 class FreshViews:
-    """Views made and encoded anew whenever they are asked for. `ids` name the examples for the keyed randomness (their
-    places, by default). `redraw=False` keys the views without the step: an example has the same ones at every step.
+    """Views made and encoded anew whenever they are asked for. `ids` name the examples for the keyed randomness.
+    `redraw=False` keys the views without the step: an example has the same ones at every step. By default ids are places,
+    which asks for a secret seed; of views that are drawn once, which many runs may share, they are `content_ids`.
     `scaling`, a mean and a scale of public images [D], is taken off the features and divided by. Raises ValueError on bad
     input, before any work."""
 
@@ -95,7 +97,9 @@ class FreshViews:
         self.union = views.make_union(list(dict.fromkeys(recipes)))
         self.encoder, self.images, self.labels, self.public = encoder, images, labels, public
         self.seed = rng.as_seed(seed)  # a fresh one is drawn once, so that views that are not redrawn stay
-        self.ids = torch.arange(n) if ids is None else ids
+        if ids is None:
+            ids = torch.arange(n) if redraw else content_ids(images)
+        self.ids = ids
         self.redraw, self.scaling, self.seconds = redraw, scaling, {"views": 0.0, "encoder": 0.0}
         self.name = named(encoder.name, None if redraw else self.seed, scaling)
 
@@ -114,6 +118,14 @@ class FreshViews:
         features = scaled(flat.reshape(len(places), self.union.views, self.dim), self.scaling)
         lap(self.seconds, "encoder", tick)
         return features, made.targets
+
+
+def content_ids(images: views.Images) -> Int64[Tensor, " n"]:
+    """Ids that are the examples' own, by a digest of each one's pixels. A place in a list moves with every example before it;
+    views that are keyed by places under a seed that somebody knows would change with it, for all."""
+    parts = (images[rows].contiguous().cpu().numpy() for rows in torch.arange(len(images)).split(1024))
+    digests = (hashlib.blake2b(image.data, digest_size=8).digest() for part in parts for image in part)
+    return torch.tensor([int.from_bytes(d, "little") >> 1 for d in digests], dtype=torch.int64)
 
 
 def named(encoder: str, once: int | None, scaling: Scaling | None) -> str:

@@ -144,6 +144,15 @@ def public_name(name: str) -> str:
     return f"{arch}{slash}{Path(tag).name}"
 
 
+def without_file(name: str) -> str:
+    """open_clip:ARCH where what follows is no tag of open_clip's, but was a file; a tag stays, as it decides how pixels are
+    normalised."""
+    import open_clip
+
+    arch, _, tag = name.partition(":")[2].partition("/")
+    return name if tag in open_clip.list_pretrained_tags_by_model(arch) else f"open_clip:{arch}"
+
+
 def package_of(name: str) -> str:
     """The package that an encoder's network, and where it brings them its weights, come with; and its version."""
     package = {"open_clip": "open_clip_torch", "timm": "timm"}.get(name.partition(":")[0], "dpmix")

@@ -82,8 +82,9 @@ class StoredViews:
     """The views of `FreshViews(redraw=False)` of these examples (`how`: as there), read from a store in `folder`; what is not
     there is encoded first. `batch` reads the rows that it is asked for; `subset` is the same store for some of the examples.
 
-    The store is named by all that decides the features: the content of encoder and images, ids, seed, precision, the code
-    that makes and encodes views; a block also by its part and, where they have a part in it, by the public images. Raises
+    The store is named, through a key of `folder`, by all that decides the features: the content of encoder and images, ids,
+    seed, precision, the code that makes and encodes views; a block also by its part and, where they have a part in it, by the
+    public images. Raises
     ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded."""
 
     def __init__(
@@ -106,7 +107,8 @@ class StoredViews:
         self.seconds = made.seconds | {"store": 0.0}
         self.places: Tensor | None = None
         about = _about(made, encoder)
-        self.folder = Path(folder) / files.digest(repr(about))[:32]
+        # Errors may name a folder, and a plain digest of the images would tell whoever guesses them that they are these.
+        self.folder = Path(folder) / files.keyed(files.secret(Path(folder)), repr(about))
         with files.lock(self.folder / "lock"):  # which makes the folder, for one's own eyes
             other = files.differences(files.read_json(self.folder / "store.json") or about, about)
             said = f"holds other views ({other}); remove them: rm -r {folder}"
@@ -241,14 +243,6 @@ def _content(*tensors: Any) -> str:
         for start in range(0, len(t), 1024):
             total.update(t[start : start + 1024].contiguous().cpu().numpy().data)
     return total.hexdigest()
-
-
-def content_ids(images: Any) -> Tensor:
-    """Ids [n] that are the examples' own, by a digest of each one's pixels. A place in a list changes with every example
-    that comes before it; views that are keyed by places under a seed that is no secret would change with it, for all."""
-    parts = (images[rows].contiguous().cpu().numpy() for rows in torch.arange(len(images)).split(1024))
-    digests = (hashlib.blake2b(image.data, digest_size=8).digest() for part in parts for image in part)
-    return torch.tensor([int.from_bytes(d, "little") >> 1 for d in digests], dtype=torch.int64)
 
 
 def _about(made: FreshViews, encoder: Encoder) -> dict[str, Any]:

@@ -133,6 +133,9 @@ def plan(folder: Any, epsilon: Any, **settings: Any) -> Plan:
 
     model = choose("model", *_model(listing))
     weights = None if asked.weights is None else str(Path(asked.weights).expanduser())
+    arch, _, tag = model.partition("/")
+    if arch.startswith("open_clip:") and weights is None and Path(tag).expanduser().is_file():
+        model, weights = arch, str(Path(tag).expanduser())  # what a stranger gives to `predict`
     if not model.startswith(("open_clip:", "timm:")):
         checks.one_of("model", model, (*encoders.ENCODERS, "timm:NAME"))
     encoder = encoders.encoder(model, weights, image_size=asked.image_size)

@@ -19,7 +19,7 @@ from dpmix.core import accounting, files, heads, network, rng, views
 from dpmix.core.checks import counted
 from dpmix.core.sources import FreshViews, Scaling, Source, public_scaling
 from dpmix.models import encoders
-from dpmix.models.stored import StoredViews, content_ids
+from dpmix.models.stored import StoredViews
 from dpmix.models.wide_resnet import wide_resnet
 from dpmix.runs.identity import Identity, code_digest
 from dpmix.runs.material import Material, Part
@@ -120,8 +120,7 @@ def source_of(
     assert encoder is not None
     about: dict[str, Any] = dict(public=material.public, scaling=scaling)
     if not spec.redraw:
-        ids = content_ids(material.pool.images) if once is None else material.pool.rows
-        about |= dict(seed=DRAWN_ONCE if once is None else once, ids=ids)
+        about |= dict(seed=DRAWN_ONCE) if once is None else dict(seed=once, ids=material.pool.rows)
         return _stored(encoder, material.pool, recipes, compute, **about).subset(material.kept)
     about |= dict(num_classes=train.whole.num_classes, ids=train.rows, device=compute.where(), seed=training_seed(spec))
     return FreshViews(encoder, train.images, train.labels, recipes, **about)
@@ -132,7 +131,7 @@ def _stored(
 ) -> StoredViews:
     folder = Path(compute.cache).expanduser() / "views"
     with files.explained(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the names below follow from the images
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about |= dict(num_classes=part.whole.num_classes, device=compute.where(), progress=compute.progress)
     return StoredViews(encoder, part.images, part.labels, recipes, folder=folder, **about)
 

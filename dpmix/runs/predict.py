@@ -105,7 +105,7 @@ def _scorer(
         return lambda images: torch.no_grad()(network)(transforms.as_float(images.to(device)))
     model, file = about["name"], None if weights is None else str(Path(weights).expanduser())
     if file is not None and model.startswith("open_clip:"):
-        model = model.partition("/")[0]
+        model = encoders.without_file(model)
     path = encoders.weights_of(model, file)
     found = None if isinstance(path, str) else sha256(path)
     wanted = f"is not the encoder of this release, {about['file']} with sha256 {str(about['sha256'])[:12]}"

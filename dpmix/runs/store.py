@@ -1,9 +1,7 @@
 """Where results are kept: a folder that only its owner reads, for its records hold seeds."""
 
 import functools
-import hmac
 import os
-import secrets
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,16 +26,11 @@ class Store:
 
     @functools.cached_property
     def _key(self) -> bytes:
-        path = self.folder / "key"
-        if not path.exists():
-            with self.lock("key"):
-                if not path.exists():
-                    files.write(path, secrets.token_bytes(32), private=True)
-        return path.read_bytes()
+        return files.secret(self.folder)
 
     def name(self, *parts: str) -> str:
-        """The name of what these digests identify: 32 hexadecimal digits, HMAC-SHA256 under the key of this store."""
-        return hmac.new(self._key, files.digest(*parts).encode(), "sha256").hexdigest()[:32]
+        """The name of what these digests identify, under the key of this store."""
+        return files.keyed(self._key, *parts)
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold a name between processes; a second holder waits."""

@@ -19,14 +19,16 @@ def encoder():
 
 @pytest.fixture
 def step_from(encoder, tmp_path):
-    def of(change=lambda features: features):
+    def of(change=lambda features: features, key=None):
+        """`key`: the ids of n examples; their own, by default, while the seed is one that everybody knows."""
+
         def step(records, seed, number):
             weights, biases = duel(CLASSES, encoder.dim)
             if not len(records):
                 return torch.zeros(weights.numel() + biases.numel())
             kept = StoredViews(
-                encoder, records.images, records.labels, [RECIPE], num_classes=CLASSES, folder=tmp_path, seed=seed,
-                ids=records.ids, progress=False,
+                encoder, records.images, records.labels, [RECIPE], num_classes=CLASSES, folder=tmp_path, seed=0,
+                ids=key and key(len(records)), progress=False,
             )  # fmt: skip
             features, targets = kept.batch(torch.arange(len(records)), number)
             row = torch.full((1, RECIPE.views), 1 / RECIPE.views, dtype=torch.float64)
@@ -50,4 +52,11 @@ def test_features_centred_by_private_ones_are_caught(step_from):
     """The tempting mistake of whoever has all features on the disk."""
     natural = data.load("digits").train
     step = step_from(lambda features: features - features.mean(dim=(0, 1)))
+    assert not audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, natural=natural, trials=1).holds
+
+
+def test_views_that_are_keyed_by_places_under_a_known_seed_are_caught(step_from):
+    """One example less, and all that follow it have other views."""
+    natural = data.load("digits").train
+    step = step_from(key=torch.arange)
     assert not audit.sensitivity(step, shape=SHAPE, num_classes=CLASSES, natural=natural, trials=1).holds

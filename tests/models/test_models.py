@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dpmix import models
-from dpmix.models import weights
+from dpmix.models import encoders, weights
 
 ALL = ("tiny-vit", "tiny-convnext", "timm:test_vit", "timm:test_convnext", "open_clip:test-tiny")
 
@@ -395,3 +395,14 @@ def test_importing_models_is_light():
     heavy = "open_clip", "timm", "diffusers", "transformers"
     code = f"import sys, dpmix.models; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_tag_stays_beside_a_file_of_weights_since_pixels_are_normalised_by_it():
+    """Without its tag this encoder would see pixels as CLIP does, and say nothing."""
+    import open_clip
+
+    siglip = "open_clip:ViT-B-16-SigLIP/webli"
+    assert open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")["mean"] == (0.5, 0.5, 0.5)
+    assert encoders.without_file(siglip) == siglip
+    assert encoders.without_file("open_clip:ViT-S-32-alt/patients.pt") == "open_clip:ViT-S-32-alt"
+    assert encoders.without_file("open_clip:ViT-S-32-alt") == "open_clip:ViT-S-32-alt"

@@ -453,6 +453,23 @@ def test_photographs_get_an_imagenet_encoder_and_a_home_is_a_home(photos, tmp_pa
     assert settings.plan(photos, 2).spec.model == "tiny-convnext"
 
 
+def test_a_model_that_names_a_file_is_that_file_as_weights(photos, tmp_path, monkeypatch):
+    """As a stranger will give it to `predict`: the release names no path."""
+
+    class Asked(Exception):
+        pass
+
+    def encoder(*given, image_size):
+        raise Asked(given)
+
+    file = tmp_path / "mine.safetensors"
+    file.touch()
+    monkeypatch.setattr(settings.encoders, "encoder", encoder)
+    with pytest.raises(Asked) as asked:
+        settings.plan(photos, 2, model=f"open_clip:ViT-S-32-alt/{file}")
+    assert asked.value.args[0] == ("open_clip:ViT-S-32-alt", str(file))
+
+
 def test_no_one_image_decides_which_encoder_there_is(photos, tmp_path):
     """The release names the encoder: whether one image was there must not show in it."""
     home = shutil.copytree(photos, tmp_path / "home")

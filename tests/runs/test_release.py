@@ -15,6 +15,7 @@ from dpmix.core import accounting, files, heads, microbatch, views
 from dpmix.models import encoders
 from dpmix.own.report import card_text
 from dpmix.runs.passes import LIBRARIES
+from dpmix.runs.predict import predict
 from dpmix.runs.result import frame
 from dpmix.runs.spec import no_meaningful_guarantee
 from dpmix.runs.store import Store
@@ -210,6 +211,8 @@ def test_the_card_holds_no_path(photos, tmp_path, store):
     folder = release(r, tmp_path / "out", store=store)
     text = (folder / "privacy_card.json").read_text()
     assert "ward7" not in text and str(tmp_path) not in text and "ward7" in json.dumps(r.to_json())
+    found = predict(folder, next((photos / "test").rglob("*.png")), weights=private)
+    assert found.probabilities.shape == (1, len(found.classes))
     card = card_of(folder)
     assert card["spec"]["model"] == card["encoder"]["name"] == "open_clip:ViT-S-32-alt/patients.pt"
     assert card["encoder"]["file"] == "patients.pt" and card["encoder"]["sha256"] == r.provenance["contents"]["encoder"]
