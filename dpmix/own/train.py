@@ -100,7 +100,10 @@ def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
     """The spec with the best learning rate on held-out public images, where it is to be looked for."""
     if not p.rates:
         return p.spec
-    public = len(data.public_images(p.spec.dataset, cache=p.compute.cache))
+    with warnings.catch_warnings(action="ignore"):  # the runs say it all again
+        like = data.load(p.spec.dataset, image_size=p.encoder.image_size, cache=p.compute.cache).train
+        # As they will see them: images that are the same at this size count once.
+        public = len(data.public_images(p.spec.dataset, like=like, cache=p.compute.cache))
     batch = max(1, round(p.spec.batch_size / p.listing.train * round(0.8 * public)))  # the same sampling rate
     there = replace(p.spec, train_on="synthetic", validation=0.2, seed=0, batch_size=batch)
     rehearsal = [replace(there, learning_rate=r) for r in p.rates]

@@ -219,7 +219,10 @@ def test_the_learning_rate_is_searched_on_public_images_where_there_are_some(pho
         place = base / "synthetic" / f"digit {c}"
         place.mkdir(parents=True)
         for i in torch.nonzero(public.labels == c)[:10, 0].tolist():
-            Image.fromarray(public.images[i, 0].numpy()).save(place / f"{i}.png")
+            pixels = public.images[i, 0].numpy().repeat(8, 0).repeat(8, 1)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+            pixels[0, 0] ^= 1  # nothing is left of it at the size of the encoder
+            Image.fromarray(pixels).save(place / f"{i} again.png")
     asked = {k: v for k, v in QUICK.items() if k != "learning_rate"} | dict(
         epochs=4
     )  # more images in a batch than public ones
