@@ -123,8 +123,9 @@ class FreshViews:
 def content_ids(images: views.Images) -> Int64[Tensor, " n"]:
     """Ids that are the examples' own, by a digest of each one's pixels. A place in a list moves with every example before it;
     views that are keyed by places under a seed that somebody knows would change with it, for all."""
-    parts = (images[rows].contiguous().cpu().numpy() for rows in torch.arange(len(images)).split(1024))
-    digests = (hashlib.blake2b(image.data, digest_size=8).digest() for part in parts for image in part)
+    parts = (images[rows].detach().flatten(1).contiguous() for rows in torch.arange(len(images)).split(1024))
+    rows = (row for part in parts for row in part.view(torch.uint8).cpu().numpy())
+    digests = (hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return torch.tensor([int.from_bytes(d, "little") >> 1 for d in digests], dtype=torch.int64)
 
 

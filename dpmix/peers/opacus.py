@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from dpmix.core import checks, rng, views
+from dpmix.core.sources import content_ids
 
 _NAMES = ("DP", "DistributedDP", "DPPerLayer", "SimpleDistributedPerLayer", "AdaClipDP")
 KINDS = [getattr(optimizers, f"{name}Optimizer") for name in _NAMES]
@@ -45,9 +46,9 @@ class ViewSet(Dataset):
 
     It depends on example i of `dataset` and on public images only (`core.views.make_views`), not on workers or on the
     batch. Without `seed` every access draws anew from the operating system. With one, for science (a known seed makes
-    views predictable), views follow from (seed, epoch, i): call `set_epoch` before each pass, as for PyTorch's
-    DistributedSampler. `redraw=False` draws once, as `core.sources` does with the same seed. Pixels are normalised after the
-    views, where the model is called: `model(normalise(images))`.
+    views predictable), views follow from seed, epoch and the pixels of example i: call `set_epoch` before each pass, as for
+    PyTorch's DistributedSampler. `redraw=False` draws once, as `core.sources` does with the same seed. Pixels are normalised
+    after the views, where the model is called: `model(normalise(images))`.
 
     Args:
         dataset: items (image, label): image uint8 or float in 0..1, [C, H, W]; label below `num_classes`.
@@ -97,7 +98,7 @@ class ViewSet(Dataset):
         images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
         for worst in (int(labels.min()), int(labels.max())):
             checks.require(0 <= worst < self.num_classes, "label", worst, f"must lie in 0..{self.num_classes - 1}")
-        ids = torch.tensor([int(i) % len(self) for i in places])
+        ids = content_ids(images)  # a place would move with every example before it
         step = int(self.epoch) if self.redraw else None
         about: dict[str, Any] = dict(num_classes=self.num_classes, seed=self.seed, step=step, public=self.public)
         return list(zip(*self.union.make(images, labels, ids, **about), strict=True))

@@ -218,6 +218,7 @@ def result(
         "classes": list(material.test.whole.class_names),
         "images": list(material.test.images.shape[1:]),
         "encoder": encoder,
+        "views_keyed_by": "image" if task.seed_drawn and not spec.redraw else "place",  # `release` asks
     }
     return Result(
         spec=spec,

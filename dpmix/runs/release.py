@@ -26,6 +26,12 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     checks.require(spec.public != "half-2" or spec.recipe.k_diff == 0, "public", spec.public, allowed)
     allowed = "who is in a half depends on who else is there: an experiment (Table 10), not to be released"
     checks.require("half" not in spec.train_on, "train_on", spec.train_on, allowed)
+    checks.require("half" not in spec.public or spec.recipe.k_diff == 0, "public", spec.public, allowed)
+    fixed = spec.redraw or not spec.recipe.draws or result.provenance.get("views_keyed_by") == "image"
+    allowed = (
+        "its stored views were keyed by places under a known seed, so that its guarantee does not hold; train again"
+    )
+    checks.require(fixed, "redraw", spec.redraw, allowed)
     tensors, stored = store.tensors(result), store.get(result.key)
     if not (stored or result).seed_drawn:
         why = "was given, and whoever knows or guesses it can subtract the noise"

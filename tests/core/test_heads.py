@@ -9,7 +9,7 @@ import torch
 from conftest import CLASSES, DIM, image_set
 from scipy import stats
 
-from dpmix.core import accounting, heads, views
+from dpmix.core import accounting, heads, sources, views
 from dpmix.core.heads import Head, train_heads
 from dpmix.models.encoders import Encoder
 
@@ -427,3 +427,16 @@ def test_one_example_alone(projection):
     one = image_set(1)
     bank = train_heads(projection, one.images, one.labels, [BANK[0]], **{**RUN, "expected_batch": 1})
     assert bank.weights.isfinite().all() and bank.views == 5
+
+
+def test_ids_of_content_are_the_images_own_whatever_holds_them():
+    images = torch.randint(256, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[5] = images[2]
+    ids = sources.content_ids(images)
+    assert len(set(ids.tolist())) == 5 and ids[5] == ids[2] and int(ids.min()) >= 0
+    order = torch.tensor([4, 2, 0])
+    assert torch.equal(sources.content_ids(images[order]), ids[order])
+    assert torch.equal(sources.content_ids(images.flip(3).flip(3)), ids), "however they lie in memory"
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert len(set(sources.content_ids((images / 255).to(dtype).requires_grad_()).tolist())) == 5
+    assert sources.content_ids(images[:0]).shape == (0,)

@@ -88,7 +88,15 @@ def test_what_else_must_not_be_released(drawn, tmp_path):
     # Of n images, n even, one less moves an image from one half to the other as often as not: a replacement, at the price of two.
     with pytest.raises(ValueError, match="train_on='half-1': who is in a half depends on who else is there"):
         release(replace(r, spec=replace(r.spec, train_on="half-1")), tmp_path / "c", store=store)
-    assert not any((tmp_path / name).exists() for name in "abc")
+    fewer = replace(r.spec, public="synthetic-half", recipe=views.METHODS["mix-diff"])
+    with pytest.raises(ValueError, match="public='synthetic-half': who is in a half"):
+        release(replace(r, spec=fewer), tmp_path / "d", store=store)
+    once = replace(r.spec, redraw=False, recipe=views.METHODS["self-aug"])
+    for keyed_by in ({}, {"views_keyed_by": "place"}):  # of a run before this was written down, or of rows
+        about = {k: v for k, v in r.provenance.items() if k != "views_keyed_by"} | keyed_by
+        with pytest.raises(ValueError, match="redraw=False: its stored views were keyed by places under a known seed"):
+            release(replace(r, spec=once, provenance=about), tmp_path / "e", store=store)
+    assert not any((tmp_path / name).exists() for name in "abcde")
 
 
 def test_a_card_is_never_written_beside_the_weights_of_another_run(drawn, tmp_path):

@@ -148,3 +148,14 @@ def test_stored_views_are_read_in_parts_worth_their_overhead(change, examples):
     assert passes.physical_batch(quiet, asked) == examples
     assert passes.physical_batch(replace(quiet, physical_batch=7), asked) == 7
     assert passes.physical_batch(quiet, [*asked, replace(SPEC, redraw=True)]) <= examples
+
+
+def test_views_of_a_drawn_seed_are_released_and_those_of_a_method_that_draws_nothing(tmp_path, compute):
+    store = Store(tmp_path / "store")
+    for number, change in enumerate((dict(), dict(recipe=views.METHODS["dp-sgd"]))):
+        result = dpmix.run(replace(SPEC, seed=None, **change), compute=compute, store=store)
+        assert result.provenance["views_keyed_by"] == "image"
+        assert (dpmix.release(result, tmp_path / str(number), store=store) / "model.safetensors").is_file()
+    old = replace(result, provenance={k: v for k, v in result.provenance.items() if k != "views_keyed_by"})
+    store.put(old, store.tensors(result))
+    assert dpmix.release(old, tmp_path / "old", store=store), "of one plain view"
