@@ -41,6 +41,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only" + _ELSEWHERE,
     errno.ENOENT: "there can be no such folder" + _ELSEWHERE,
     errno.EACCES: "no permission to write there" + _ELSEWHERE,
+    errno.ENOLCK: "the file system has no locks" + _ELSEWHERE,
     errno.EPERM: "no permission to write there" + _ELSEWHERE,
 }
 
@@ -62,7 +63,7 @@ def _umask() -> int:
     return mask
 
 
-_UMASK = _umask()
+UMASK = _umask()
 
 
 def write(path: Path, data: bytes, *, private: bool = False) -> None:
@@ -80,7 +81,7 @@ def write(path: Path, data: bytes, *, private: bool = False) -> None:
                 out.flush()
                 os.fsync(out.fileno())
             if not private:
-                temporary.chmod(0o666 & ~_UMASK)
+                temporary.chmod(0o666 & ~UMASK)
             temporary.replace(path)
     finally:
         if temporary is not None:

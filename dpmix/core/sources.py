@@ -3,7 +3,8 @@
 `FreshViews` makes and encodes the views of a step when they are asked for: Algorithm 1 to the letter, or, with
 `redraw=False`, the same views of an example at every step. `models.stored` keeps the latter on disk.
 
-Privacy does not care: in both cases the views of example i depend on example i and on public images only.
+Privacy does not care, as long as the numbers that draw them are secret or the example's own (`content_ids`): in both cases
+the views of example i depend on example i and on public images only.
 """
 
 import hashlib
@@ -97,11 +98,9 @@ class FreshViews:
         self.union = views.make_union(list(dict.fromkeys(recipes)))
         self.encoder, self.images, self.labels, self.public = encoder, images, labels, public
         self.seed = rng.as_seed(seed)  # a fresh one is drawn once, so that views that are not redrawn stay
-        if ids is None:
-            ids = torch.arange(n) if redraw else content_ids(images)
-        self.ids = ids
+        self.ids = ids if ids is not None else torch.arange(n) if redraw else content_ids(images)
         self.redraw, self.scaling, self.seconds = redraw, scaling, {"views": 0.0, "encoder": 0.0}
-        self.name = named(encoder.name, None if redraw else self.seed, scaling)
+        self.name = named(encoder.name, None if redraw else (self.seed, "image" if ids is None else "id"), scaling)
 
     def made(self, places: Int64[Tensor, " b"], step: int) -> views.Views:
         """The union's views of these examples, not yet encoded."""
@@ -125,13 +124,13 @@ def content_ids(images: views.Images) -> Int64[Tensor, " n"]:
     views that are keyed by places under a seed that somebody knows would change with it, for all."""
     parts = (images[rows].detach().flatten(1).contiguous() for rows in torch.arange(len(images)).split(1024))
     rows = (row for part in parts for row in part.view(torch.uint8).cpu().numpy())
-    digests = (hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+    digests = (hashlib.sha256(row.data).digest()[:8] for row in rows)
     return torch.tensor([int.from_bytes(d, "little") >> 1 for d in digests], dtype=torch.int64)
 
 
-def named(encoder: str, once: int | None, scaling: Scaling | None) -> str:
-    """The name of a source: that of its encoder, and what else decides its features (`once`: the seed of views that are drawn
-    once)."""
+def named(encoder: str, once: tuple[int, str] | None, scaling: Scaling | None) -> str:
+    """The name of a source: that of its encoder, and what else decides its features (`once`: of views that are drawn once, the
+    seed and what they are keyed by)."""
     constants = "" if scaling is None else f", scaled ({files.digest(*(v.numpy().tobytes() for v in scaling))[:16]})"
     drawn = "" if once is None else f", views drawn once ({files.digest(repr(('stored views', once)))[:16]})"
     return encoder + drawn + constants

@@ -81,11 +81,6 @@ class Recipe:
         return self.k_base + self.k_diff + self.k_self
 
     @property
-    def draws(self) -> bool:
-        """Whether any view of it is drawn at random."""
-        return self.k_diff + self.k_self > 0 or self.transform != "none"
-
-    @property
     def parts(self) -> dict[tuple, int]:
         """How many views there are of each part: base views of a transform, public images, mixtures of one pool."""
         pool = self.transform if self.k_base else "", self.k_base, self.k_diff, self.mix, self.alpha

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,12 +62,12 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
     Raises ValueError and FileNotFoundError, in one line and before any work, for what cannot be.
     """
     p = plan(folder, epsilon, **settings)
-    mechanism(p.spec, p.listing.train)
-    # Beside the release: what is private may lie on another disk, from where nothing can be renamed.
-    store, partial = Store(p.private / "runs"), p.out.with_name(f".{p.out.name}.partial")
     _refuse_a_second(p.out)
+    mechanism(p.spec, p.listing.train)
+    store = Store(p.private / "runs")
+    p.make_private(*OURS, p.out.name)
     busy = f"out={str(p.out)!r}: another training is under way for it; wait for its end, or name another folder"
-    with _logged(p) as log, files.lock(p.report / "lock", busy):
+    with files.lock(p.report / "lock", busy), _logged(p) as log:
         _refuse_a_second(p.out)
         log.info(f"training on {checks.counted(p.listing.train, 'image')} of {printable(p.spec.dataset)}")
         spec = _with_rate(p, store, log)
@@ -78,15 +79,14 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
             warnings.warn(said, stacklevel=2)
         result = before or run(spec, compute=p.compute, store=store)
         log.info(f"trained {'before this call ' * (before is not None)}in {result.timing['seconds']:.0f} s")
-        shutil.rmtree(partial, ignore_errors=True)
-        card = read_card(release(result, partial, store=store))
-        made_by, classes = card["encoder"], card["class_names"]
-        encoder = f"{made_by['name']}, file {made_by['file']}, sha256 {made_by['sha256']}, {made_by['package']}"
-        readme = README.format(classes=", ".join(classes), words=" ".join(card["in_plain_words"]), encoder=encoder)
-        files.write(partial / "README.md", readme.encode())
-        files.write(partial / "class_names.json", (json.dumps(classes, indent=1) + "\n").encode())
-        seen = _report(partial, p, result)
-        partial.rename(p.out)
+        with _appearing(p.out) as partial:
+            card = read_card(release(result, partial, store=store))
+            made_by, classes = card["encoder"], card["class_names"]
+            encoder = f"{made_by['name']}, file {made_by['file']}, sha256 {made_by['sha256']}, {made_by['package']}"
+            readme = README.format(classes=", ".join(classes), words=" ".join(card["in_plain_words"]), encoder=encoder)
+            files.write(partial / "README.md", readme.encode())
+            files.write(partial / "class_names.json", (json.dumps(classes, indent=1) + "\n").encode())
+            seen = _report(partial, p, result)
         log.info(f"released to {printable(p.out)}; test accuracy {seen['accuracy']:.4f}")
     return Trained(p.out, p.report, seen)
 
@@ -94,6 +94,21 @@ def train(folder: Any, epsilon: Any, **settings: Any) -> Trained:
 def _refuse_a_second(out: Path) -> None:
     remedy = "is there already; name another folder (a second model of the same images is a second release)"
     checks.require(not os.path.lexists(out), "out", str(out), remedy)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out`, whole or not at all. It lies beside it, since what is private may be on another disk, from
+    where nothing can be renamed; for its owner alone until then."""
+    with files.explained(out):
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~files.UMASK)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _with_rate(p: Plan, store: Store, log: logging.Logger) -> RunSpec:
@@ -138,7 +153,6 @@ def _report(partial: Path, p: Plan, result: Result) -> dict[str, Any]:
 @contextmanager
 def _logged(p: Plan) -> Iterator[logging.Logger]:
     """A log of the call in the private folder, also of one that is stopped."""
-    p.make_private(*OURS, p.out.name)
     log, path = logging.getLogger("dpmix.train"), p.report / "log.txt"
     path.touch(0o600)
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

@@ -27,7 +27,8 @@ def release(result: Result, path: Path | str, *, store: Store | None = None) -> 
     allowed = "who is in a half depends on who else is there: an experiment (Table 10), not to be released"
     checks.require("half" not in spec.train_on, "train_on", spec.train_on, allowed)
     checks.require("half" not in spec.public or spec.recipe.k_diff == 0, "public", spec.public, allowed)
-    fixed = spec.redraw or not spec.recipe.draws or result.provenance.get("views_keyed_by") == "image"
+    drawn = spec.recipe.k_diff + spec.recipe.k_self > 0 or spec.recipe.transform != "none"
+    fixed = spec.redraw or not drawn or result.provenance.get("views_keyed_by") == "image"
     allowed = (
         "its stored views were keyed by places under a known seed, so that its guarantee does not hold; train again"
     )
@@ -77,7 +78,7 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
         "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
         "spec": about | {"dataset": spec.dataset.partition(":")[0], "model": encoders.public_name(spec.model)},
         "class_names": made_of.get("classes"),
-        **{name: made_of[name] for name in ("encoder", "images", "versions")},
+        **{name: made_of.get(name) for name in ("encoder", "images", "versions", "views_keyed_by")},
     }
 
 

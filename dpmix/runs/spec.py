@@ -37,9 +37,9 @@ class RunSpec:
     scratch); `weights` a file for the encoder, `image_size` the side of the square that it takes (None: its own),
     `feature_scaling` what becomes of its features before the head ("public": centred and scaled by constants of the
     synthetic images). `train_on` says which examples are the private set
-    ("half-1" and "half-2" are disjoint halves, fixed before anyone speaks of neighbours of one; "synthetic" the public
-    images), `public` where `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones as a half
-    has), `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
+    ("half-1" and "half-2" are disjoint halves, fixed before anyone speaks of neighbours of one, and never released; "synthetic"
+    the public images), `public` where `k_diff` images come from ("synthetic-half": at most as many of the synthetic ones
+    as a half has), `pretrain_epochs` how long plain SGD runs on the synthetic images first (Table 6).
     `validation` is the share of the private set kept out of training, for choosing a learning rate.
 
     Privacy: `epsilon` (None: no noise, no guarantee), `delta`, `accountant`; adjacency is add/remove of one example.

@@ -74,10 +74,11 @@ class Store:
         """A seed for the `number`-th run without one of this identity. Kept until the results are there, so that a run that
         was cut off goes on with the seed that it had; never for other images, whose identity is another."""
         path = self._seeds(identity)
-        kept = (files.read_json(path) or {"seeds": []})["seeds"]
-        if number == len(kept):
-            kept.append(rng.fresh_seed())
-            files.write_json(path, {"seeds": kept}, private=True)
+        with self.lock("seeds"):
+            kept = (files.read_json(path) or {"seeds": []})["seeds"]
+            if number == len(kept):
+                kept.append(rng.fresh_seed())
+                files.write_json(path, {"seeds": kept}, private=True)
         return kept[number]
 
     def forget_seeds(self, identity: Identity) -> None:

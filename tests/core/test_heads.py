@@ -429,6 +429,18 @@ def test_one_example_alone(projection):
     assert bank.weights.isfinite().all() and bank.views == 5
 
 
+def test_runs_on_views_that_are_keyed_otherwise_share_no_noise():
+    """Their difference would be free of it."""
+    images = torch.randint(256, (12, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    encoder = Encoder(lambda x: x.flatten(1)[:, :4], 16, 4, (1,), "pixels")
+    about = dict(num_classes=2, expected_batch=6, steps=1, seed=5, redraw=False, progress=False)
+    head = Head(recipe=views.Recipe(k_base=2, transform="crop"), learning_rate=1e-30, noise_multiplier=1e30)
+    trained = [
+        train_heads(encoder, images, torch.arange(12) % 2, [head], ids=ids, **about) for ids in (None, torch.arange(12))
+    ]
+    assert not torch.allclose(trained[0].weights, trained[1].weights)
+
+
 def test_ids_of_content_are_the_images_own_whatever_holds_them():
     images = torch.randint(256, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[5] = images[2]

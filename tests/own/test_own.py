@@ -118,6 +118,7 @@ def test_what_was_cut_off_before_its_release_is_not_trained_again(trained, photo
         cut.setattr(training, "predict", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
+    assert not [p for p in photos.parent.iterdir() if "partial" in p.name], "nothing that looks like a release"
     assert not again.exists() and "stopped: KeyboardInterrupt" in (again.parent / "private/again/log.txt").read_text()
     found = dpmix.train(photos, 8, out=again, delta=1e-4, **QUICK)
     assert "trained before this call in" in (found.private / "log.txt").read_text()
@@ -127,6 +128,19 @@ def test_what_was_cut_off_before_its_release_is_not_trained_again(trained, photo
     with pytest.raises(pytest.fail.Exception, match="trained"):  # another budget is another run
         dpmix.train(photos, 7, out=photos.with_name("third"), delta=1e-4, **QUICK)
     shutil.rmtree(again)
+
+
+@pytest.mark.parametrize("out", [".", "/", "\xe9" * 120])
+def test_a_release_is_called_anything_or_refused_by_name(photos, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    if len(out) > 1:
+        with training._appearing(Path(out)) as partial:
+            (partial / "model").touch()
+        assert stat.S_IMODE(Path(out).stat().st_mode) & 0o700 == 0o700 and [p.name for p in tmp_path.iterdir()] == [out]
+    else:
+        with pytest.raises(ValueError, match=r"^out='[./]+': "):
+            dpmix.train(photos, 8, out=out, delta=1e-4, **QUICK)
 
 
 def test_two_trainings_for_one_release_do_not_mix(photos, tmp_path, monkeypatch):
