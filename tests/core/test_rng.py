@@ -216,7 +216,7 @@ PAST_THE_KEYS = {"default_rng", "RandomState", "Philox", "manual_seed", "randbit
                  "randn_like", "rand_like", "normal_", "uniform_", "bernoulli", "bernoulli_", "multinomial", "seed", "urandom",
                  "shuffle", "getrandbits", "token_bytes"}  # fmt: skip
 ALLOWED = {("dpmix/core/rng.py", "Philox"), ("dpmix/core/rng.py", "randbits"),
-           ("dpmix/runs/store.py", "token_bytes"),
+           ("dpmix/core/files.py", "token_bytes"),
            ("dpmix/models/encoders.py", "manual_seed"), ("dpmix/images/synthesis.py", "manual_seed")}  # fmt: skip
 
 
