@@ -45,7 +45,7 @@ class Mechanism:
     def __post_init__(self) -> None:
         for name, least in (("num_classes", 1), ("microbatch", 1), ("steps", 0)):
             whole(name, getattr(self, name), least)
-        for name in ("clip_norm", "learning_rate", "expected_batch"):
+        for name in ("learning_rate", "expected_batch"):
             positive(name, float(getattr(self, name)))
         clip_norm(self.clip_norm)
         for name in ("noise_multiplier", "weight_decay"):

@@ -84,8 +84,8 @@ class StoredViews:
 
     The store is named, through a key of `folder`, by all that decides the features: the content of encoder and images, ids,
     seed, precision, the code that makes and encodes views; a block also by its part and, where they have a part in it, by the
-    public images. Raises
-    ValueError on bad input and OSError with the numbers where the disk is too small, before anything is encoded."""
+    public images. Raises ValueError on bad input and OSError with the numbers where the disk is too small, before anything
+    is encoded."""
 
     def __init__(
         self,

@@ -78,7 +78,8 @@ def privacy_card(result: Result, store: Store) -> dict[str, Any]:
         "withheld": ["seed", "validation accuracy and every other diagnostic computed without noise", "test accuracy"],
         "spec": about | {"dataset": spec.dataset.partition(":")[0], "model": encoders.public_name(spec.model)},
         "class_names": made_of.get("classes"),
-        **{name: made_of.get(name) for name in ("encoder", "images", "versions", "views_keyed_by")},
+        **{name: made_of[name] for name in ("encoder", "images", "versions")},
+        "views_keyed_by": made_of.get("views_keyed_by"),  # older results do not say it
     }
 
 
